@@ -1,0 +1,335 @@
+"""Experiment configs: YAML files that extend one another, overridden on the command line, checked against dataclasses.
+
+The dataclasses below are the reference: every key with its type, its default and a line of explanation, which `--help`
+prints. jsonargparse checks and converts the values; errors name the file (or the command line), the key and the value.
+"""
+
+import dataclasses
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import docstring_parser
+import yaml
+from jsonargparse import ArgumentParser
+from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from harness.errors import UserError
+from model import GPTConfig
+
+
+@dataclass
+class RunConfig:
+    """What the run is called and where its files go"""
+
+    name: str | None = None
+    """the run's folder is <out_dir>/<name>; null: the config file's own name"""
+    out_dir: str = "out"
+    """the folder that holds all runs"""
+    seed: NonNegativeInt = 1337
+    """every random draw is a function of (seed, step, where)"""
+
+
+@dataclass
+class ModelConfig(GPTConfig):
+    """The GPT's shape, its attention's normalizer (forward) and backward"""
+
+    vocab_size: PositiveInt | None = None
+    """token ids; null: the corpus's. GPT-2's 50257 padded to 50304 is faster"""
+
+
+@dataclass
+class DataConfig:
+    """What it learns from"""
+
+    corpus: str = "data/stdlib"
+    """a folder with train.bin and val.bin, as its prepare.py or nanoGPT's writes them"""
+
+
+@dataclass
+class OptimizerConfig:
+    """AdamW: linear warm-up, then cosine decay"""
+
+    lr: NonNegativeFloat = 1e-3
+    """peak learning rate"""
+    min_lr: NonNegativeFloat = 1e-4
+    """learning rate from decay_steps on"""
+    warmup_steps: NonNegativeInt = 100
+    """steps from 0 to lr"""
+    decay_steps: PositiveInt | None = None
+    """step at which min_lr is reached; null: training.max_steps"""
+    weight_decay: NonNegativeFloat = 0.1
+    """of matrices and embeddings; biases and layer norms never decay"""
+    beta1: ClosedUnitInterval = 0.9
+    """decay rate of the gradient's mean"""
+    beta2: ClosedUnitInterval = 0.99
+    """decay rate of the gradient's square"""
+    grad_clip: NonNegativeFloat = 1.0
+    """largest norm of the whole gradient; 0: no clipping"""
+
+
+@dataclass
+class TrainingConfig:
+    """How it learns"""
+
+    init_from: str = "scratch"
+    """scratch, a checkpoint (its weights only), or hf:NAME_OR_FOLDER of a Hugging Face GPT-2"""
+    resume: Literal["auto", "must", "never"] = "auto"
+    """auto: continue the run's checkpoint if there is one; must: insist on it; never: start afresh"""
+    overwrite: bool = False
+    """with `resume: never`, replace what the run's folder already holds"""
+    max_steps: NonNegativeInt = 2000
+    """optimizer steps in all"""
+    batch_size: PositiveInt = 64
+    """sequences a step, over all devices"""
+    micro_batch_size: PositiveInt | None = None
+    """sequences one device holds at a time, the rest accumulates; null: its whole share of batch_size"""
+    device: str = "auto"
+    """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N"""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """of matrix products; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32"""
+    compile: bool | Literal["auto"] = "auto"
+    """torch.compile the model; auto: on CUDA"""
+    checkpoint_interval: PositiveInt = 250
+    """steps between writes of ckpt.pt; the last step always writes"""
+
+
+@dataclass
+class EvaluationConfig:
+    """Validation: the same windows every time; the last evaluation always takes the whole set"""
+
+    interval: PositiveInt = 250
+    """steps between evaluations"""
+    batches: PositiveInt | Literal["full"] = 50
+    """validation windows, in units of training.batch_size, spread evenly; full: the whole set"""
+    kurtosis: bool = True
+    """log the excess kurtosis of weights and attention probabilities at every evaluation"""
+    only: bool = False
+    """evaluate the checkpoint or init_from on the whole validation set, and end"""
+
+
+@dataclass
+class TrackingConfig:
+    """Curves: metrics.jsonl always, wandb beside it"""
+
+    wandb: Literal["auto", "online", "offline", "disabled"] = "auto"
+    """auto: online when logged in, else offline"""
+    project: str = "offbyone"
+    """the wandb project"""
+    log_interval: PositiveInt = 10
+    """steps between training metrics"""
+
+
+@dataclass
+class Config:
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self):
+        self.sources: dict[str, str] = {}  # "section.key" → the file that set it, or "command line"
+
+    @property
+    def folder(self) -> Path:
+        """The run's folder."""
+        return Path(self.run.out_dir) / self.run.name
+
+    def error(self, key: str, problem: str) -> UserError:
+        """A UserError about the value of `key` ("section.key"), saying where that was set."""
+        return UserError(f"{self.sources.get(key, 'default')}: {key}: {problem}")
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return dataclasses.asdict(self)
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+
+
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+
+
+def load_config(arguments: list[str]) -> Config:
+    """The config of a command line `CONFIG [--section.key value …]`; UserError for every mistake in it."""
+    if not arguments or arguments[0].startswith("--"):
+        raise UserError("no config given: python train.py CONFIG [--section.key value …]; --help lists the keys")
+    path, overrides = Path(arguments[0]), arguments[1:]
+    values, sources = _read_file(path, ())
+    for key, value in _parse_overrides(overrides):
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = value
+        sources[key] = "command line"
+    config = build_config(values, sources)
+    config.run.name = config.run.name or path.stem
+    return config
+
+
+def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
+    """Check and convert `{section: {key: value}}`; UserError names the source, key and value of the first mistake."""
+    for section, entries in values.items():
+        where = next((source for key, source in sources.items() if key.split(".")[0] == section), "config")
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section '{section}'; the sections are {', '.join(SECTIONS)}")
+        known = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}
+        for name in entries:
+            source = sources.get(f"{section}.{name}", where)
+            if name not in known:
+                raise UserError(f"{source}: unknown key '{name}' in section '{section}', which has {', '.join(known)}")
+
+    try:
+        parsed = _parser().parse_object(values)
+        sections = {section: {k: _plain(v) for k, v in vars(parsed[section]).items()} for section in SECTIONS}
+        for section, cls in SECTIONS.items():
+            for f in dataclasses.fields(cls):  # jsonargparse lets null pass for any type
+                if sections[section][f.name] is None and type(None) not in get_args(f.type):
+                    raise _InvalidValue(f"{section}.{f.name}")
+    except _InvalidValue as e:
+        section, _, name = e.key.partition(".")
+        wanted = describe({f.name: f.type for f in dataclasses.fields(SECTIONS[section])}[name])
+        value = "nothing" if values[section][name] is None else repr(values[section][name])
+        raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value}") from e
+    try:
+        config = Config(**{section: cls(**sections[section]) for section, cls in SECTIONS.items()})
+    except ValueError as e:  # GPTConfig's own checks
+        named = [f"model.{word}" for word in re.findall(r"\w+", str(e)) if f"model.{word}" in sources]
+        where = sources[named[-1]] if named else "default"
+        raise UserError(f"{where}: model: {e}") from e
+    config.sources = sources
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's restricted numbers (PositiveInt, …) are classes of their own: back to what YAML can write."""
+    return next((t(value) for t in (bool, int, float) if isinstance(value, t)), value)
+
+
+def describe(annotation: Any) -> str:
+    """A type in words: "a positive int or 'full'"."""
+    names = {
+        int: "an int",
+        float: "a number",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+        PositiveInt: "a positive int",
+        NonNegativeInt: "an int ≥ 0",
+        PositiveFloat: "a positive number",
+        NonNegativeFloat: "a number ≥ 0",
+        ClosedUnitInterval: "a number in [0, 1]",
+    }
+    if get_origin(annotation) is Literal:
+        return " or ".join(str(choice) for choice in get_args(annotation))
+    if annotation in names:
+        return names[annotation]
+    return " or ".join(describe(a) for a in get_args(annotation))
+
+
+def help_text() -> str:
+    """Every key with its type, default and explanation."""
+    lines = [
+        "usage: python train.py CONFIG [--section.key value …] [--print_config]",
+        "",
+        "CONFIG is a YAML file of the sections below; `extends: FILE` at its top names a base that it changes.",
+        "--print_config prints the resolved config and ends.",
+    ]
+    for section, cls in SECTIONS.items():
+        lines += ["", f"{section}: {cls.__doc__}"]
+        explanations = {}
+        for base in reversed(cls.__mro__[:-1]):
+            doc = docstring_parser.parse_from_object(base)
+            explanations |= {p.arg_name: p.description for p in doc.params}
+        for f in dataclasses.fields(cls):
+            default = yaml.safe_dump(f.default).splitlines()[0]
+            lines.append(f"  --{section}.{f.name}".ljust(34) + f"{explanations[f.name]}")
+            lines.append(" " * 34 + f"({describe(f.type)}; default: {default})")
+    return "\n".join(lines)
+
+
+class _InvalidValue(Exception):
+    def __init__(self, key: str):
+        self.key = key
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None):
+        raise _InvalidValue(re.search(r'"([\w.]+)"', message)[1]) from ex
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser()
+    for section, cls in SECTIONS.items():
+        parser.add_class_arguments(cls, section)
+    return parser
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; a config that says two things is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for (key_node, _), key in zip(node.value, keys, strict=True):
+            if keys.count(key) > 1:
+                raise yaml.MarkedYAMLError(problem=f"'{key}' stands here twice", problem_mark=key_node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The values of a config file over those of the files it extends, and the source of each key."""
+    if path.resolve() in extending:
+        cycle = " → ".join(p.name for p in (*extending, path))
+        raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+    except FileNotFoundError:
+        by = f"{extending[-1]}: extends: " if extending else ""
+        raise UserError(f"{by}no config file {path}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the config {path}: {e}") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
+
+    values, sources = {}, {}
+    if base := content.pop("extends", None):
+        values, sources = _read_file(path.parent / str(base), (*extending, path.resolve()))
+    for section, entries in content.items():
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: section '{section}' is a mapping of keys to values, not {entries!r}")
+        values.setdefault(section, {}).update(entries)
+        sources |= {f"{section}.{name}": str(path) for name in entries}
+    return values, sources
+
+
+def _parse_overrides(arguments: list[str]):
+    """`--section.key value` or `--section.key=value` → (key, value), in order; the parser converts the strings."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not re.fullmatch(r"\w+\.\w+", key):
+            raise UserError(f"command line: {argument!r}: overrides are --section.key value; --help lists the keys")
+        if not equals:
+            if not rest:
+                raise UserError(f"command line: --{key} has no value")
+            text = rest.pop(0)
+        yield key, text
+
+
+def main_config(arguments: list[str]) -> Config:
+    """load_config for a program: `--help` and `--print_config` print and end it."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        sys.exit(0)
+    config = load_config([a for a in arguments if a != "--print_config"])
+    if "--print_config" in arguments:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config

@@ -1,0 +1,76 @@
+"""What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
+
+from time import perf_counter
+
+import torch
+
+from harness.errors import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N → the device. UserError if it is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "mps", "cuda"):
+        raise UserError(f"no device '{name}': choose auto, cpu, mps, cuda or cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device '{name}' is not there: PyTorch sees {torch.cuda.device_count()} CUDA devices")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device 'mps' is not there: PyTorch sees no Apple GPU")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of matrix products. auto: bfloat16 where the hardware multiplies in it, else float16 on CUDA, else
+    float32 (a CPU that only emulates bfloat16 is several times slower in it)."""
+    if name == "float16" and device.type == "cpu":
+        raise UserError("training.dtype float16 needs a GPU: choose bfloat16 or float32 on a CPU")
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.bfloat16 if device.type == "cpu" and _cpu_multiplies_bfloat16() else torch.float32
+
+
+def _cpu_multiplies_bfloat16() -> bool:
+    """AVX512-BF16 or AMX on x86, as Linux names them; elsewhere there is no telling without private names."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            flags = next((line for line in f if line.startswith("flags")), "").split()
+    except OSError:
+        return False
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+# Dense bfloat16 or float16 matrix products in FLOP/s, from the vendors' datasheets.
+_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """The FLOP/s that MFU is a share of and where the figure is from: a datasheet, or a matrix product timed here."""
+    if device.type == "cuda" and dtype != torch.float32:
+        card = torch.cuda.get_device_name(device)
+        for name, flops in _PEAK_FLOPS.items():
+            if name in card:
+                return flops, f"the datasheet of {card}"
+    n = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(n, n, device=device).to(dtype)
+    seconds = []
+    for _ in range(6):
+        start = now(device)
+        a @ a
+        seconds.append(now(device) - start)
+    return 2 * n**3 / min(seconds), f"a {n} × {n} product timed on this device"
+
+
+def now(device: torch.device) -> float:
+    """Seconds on a clock, once the device has finished what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+    return perf_counter()

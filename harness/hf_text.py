@@ -1,0 +1,47 @@
+"""Text out of Hugging Face datasets, from the Hub or from local files."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from harness.errors import UserError
+
+_BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+
+
+def load(name: str, split: str, *, config=None, revision=None, streaming=False, num_proc=None):
+    """One split of the dataset `name`: on the Hub, a folder, a file (json, jsonl, csv, parquet, txt) or what
+    `save_to_disk` wrote. `num_proc` processes download and convert it, unless it streams. UserError if that fails."""
+    import datasets  # here: it takes a second
+
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
+    path, options = Path(name), {}
+    try:
+        if (path / "dataset_dict.json").exists():
+            return datasets.load_from_disk(name)[split]
+        if (path / "state.json").exists():
+            return datasets.load_from_disk(name)
+        if path.is_file():
+            name, options["data_files"] = _BUILDERS.get(path.suffix, "text"), str(path)
+        if not streaming:
+            options["num_proc"] = num_proc
+        return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming, **options)
+    except Exception as error:  # wrong name, config or split, no network, …: each with a class of its own
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(
+            f"cannot load the split {split!r} of {path} ({reason}): check name, config and network"
+        ) from error
+
+
+def texts(dataset, column: str) -> Iterator[str]:
+    """The strings of one column, those that are missing or empty left out; UserError if there is no such column."""
+    known = dataset.column_names  # None where a stream does not know before its first row
+    if known is not None and column not in known:
+        raise UserError(f"the dataset has no column {column!r} but {', '.join(known)}: choose one with --text-column")
+    for batch in dataset.select_columns(column).iter(batch_size=1000):
+        for text in batch[column]:
+            if text is not None and not isinstance(text, str):
+                raise UserError(f"column {column!r} holds {type(text).__name__}, not text: choose with --text-column")
+            if text:
+                yield text

@@ -1,0 +1,89 @@
+"""GPT-2's weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
+
+from pathlib import Path
+
+import torch
+
+from harness.errors import UserError
+from model import GPT, GPTConfig
+
+# Hugging Face keeps GPT-2's Conv1D layers, whose weights are (in, out); a Linear's are (out, in).
+_TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+
+
+def load_gpt2(name_or_folder: str) -> GPT:
+    """A GPT with the weights of a Hugging Face GPT-2: a hub name or a local folder. UserError if that cannot be had or
+    is not a GPT-2 that this model expresses."""
+    transformers = _import_transformers()
+    try:
+        peer = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder)
+    except (OSError, ValueError, RuntimeError) as e:
+        reason = str(e).strip().splitlines()[0]
+        raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {reason}") from e
+    c = peer.config
+    unusual = [
+        name
+        for name, value, expected in (
+            ("model_type", c.model_type, "gpt2"),
+            ("n_inner", c.n_inner or 4 * c.n_embd, 4 * c.n_embd),
+            ("scale_attn_weights", c.scale_attn_weights, True),
+            ("scale_attn_by_inverse_layer_idx", c.scale_attn_by_inverse_layer_idx, False),
+            ("layer_norm_epsilon", c.layer_norm_epsilon, 1e-5),
+            ("tie_word_embeddings", c.tie_word_embeddings, True),
+            ("activation_function", c.activation_function in _ACTIVATIONS, True),
+        )
+        if value != expected
+    ]
+    if unusual:
+        raise UserError(f"hf:{name_or_folder}: this GPT cannot express its {', '.join(unusual)}")
+    model = GPT(
+        GPTConfig(
+            block_size=c.n_positions,
+            vocab_size=c.vocab_size,
+            n_layer=c.n_layer,
+            n_head=c.n_head,
+            n_embd=c.n_embd,
+            bias=True,
+            activation=_ACTIVATIONS[c.activation_function],
+        )
+    )
+    state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in peer.state_dict().items()}
+    model.load_state_dict({k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))})
+    return model
+
+
+def save_gpt2(model: GPT, folder: str | Path) -> None:
+    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError with the reason if GPT-2's class cannot express it."""
+    c = model.config
+    if c.normalizer != "softmax":
+        raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")
+    transformers = _import_transformers()
+    config = transformers.GPT2Config(
+        vocab_size=c.vocab_size,
+        n_positions=c.block_size,
+        n_layer=c.n_layer,
+        n_head=c.n_head,
+        n_embd=c.n_embd,
+        activation_function={v: k for k, v in reversed(_ACTIVATIONS.items())}[c.activation],
+        resid_pdrop=c.dropout,
+        embd_pdrop=c.dropout,
+        attn_pdrop=c.dropout,
+    )
+    peer = transformers.GPT2LMHeadModel(config)
+    state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in model.state_dict().items()}
+    for name, tensor in peer.state_dict().items():
+        if name not in state:  # GPT-2's class always has biases: those of a model without are zero
+            state[name] = torch.zeros_like(tensor)
+    peer.load_state_dict(state)
+    peer.save_pretrained(folder)
+
+
+def _import_transformers():
+    try:
+        import transformers
+    except ImportError:
+        raise UserError("GPT-2 checkpoints of Hugging Face need transformers: pip install transformers") from None
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    return transformers

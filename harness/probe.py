@@ -1,0 +1,58 @@
+"""Look inside a model: statistics of its weights and of what flows through it."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from harness.moments import Moments
+from model import GPT, attention_weights, null_logits
+
+
+def weight_kurtosis(model: GPT) -> dict[str, float | None]:
+    """The excess kurtosis of every weight matrix, by parameter name; None where its variance is zero."""
+    result = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            moments = Moments()
+            moments.update(parameter.detach())
+            result[name] = moments.excess_kurtosis
+    return result
+
+
+@torch.no_grad()
+def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
+    """The excess kurtosis of the attention probabilities on idx (B, T), each layer's over all its (B, H, T, T) entries,
+    the causal zeros included; averaged over layers. This is the activation kurtosis that quietGPT logs."""
+    kurtoses = []
+    with capture_qk(model) as captured:
+        model(idx)
+    for attn, q, k in captured:
+        moments = Moments()
+        for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):  # one sequence's T × T maps at a time
+            null_logit = null_logits(attn.normalizer, attn.n_head, q.device)
+            moments.update(attention_weights(q_1, k_1, null_logit=null_logit, scale=q.size(-1) ** -0.5))
+        kurtoses.append(moments.excess_kurtosis)
+    return None if None in kurtoses else sum(kurtoses) / len(kurtoses)
+
+
+@contextlib.contextmanager
+def capture_qk(model: GPT):
+    """A list that fills, while the model runs, with (attention module, q, k) of each layer; q and k (B, H, T, D)."""
+    captured, handles = [], []
+
+    def hook_for(attn):
+        def hook(_module, _inputs, qkv):
+            B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
+            q, k, _ = (z.view(B, T, attn.n_head, C // attn.n_head).transpose(1, 2) for z in qkv.split(C, dim=2))
+            captured.append((attn, q, k))
+
+        return hook
+
+    for block in model.transformer.h:
+        handles.append(block.attn.c_attn.register_forward_hook(hook_for(block.attn)))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()

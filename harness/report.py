@@ -1,0 +1,100 @@
+"""How results look: one figure style for all scripts, files that are never half-written, tables in plain text."""
+
+import math
+import os
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")  # no display is needed, and none is opened
+import matplotlib.pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from harness.errors import UserError
+
+# Okabe & Ito (2008) without their yellow, which vanishes on white. Colour, dash and marker each tell the runs apart, so
+# that a grey print or a colour-blind eye loses nothing; 7, 4 and 7 repeat together only after 28 runs.
+_COLORS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
+_DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+RUN_STYLES = tuple({"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28))
+
+_STYLE = {
+    "font.size": 9,
+    "axes.titlesize": 10,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#777777",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.7,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "lines.linewidth": 1.6,
+    "lines.markersize": 5,
+    "lines.markeredgecolor": "white",
+    "lines.markeredgewidth": 0.6,
+    "figure.constrained_layout.h_pad": 0.08,
+    "figure.constrained_layout.w_pad": 0.08,
+    "legend.frameon": False,
+    "savefig.dpi": 150,
+}
+
+
+def new_figure(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
+    """A figure in the house style with a grid of panels, each 3.9 × 2.7 inches; the panels row by row in one list."""
+    plt.rcParams.update(_STYLE)
+    size = (3.9 * columns, 2.7 * rows + 0.4)
+    figure, grid = plt.subplots(rows, columns, squeeze=False, layout="constrained", figsize=size)
+    return figure, list(grid.flat)
+
+
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Write the figure in the format that the suffix names, whole or not at all, and close it. Returns the path.
+
+    Raises UserError where the suffix is no picture format or the folder cannot be made.
+    """
+    path = Path(path)
+    kind = path.suffix.lstrip(".").lower()
+    if kind not in figure.canvas.get_supported_filetypes():
+        raise UserError(f"{path}: cannot draw a picture of type {path.suffix or '(none)'!r}; name it like curves.png")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; give the name of a picture file in it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"{path}: {path.parent} cannot be a folder, a file is in the way; give another path") from None
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(unfinished, format=kind)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        plt.close(figure)
+    return path
+
+
+def print_table(rows: list[dict], columns: list[str]) -> None:
+    """Print one line a row: text to the left, numbers to the right with four digits, `–` for None and missing keys."""
+    cells = [[_cell(row.get(column)) for column in columns] for row in rows]
+    widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
+    is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
+    for line in (columns, *cells):
+        padded = (
+            cell.ljust(width) if text else cell.rjust(width)
+            for cell, width, text in zip(line, widths, is_text, strict=True)
+        )
+        print("  ".join(padded).rstrip())
+
+
+def _cell(value: str | int | float | None) -> str:
+    if value is None:
+        return "–"
+    if isinstance(value, float) and math.isfinite(value):
+        # four digits, but never an exponent where the integer itself is short enough to read
+        return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
+    return str(value)

@@ -1,0 +1,54 @@
+"""A run's folder, out/<run>: who may write there, and what it already holds."""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+
+from harness.errors import UserError
+
+_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "sample.txt", "wandb", "diagnostics")
+
+
+class RunFolder:
+    """`folder` made and locked: until `close`, or the process ends, no other process trains into it."""
+
+    def __init__(self, folder: Path):
+        self.path = folder
+        self.checkpoint, self.best = folder / "ckpt.pt", folder / "best.pt"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115: the lock lives as long as this object
+        except OSError as e:
+            raise UserError(f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir") from e
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._lock.seek(0)
+            raise UserError(
+                f"process {self._lock.read().strip()} is training into {folder}: wait for it, or choose another run.name"
+            ) from None
+        self._lock.truncate(0)
+        self._lock.write(str(os.getpid()))
+        self._lock.flush()
+        for leftover in folder.glob("*.tmp"):  # of a process killed while it wrote; only the lock's owner writes here
+            leftover.unlink()
+
+    def holds_a_run(self) -> bool:
+        return any((self.path / name).exists() for name in _OURS[:4])
+
+    def clear(self) -> None:
+        """Remove a former run's files, and nothing that is not ours."""
+        for name in _OURS:
+            target = self.path / name
+            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        self._lock.close()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)

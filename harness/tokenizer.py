@@ -1,0 +1,151 @@
+"""From text to token ids and back: bytes, characters, or GPT-2's byte-pair encoding.
+
+A tokenizer also knows how many bytes of text each id stands for, so that a loss in nats a token becomes bits a byte,
+the one number that compares models whatever their tokenizer. Text may be `str` or UTF-8 `bytes`; what is not valid
+UTF-8 is kept by `Bytes` and becomes U+FFFD for the others.
+"""
+
+import os
+from functools import cached_property
+
+import numpy as np
+
+from harness.errors import UserError
+
+
+class Tokenizer:
+    """What the three have in common. `encode` returns a 1-D array of unsigned ids, possibly read-only."""
+
+    name: str  # as in meta.json and on the command line
+    vocab_size: int
+    separator: int | None = None  # the id between two documents
+
+    def encode(self, text: str | bytes) -> np.ndarray:
+        raise NotImplementedError
+
+    def decode_bytes(self, ids) -> bytes:
+        """The bytes that `ids` (any integer sequence or array) stand for. An id outside the vocabulary: UserError."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """`decode_bytes` as text; a character cut in half becomes U+FFFD."""
+        return self.decode_bytes(ids).decode(errors="replace")
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text that each id stands for."""
+        raise NotImplementedError
+
+    def _checked(self, ids) -> np.ndarray:
+        ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+        outside = ids[(ids < 0) | (ids >= self.vocab_size)]
+        if outside.size:
+            raise UserError(f"token id {outside[0]} is outside the {self.name} vocabulary of {self.vocab_size} ids")
+        return ids
+
+
+class Bytes(Tokenizer):
+    """An id is a byte; documents are parted by the zero byte, which counts as the one byte that it is."""
+
+    name, vocab_size, separator = "bytes", 256, 0
+
+    def encode(self, text):
+        return np.frombuffer(_as_bytes(text), dtype=np.uint8)
+
+    def decode_bytes(self, ids):
+        return self._checked(ids).astype(np.uint8).tobytes()
+
+    def token_bytes(self):
+        return np.ones(256, dtype=np.int64)
+
+
+class Chars(Tokenizer):
+    """An id is a character's place in `vocabulary` (a string, usually sorted). Documents follow each other unparted."""
+
+    name = "chars"
+
+    def __init__(self, vocabulary: str):
+        if not vocabulary or len(set(vocabulary)) != len(vocabulary):
+            raise UserError("a character vocabulary must hold at least one character, and each only once")
+        self.vocabulary = vocabulary
+        self.vocab_size = len(vocabulary)
+        code_points = self._code_points(vocabulary)
+        self._ids = np.full(int(code_points.max()) + 1, self.vocab_size, dtype=np.uint32)  # vocab_size marks "unknown"
+        self._ids[code_points] = np.arange(self.vocab_size)
+
+    @staticmethod
+    def _code_points(text: str) -> np.ndarray:
+        return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+    def encode(self, text):
+        """Raises UserError, which names it, at the first character that is not in the vocabulary."""
+        text = _as_text(text)
+        code_points = self._code_points(text)
+        ids = self._ids.take(code_points, mode="clip")
+        unknown = (code_points >= len(self._ids)) | (ids == self.vocab_size)
+        if unknown.any():
+            character = text[int(unknown.argmax())]
+            raise UserError(f"character {character!r} is not in the vocabulary of {self.vocab_size} characters")
+        return ids
+
+    def decode_bytes(self, ids):
+        return "".join(self.vocabulary[i] for i in self._checked(ids)).encode(errors="replace")
+
+    def token_bytes(self):
+        return np.array([len(character.encode(errors="replace")) for character in self.vocabulary], dtype=np.int64)
+
+
+class GPT2(Tokenizer):
+    """GPT-2's byte-pair encoding. Text never becomes a special token: only the corpus writer puts <|endoftext|>,
+    which stands for no byte of text, between documents."""
+
+    name, vocab_size, separator = "gpt2", 50257, 50256
+
+    @cached_property
+    def _encoding(self):
+        import tiktoken  # here, since byte-level runs need neither the package nor its file
+
+        try:
+            return tiktoken.get_encoding("r50k_base")  # the merges and ids of "gpt2", in one file to fetch
+        except Exception as error:  # no network, no permission, a broken download: tiktoken wraps none of them
+            cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+            reason = getattr(error, "strerror", None) or type(error).__name__
+            raise UserError(
+                f"cannot load GPT-2's tokenizer (cache: {cache or 'the default'}; {reason}): connect once to "
+                "fetch it, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+            ) from error
+
+    def encode(self, text):
+        # Straight to an array: a Python list of ints costs as much again as the encoding, in garbage collection too.
+        return self._encoding.encode_to_numpy(_as_text(text), disallowed_special=())
+
+    def decode_bytes(self, ids):
+        return self._encoding.decode_bytes(self._checked(ids).tolist())
+
+    def token_bytes(self):
+        return np.array(
+            [0 if i == self.separator else len(self._encoding.decode_single_token_bytes(i)) for i in range(50257)],
+            dtype=np.int64,
+        )
+
+
+def from_name(name: str) -> Tokenizer:
+    """ "bytes" or "gpt2": the tokenizers that need no corpus to be known."""
+    return {"bytes": Bytes, "gpt2": GPT2}[name]()
+
+
+def from_meta(meta: dict) -> Tokenizer:
+    """The tokenizer that a corpus's meta.json describes; UserError if it describes none."""
+    name, vocabulary = meta.get("tokenizer"), meta.get("vocabulary")
+    if name == "chars" and isinstance(vocabulary, str):
+        return Chars(vocabulary)
+    if name in ("bytes", "gpt2"):
+        return from_name(name)
+    raise UserError(f"meta.json describes no known tokenizer ({name!r}; known: bytes, chars, gpt2): prepare it again")
+
+
+def _as_bytes(text: str | bytes) -> bytes:
+    return text.encode(errors="replace") if isinstance(text, str) else text  # a lone surrogate has no UTF-8
+
+
+def _as_text(text: str | bytes) -> str:
+    return _as_bytes(text).decode(errors="replace")

@@ -1,0 +1,110 @@
+"""Curves: metrics.jsonl always, wandb beside it, and the progress that a person watches."""
+
+import json
+import os
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from harness.runfolder import write_text
+
+
+class Tracker:
+    """Writes a run's metrics: one JSON object a line, each step once, and the same to wandb.
+
+    After a resume from step s the lines beyond s are taken back, for their steps are run again. wandb cannot take
+    anything back, so there the steps that it has already seen are left out: `wandb/run.json` keeps the run's id, which
+    every resume continues, and the last step logged.
+    """
+
+    def __init__(self, folder: Path, config, resume_step: int | None):
+        self.path = folder / "metrics.jsonl"
+        lines = self._read()
+        self._wandb_state = folder / "wandb" / "run.json"
+        state = json.loads(self._wandb_state.read_text()) if self._wandb_state.exists() else {}
+        self._wandb_id = state.get("id") or secrets.token_hex(4)
+        self._wandb_seen = max([state.get("last_step", -1)] + [line["step"] for line in lines])
+        self._wandb_state.parent.mkdir(exist_ok=True)
+        write_text(self._wandb_state, json.dumps({"id": self._wandb_id, "last_step": self._wandb_seen}))
+
+        kept = [line for line in lines if resume_step is not None and line["step"] <= resume_step]
+        write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: open for the whole run
+        self._run = self._start_wandb(folder, config)
+
+    def _read(self) -> list[dict[str, Any]]:
+        lines = []
+        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
+            try:
+                lines.append(json.loads(text))
+            except json.JSONDecodeError:  # cut off by a kill: the last line, whose step is run again
+                break
+        return lines
+
+    def _start_wandb(self, folder: Path, config):
+        import wandb
+
+        mode, reason = config.tracking.wandb, "as configured"
+        if mode == "auto" and "WANDB_MODE" in os.environ:
+            mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
+        elif mode == "auto":
+            wandb.setup(wandb.Settings(silent=True))
+            logged_in = wandb.login(prompt=False)
+            mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
+        print(f"wandb: {mode} ({reason})" + (f", run {self._wandb_id} in {folder}/wandb" if mode != "disabled" else ""))
+        if mode == "disabled":
+            return None
+        return wandb.init(
+            mode=mode,
+            dir=folder,
+            project=config.tracking.project,
+            name=config.run.name,
+            id=self._wandb_id,
+            resume="allow",
+            config=config.to_dict(),
+            settings=wandb.Settings(silent=mode == "offline", console="off"),
+        )
+
+    def log(self, step: int, metrics: dict[str, float | None]) -> None:
+        """One line for `step`; a value that is not finite is written as null."""
+        finite = {k: v if v is not None and abs(v) < float("inf") else None for k, v in metrics.items()}
+        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
+        self._file.flush()  # first, so that wandb never holds a step that `last_step` above cannot know of
+        if self._run and step > self._wandb_seen:
+            self._run.log({k: v for k, v in finite.items() if v is not None}, step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        if self._run:
+            self._run.finish()
+
+
+class Progress:
+    """A bar with loss, tokens/s and time left on a terminal; elsewhere a plain line now and then."""
+
+    def __init__(self, total: int, done: int):
+        self._bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self._total = total
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def report(self, step: int, loss: float, tokens_per_second: float, seconds_a_step: float) -> None:
+        if not self._bar.disable:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s")
+            return
+        left = int((self._total - step) * seconds_a_step)
+        self.say(
+            f"step {step}/{self._total}: loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s, "
+            f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} left"
+        )
+
+    def say(self, text: str) -> None:
+        """A line of its own, above the bar where there is one."""
+        tqdm.write(text) if not self._bar.disable else print(text, flush=True)
+
+    def close(self) -> None:
+        self._bar.close()

@@ -1,0 +1,362 @@
+"""GPT-2 with a pluggable attention, in one file: read it from top to bottom.
+
+- `softmax1` and `attention`: the two functions this project is about. The *normalizer* of the forward pass (softmax,
+  or softmax1, which may attend to nothing) and the *backward* pass (full, diagonal or straight-through) are chosen
+  independently; the forward pass never depends on the backward.
+- `GPT`: pre-LayerNorm, learned positions, tied embeddings. Modules and parameters carry nanoGPT's names, so that its
+  checkpoints load.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Normalizer = Literal["softmax", "softmax1"]
+Backward = Literal["full", "diagonal", "ste"]
+Activation = Literal["gelu_tanh", "gelu"]
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
+def softmax1(x: Tensor, dim: int = -1) -> Tensor:
+    """`exp(x_i) / (1 + Σ_j exp(x_j))` along `dim`: a softmax over x and one more logit, 0, whose share is dropped.
+
+    Any shape; integers become the default float type. E. Miller, "Attention Is Off By One" (2023).
+    """
+    if not x.is_floating_point():
+        x = x.to(torch.get_default_dtype())
+    # The shift covers the null logit too, hence the clamp: exp(-shift) then never overflows, however low x lies.
+    shift = x.detach().amax(dim, keepdim=True).clamp(min=0)
+    exp_x = torch.exp(x.float() - shift.float()) if x.dtype in (torch.float16, torch.bfloat16) else torch.exp(x - shift)
+    return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
+
+
+class AttentionWeights(torch.autograd.Function):
+    """Scores S to weights `P = exp(S − lse)`, with a choice of what flows back through the normaliser's Jacobian.
+
+    For one row `∂P/∂S = diag(P) − P Pᵀ`: the local term `P(1 − P)` on its diagonal, and the lateral one off it.
+    """
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, null_logit: Tensor | None, visible: Tensor, backward: Backward) -> Tensor:
+        scores = scores.masked_fill(~visible, -math.inf)
+        lse = torch.logsumexp(scores, dim=-1, keepdim=True)
+        if null_logit is not None:  # one more slot in the row, its value zero
+            lse = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, 1, 1))
+        log_weights = scores - lse
+        ctx.save_for_backward(log_weights, visible)
+        ctx.backward_mode, ctx.has_null = backward, null_logit is not None and null_logit.requires_grad
+        return log_weights.exp()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        log_weights, visible = ctx.saved_tensors
+        weights = log_weights.exp()
+        row_mean = (weights * grad).sum(-1, keepdim=True)  # Σ_k P_ik g_ik
+        if ctx.backward_mode == "full":
+            grad_scores = weights * (grad - row_mean)
+        elif ctx.backward_mode == "diagonal":
+            grad_scores = weights * -torch.expm1(log_weights) * grad  # 1 − P without its cancellation as P → 1
+        else:  # ste: as if the weights were the scores
+            grad_scores = grad * visible
+        # ∂P_ij/∂b = −P_ij P_i,null, summed over all but the heads: the null slot's own gradient is exact in every mode.
+        null_share = -torch.expm1(torch.logsumexp(log_weights, -1, keepdim=True))
+        grad_null = -(null_share * row_mean).sum(dim=(0, 2, 3)) if ctx.has_null else None
+        return grad_scores, grad_null, None, None
+
+
+def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", scale: float) -> Tensor:
+    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32."""
+    T_q, T_k = q.size(-2), k.size(-2)
+    visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
+    scores = (q @ k.transpose(-2, -1)) * scale
+    exact = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
+    return AttentionWeights.apply(exact, null_logit, visible, backward)
+
+
+def null_logits(normalizer: Normalizer, n_head: int, device) -> Tensor | None:
+    """The null slot's logit of each head (H,): 0 under softmax1, none under softmax."""
+    return torch.zeros(n_head, device=device) if normalizer == "softmax1" else None
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: Normalizer = "softmax",
+    backward: Backward = "full",
+    null_logit: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
+
+    Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
+    `null_logit` (H,) gives every row one more slot of that logit and value zero; softmax1 is the null logit 0.
+    `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
+    `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
+    """
+    _check_attention_arguments(q, k, v, normalizer, backward, null_logit)
+    T_q, T_k, D = q.size(-2), k.size(-2), q.size(-1)
+    scale = 1 / math.sqrt(D) if scale is None else scale
+    null_logit = null_logits(normalizer, q.size(1), q.device) if null_logit is None else null_logit
+    if backward == "full" and null_logit is None and (T_q == T_k or T_q == 1):
+        causal = T_q > 1  # a single query at the end sees every key
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale)
+    weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)  # O(T²) memory
+    return F.dropout(weights, dropout_p).to(v.dtype) @ v
+
+
+def _check_attention_arguments(q, k, v, normalizer, backward, null_logit) -> None:
+    if normalizer not in get_args(Normalizer):
+        raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
+    if backward not in get_args(Backward):
+        raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
+    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(-1) != k.size(-1):
+        raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H, T_k, D)")
+    if q.size(-2) > k.size(-2):
+        raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
+    if null_logit is not None and normalizer == "softmax1":
+        raise ValueError("softmax1 is the null logit 0: give null_logit with normalizer 'softmax' only")
+    if null_logit is not None and null_logit.shape != (q.size(1),):
+        raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
+
+
+# --- the model ------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class GPTConfig:
+    """The shape of a GPT. Raises ValueError where it makes no sense."""
+
+    block_size: int = 1024
+    """longest context, in tokens"""
+    vocab_size: int = 50304
+    """token ids; GPT-2's 50257 padded to a multiple of 64 is faster"""
+    n_layer: int = 12
+    """transformer blocks"""
+    n_head: int = 12
+    """attention heads a block"""
+    n_embd: int = 768
+    """width of the residual stream; a multiple of n_head"""
+    dropout: float = 0.0
+    """dropout of embeddings, attention weights and residual branches"""
+    bias: bool = True
+    """biases in linear layers and layer norms, as GPT-2; without is a bit faster"""
+    normalizer: Normalizer = "softmax"
+    """how scores become attention weights; softmax1 may attend to nothing"""
+    backward: Backward = "full"
+    """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
+    activation: Activation = "gelu_tanh"
+    """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
+
+    def __post_init__(self):
+        for name in ("block_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H, block_size, D) each."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0  # tokens held; moved on by the model once all layers have appended
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the new tokens (B, H, T, D); return those of all tokens so far."""
+        end = self.length + k.size(-2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.normalizer, self.backward_mode = config.normalizer, config.backward
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = (
+            z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
+            for z in self.c_attn(x).split(C, dim=2)
+        )
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        dropout_p = self.dropout if self.training else 0.0
+        y = attention(q, k, v, normalizer=self.normalizer, backward=self.backward_mode, dropout_p=dropout_p)
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+
+
+class Block(nn.Module):
+    def __init__(self, config: GPTConfig, layer: int):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(config.vocab_size, config.n_embd),
+                "wpe": nn.Embedding(config.block_size, config.n_embd),
+                "drop": nn.Dropout(config.dropout),
+                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+            }
+        )
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        self.lm_head.weight = self.transformer.wte.weight  # tied
+
+        self.apply(self._init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith("c_proj.weight"):  # the residual stream sums 2·n_layer branches: keep its variance (GPT-2)
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
+
+    @staticmethod
+    def _init_weights(module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=0.02)
+        if isinstance(module, nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored (or None)."""
+        logits = self.lm_head(self.features(idx))
+        if targets is None:
+            return logits, None
+        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+
+    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The final layer norm's output (B, T, C); with a cache, idx holds the tokens that follow what it holds."""
+        start = cache.length if cache is not None else 0
+        end = start + idx.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens is longer than block_size, {self.config.block_size}")
+        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            x = block(x, cache)
+        if cache is not None:
+            cache.length = end
+        return self.transformer.ln_f(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        idx: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        stop_token: int | None = None,
+        generator: torch.Generator | None = None,
+        use_cache: bool = True,
+    ):
+        """Continue idx (B, T), yielding the next tokens (B, 1) one step at a time, at most `max_new_tokens` of them.
+
+        temperature 0 takes the likeliest token; `top_k` keeps the k likeliest, `top_p` the fewest that hold that
+        probability. A row that drew `stop_token` repeats it; when all have, generation ends. Beyond block_size the
+        context is its last block_size tokens: all positions move then, so each token costs a whole forward pass.
+        """
+        block_size = self.config.block_size
+        cache = KVCache(self.config, idx.size(0), idx.device, self._cache_dtype(idx.device)) if use_cache else None
+        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        for _ in range(max_new_tokens):
+            if cache is not None and idx.size(1) <= block_size:
+                x = self.features(idx[:, cache.length :], cache)
+            else:
+                x = self.features(idx[:, -block_size:])
+            token = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)
+            if stop_token is not None:
+                token = torch.where(stopped, stop_token, token)
+                stopped |= token == stop_token
+            yield token
+            if stop_token is not None and stopped.all():
+                return
+            idx = torch.cat((idx, token), dim=1)
+
+    def _cache_dtype(self, device) -> torch.dtype:
+        if torch.is_autocast_enabled(device.type):
+            return torch.get_autocast_dtype(device.type)
+        return self.transformer.wte.weight.dtype
+
+    def parameter_groups(self, weight_decay: float) -> list[dict]:
+        """For the optimizer: matrices and embeddings decay; biases and layer norms (one dimension) do not."""
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return [
+            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        ]
+
+    def num_parameters(self) -> int:
+        """All parameters but the position table, which takes part in no matrix product (the tied head does)."""
+        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+
+    def flops_per_token(self) -> int:
+        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
+        c = self.config
+        return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def crop_block_size(self, block_size: int) -> None:
+        """Shorten the context, dropping the later positions. ValueError if it would grow."""
+        if not 1 <= block_size <= self.config.block_size:
+            raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
+        self.config.block_size = block_size
+        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+        self.transformer.wpe.num_embeddings = block_size
+
+
+def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
+    """Draw one token a row from logits (B, V) → (B, 1); see GPT.generate for the knobs."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        p, order = F.softmax(logits, dim=-1).sort(descending=True)
+        outside = p.cumsum(-1) - p >= top_p  # tokens whose betters already hold top_p; the first always stays
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
