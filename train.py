@@ -125,10 +125,11 @@ def main() -> int:
                 "step": step,
                 "best_val_loss": best_val_loss,
                 "config": config.to_dict(),
-                "corpus": {"folder": config.data.corpus, "sha256": corpus.sha256},
+                "corpus": {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
+                | {"folder": config.data.corpus, "sha256": corpus.sha256},
                 "ranks": ranks.size,
                 "threads": torch.get_num_threads(),
-                "torch": torch.__version__,
+                "torch": str(torch.__version__),
             }
             | ({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} if with_optimizer else {}),
         )
@@ -220,7 +221,9 @@ def main() -> int:
         progress.close()
         tracker.close()
     if stop.requested and step < c.max_steps:
-        say(f"stopped at step {step} of {c.max_steps} and saved {folder.checkpoint}: the same command continues from it")
+        say(
+            f"stopped at step {step} of {c.max_steps} and saved {folder.checkpoint}: the same command continues from it"
+        )
         return 128 + stop.requested
     return 0
 

@@ -55,7 +55,9 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
     missing = [k for k in ("model", "model_args") if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
-        raise UserError(f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}")
+        raise UserError(
+            f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}"
+        )
     return checkpoint
 
 

@@ -5,7 +5,7 @@
 
     format             1
     tokenizer          "bytes", "chars" or "gpt2"; "chars" has its characters under `vocabulary`
-    vocab_size, dtype  "uint16", or "uint32" above 65,535 ids; little-endian
+    vocab_size, dtype  "uint16", or "uint32" above 65,535 ids
     document_separator the id between documents, or null
     source             where the text came from
     splits             train, val: {tokens, bytes (of text), documents, bytes_per_token, sha256}
@@ -35,7 +35,7 @@ from harness.tokenizer import GPT2, Chars, Tokenizer, from_meta
 
 SPLITS = ("train", "val")
 FORMAT = 1
-PIECE = 1 << 20  # bytes of text that one thread encodes at a time
+PIECE = 1 << 18  # bytes of text that one thread encodes at a time (GPT-2's regex fails on a million spaces)
 CHUNK = 1 << 23  # token ids looked at together when a whole file is checked
 
 
@@ -112,7 +112,7 @@ class Corpus:
         if not count:
             raise self._broken(path.name, "is empty")
         try:
-            return np.memmap(path, dtype=np.dtype(dtype).newbyteorder("<"), mode="r")
+            return np.memmap(path, dtype=dtype, mode="r")
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
 
@@ -249,6 +249,9 @@ def write_corpus(
             os.fsync(file.fileno())
         for name, path in temporary.items():
             os.replace(path, folder / name)
+    except OSError as error:
+        error.filename = error.filename or str(folder)  # a full disk does not say where
+        raise
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
@@ -273,7 +276,7 @@ def _describe(tokenizer: Tokenizer, source: str, splits: dict, dtype: str) -> di
 
 def _remove_leftovers(folder: Path) -> None:
     """Remove temporary files of a writer that was killed; one that still runs keeps its own."""
-    for path in folder.glob("*.tmp"):
+    for path in folder.glob("*.*.*.tmp"):
         name, pid = path.stem.rsplit(".", 1)
         if name in ("meta.json", "train.bin", "val.bin") and pid.isdecimal():
             try:

@@ -39,9 +39,12 @@ def texts(dataset, column: str) -> Iterator[str]:
     known = dataset.column_names  # None where a stream does not know before its first row
     if known is not None and column not in known:
         raise UserError(f"the dataset has no column {column!r} but {', '.join(known)}: choose one with --text-column")
-    for batch in dataset.select_columns(column).iter(batch_size=1000):
-        for text in batch[column]:
-            if text is not None and not isinstance(text, str):
-                raise UserError(f"column {column!r} holds {type(text).__name__}, not text: choose with --text-column")
-            if text:
-                yield text
+    try:
+        for batch in dataset.select_columns(column).iter(batch_size=1000):
+            for text in batch[column]:
+                if text is not None and not isinstance(text, str):
+                    raise UserError(f"column {column!r} holds {type(text).__name__}: choose one with --text-column")
+                if text:
+                    yield text
+    except OSError as error:  # a connection lost for good: datasets itself has tried again by now
+        raise UserError(f"reading the dataset failed ({' '.join(str(error).split())[:200]}): run it again") from error

@@ -20,7 +20,9 @@ class RunFolder:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(folder / ".lock", "a+")  # noqa: SIM115: the lock lives as long as this object
         except OSError as e:
-            raise UserError(f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir") from e
+            raise UserError(
+                f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir"
+            ) from e
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

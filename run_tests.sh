@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Environment, lint, tests: ./run_tests.sh [pytest arguments]
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source harness/environment.sh
+use_environment requirements-dev.txt
+
+ruff check .
+ruff format --check .
+exec python -m pytest "$@"

@@ -1,0 +1,77 @@
+"""Stream text from a checkpoint: `python scripts/sample.py CHECKPOINT [--prompt TEXT] [--temperature T] …`."""
+
+import argparse
+import codecs
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from harness.checkpoint import load_model
+from harness.corpus import Corpus
+from harness.device import choose_device
+from harness.errors import UserError, run_cli
+from harness.tokenizer import from_meta
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="ckpt.pt of this project or of nanoGPT, or hf:NAME_OR_FOLDER")
+    parser.add_argument("--prompt", help="text to continue (default: a new document)")
+    parser.add_argument("--max_new_tokens", type=int, default=500, help="default: 500")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token; default: 0.8")
+    parser.add_argument("--top_k", type=int, help="draw from the k likeliest tokens only")
+    parser.add_argument("--top_p", type=float, help="draw from the fewest tokens that hold this probability")
+    parser.add_argument("--stop", action="store_true", help="end at the document separator")
+    parser.add_argument("--num_samples", type=int, default=1, help="default: 1")
+    parser.add_argument("--seed", type=int, default=1337)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--data", metavar="DIR", help="the corpus with the tokenizer, where the checkpoint lacks it")
+    args = parser.parse_args()
+
+    device = choose_device(args.device)
+    model, info = load_model(args.checkpoint, device)
+    tokenizer = find_tokenizer(args, info)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{args.checkpoint} has {model.config.vocab_size} token ids, the tokenizer '{tokenizer.name}' "
+            f"{tokenizer.vocab_size}: give the corpus it was trained on with --data"
+        )
+
+    separator = tokenizer.separator
+    prompt = tokenizer.encode(args.prompt) if args.prompt else [0 if separator is None else separator]
+    generator = torch.Generator(device).manual_seed(args.seed)
+    for number in range(args.num_samples):
+        if number:
+            print("\n" + "-" * 80)
+        print(args.prompt or "", end="", flush=True)
+        text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
+        for token in model.generate(
+            torch.tensor([list(map(int, prompt))], device=device),
+            args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            stop_token=separator if args.stop else None,
+            generator=generator,
+        ):
+            if token.item() < tokenizer.vocab_size:  # the padding of the vocabulary stands for no text
+                print(text.decode(tokenizer.decode_bytes([token.item()])), end="", flush=True)
+        print(text.decode(b"", final=True))
+
+
+def find_tokenizer(args, info: dict):
+    """The checkpoint's own tokenizer; GPT-2's for a Hugging Face checkpoint; else that of the corpus in --data."""
+    if args.data:
+        return Corpus(args.data, verify=False).tokenizer
+    if str(args.checkpoint).startswith("hf:"):
+        return from_meta({"tokenizer": "gpt2"})
+    if "corpus" not in info:
+        raise UserError(f"{args.checkpoint} does not say how its text was tokenized: name its corpus with --data DIR")
+    return from_meta(info["corpus"])
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))

@@ -1,0 +1,344 @@
+"""Training runs: exact resume, interruption, accumulation, ranks, and what a user's mistakes do.
+
+Each run is a process of its own, forked from a server that has imported train.py already: a start costs milliseconds
+where a fresh interpreter takes seconds, and it can be killed like any other.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.corpus import write_corpus
+from harness.tokenizer import from_name
+
+ROOT = Path(__file__).parents[1]
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train"])
+
+CONFIG = """
+model: {n_layer: 2, n_head: 2, n_embd: 32, block_size: 16, bias: false, normalizer: softmax1, dropout: 0.0}
+data: {corpus: corpus}
+optimizer: {lr: 1e-2, warmup_steps: 2, min_lr: 1e-3}
+training: {max_steps: 24, batch_size: 8, device: cpu, dtype: float32, checkpoint_interval: 5}
+evaluation: {interval: 6, batches: 4}
+tracking: {wandb: disabled, log_interval: 1}
+"""
+
+
+def _child(arguments, log):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    import train
+    from harness.errors import run_cli
+
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    sys.exit(run_cli(train.main))
+
+
+class Run:
+    """`train.py config.yaml --run.name NAME …` in a folder of its own."""
+
+    def __init__(self, name: str, *arguments: str):
+        self.folder, self.log = Path("out") / name, Path(f"{name}.log")
+        arguments = ("config.yaml", "--run.name", name, *arguments)
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log))
+        self.process.start()
+
+    def wait(self) -> int:
+        self.process.join(120)
+        return self.process.exitcode
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.time() + 60
+        while not any(line["step"] >= step for line in self.metrics()):
+            assert time.time() < deadline and self.process.is_alive(), self.output()
+            time.sleep(0.002)
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def checkpoint(self, name="ckpt.pt") -> dict:
+        return torch.load(self.folder / name, weights_only=True)
+
+
+def finished(name: str, *arguments: str) -> Run:
+    run = Run(name, *arguments)
+    assert run.wait() == 0, run.output()
+    return run
+
+
+def refused(name: str, *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    run = Run(name, *arguments)
+    assert run.wait() == 2, run.output()
+    errors = [line for line in run.output().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.output()
+    assert "Traceback" not in run.output()
+    return errors[0]
+
+
+def reproducible(lines: list[dict]) -> list[dict]:
+    """The metrics without those that a clock gives."""
+    return [{k: v for k, v in line.items() if k not in ("train/tokens_per_second", "train/mfu")} for line in lines]
+
+
+def assert_same_run(a: Run, b: Run) -> None:
+    assert reproducible(a.metrics()) == reproducible(b.metrics())
+    one, other = a.checkpoint(), b.checkpoint()
+    assert one["step"] == other["step"]
+    assert one["best_val_loss"] == other["best_val_loss"]
+    for key, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][key]), key
+    for i, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][i][k]) for k, value in state.items())
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(CONFIG)
+    text = b" ".join(b"%d squared is %d." % (i, i * i) for i in range(3000))
+    write_corpus("corpus", [("train", text[:40000]), ("val", text[40000:44001])], from_name("bytes"), source="test")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
+@pytest.mark.parametrize("micro_batch_size", ["8", "2"])
+def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, dropout, micro_batch_size):
+    how = ("--training.dtype", dtype, "--model.dropout", dropout, "--training.micro_batch_size", micro_batch_size)
+    whole = finished("whole", *how)
+    for step in (0, 7, 16):  # before the first checkpoint, between two, and once more after a resume
+        killed = Run("killed", *how)
+        killed.wait_for_step(step)
+        killed.process.kill()
+        killed.process.join()
+    resumed = finished("killed", *how)
+    assert "resuming out/killed from step 1" in resumed.output()  # 10 or 15
+    assert [line["step"] for line in resumed.metrics()] == list(range(25))
+    assert_same_run(whole, resumed)
+
+
+def test_micro_steps_add_up_to_the_whole_batch():
+    whole = finished("whole", "--training.max_steps", "6")
+    parts = finished("parts", "--training.max_steps", "6", "--training.micro_batch_size", "2")
+    losses = [[line["train/loss"] for line in run.metrics()[1:]] for run in (whole, parts)]
+    # The same sums in another order: a few roundings of float32 a step, which Adam's normalised steps carry along.
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_two_ranks_train_as_one():
+    one = finished("one", "--training.max_steps", "6")
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
+    command += [str(ROOT / "train.py"), "config.yaml", "--run.name", "two", "--training.max_steps", "6"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(7))
+    for key in ("train/loss", "val/loss", "train/grad_norm"):
+        ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number):
+    whole = finished("whole")
+    run = Run("stopped")
+    run.wait_for_step(8)
+    os.kill(run.process.pid, number)
+    assert run.wait() == 128 + number
+    stopped_at = run.checkpoint()["step"]
+    assert 8 <= stopped_at < 24
+    assert f"stopped at step {stopped_at} of 24" in run.output()
+    assert "the same command continues" in run.output()
+    assert_same_run(whole, finished("stopped"))
+
+
+def test_ctrl_c_twice_stops_at_once_with_the_checkpoint_intact():
+    run = Run("twice", "--training.max_steps", "100000")
+    run.wait_for_step(6)
+    os.kill(run.process.pid, signal.SIGINT)
+    os.kill(run.process.pid, signal.SIGINT)
+    assert run.wait() in (130, 128 + signal.SIGINT)
+    assert run.checkpoint()["step"] >= 5
+    assert not list(run.folder.glob("*.tmp"))
+
+
+def test_a_finished_run_says_so_and_does_nothing():
+    finished("run")
+    before = {p: p.read_bytes() for p in Path("out/run").iterdir() if p.is_file()}
+    again = finished("run")
+    assert "out/run is finished: step 24 of 24" in again.output()
+    assert {p: p.read_bytes() for p in Path("out/run").iterdir() if p.is_file()} == before
+
+
+def test_a_finished_run_goes_on_when_it_is_given_more_steps():
+    finished("run")
+    more = finished("run", "--training.max_steps", "30")
+    assert "resuming out/run from step 24" in more.output()
+    assert "changed since the checkpoint: training.max_steps 24 → 30" in more.output()
+    assert [line["step"] for line in more.metrics()] == list(range(31))
+
+
+def test_starting_afresh_never_destroys_a_run_unasked():
+    first = finished("run")
+    before = first.checkpoint()
+    error = refused("run", "--training.resume", "never")
+    assert "out/run already holds a run" in error
+    assert "training.overwrite" in error
+    assert torch.equal(first.checkpoint()["model"]["lm_head.weight"], before["model"]["lm_head.weight"])
+    other = ("--training.resume", "never", "--training.overwrite", "true", "--run.seed", "7")
+    fresh = finished("run", *other)
+    assert [line["step"] for line in fresh.metrics()] == list(range(25))
+    assert fresh.metrics()[0]["val/loss"] != first.metrics()
+
+
+def test_the_last_evaluation_is_of_the_whole_validation_set():
+    sampled = finished("sampled", "--evaluation.batches", "1")
+    whole = finished("whole", "--evaluation.batches", "full")
+    assert sampled.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
+    assert sampled.metrics()[0]["val/loss"] != whole.metrics()[0]["val/loss"]
+    only = finished("sampled", "--evaluation.only", "true")
+    assert f"val loss {whole.metrics()[-1]['val/loss']:.4f}" in only.output()
+
+
+def test_the_validation_loss_is_that_of_every_target_once():
+    run = finished("run", "--training.max_steps", "6")
+    from harness.checkpoint import load_model
+    from harness.corpus import Corpus
+
+    model, _ = load_model(run.folder / "ckpt.pt")
+    tokens = torch.from_numpy(Corpus("corpus").tokens["val"].astype(np.int64))
+    total = 0.0
+    for start in range(0, len(tokens) - 1, 16):
+        x, y = tokens[start : start + 16][None], tokens[start + 1 : start + 17][None]
+        with torch.no_grad():
+            total += model(x[:, : y.size(1)], y)[1].item() * y.numel()
+    last = run.metrics()[-1]
+    np.testing.assert_allclose(last["val/loss"], total / (len(tokens) - 1), rtol=1e-6)
+    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] / np.log(2), rtol=1e-12)  # a byte a token
+    np.testing.assert_allclose(last["val/perplexity"], np.exp(last["val/loss"]), rtol=1e-12)
+
+
+def test_the_best_checkpoint_is_the_best_evaluation():
+    run = finished("run", "--optimizer.lr", "0.3", "--optimizer.min_lr", "0.3", "--evaluation.batches", "full")
+    evaluated = [(line["val/loss"], line["step"]) for line in run.metrics() if "val/loss" in line and line["step"]]
+    best = run.checkpoint("best.pt")
+    assert (best["best_val_loss"], best["step"]) == min(evaluated)
+
+
+def test_kurtosis_is_logged_at_every_evaluation():
+    run = finished("run")
+    names = {k for line in run.metrics() if "val/loss" in line for k in line if "kurtosis" in k}
+    assert {"activation_kurtosis/train/attention", "activation_kurtosis/val/attention"} < names
+    assert "weight_kurtosis/transformer.h.0.attn.c_attn.weight" in names
+
+
+def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
+    base = finished("base")
+    tuned = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "softmax",
+                     "--optimizer.lr", "0", "--optimizer.min_lr", "0", "--training.max_steps", "1")  # fmt: skip
+    for key, tensor in base.checkpoint()["model"].items():
+        assert torch.equal(tensor, tuned.checkpoint()["model"][key]), key
+    assert tuned.checkpoint()["model_args"]["normalizer"] == "softmax"
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_with_another_model_lists_what_differs():
+    finished("run", "--training.max_steps", "5")
+    error = refused("run", "--model.n_layer", "3", "--model.normalizer", "softmax")
+    assert "n_layer is 3 in the config and 2 in the checkpoint" in error
+    assert "normalizer is softmax in the config and softmax1 in the checkpoint" in error
+
+
+def test_two_processes_cannot_train_into_one_folder():
+    first = Run("run", "--training.max_steps", "100000")
+    first.wait_for_step(1)
+    assert f"process {first.process.pid} is training into out/run" in refused("run")
+    assert first.process.is_alive()
+    first.process.kill()
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint():
+    run = finished("run", "--training.max_steps", "5")
+    good = run.checkpoint()
+    error = refused("run", "--training.max_steps", "40", "--optimizer.lr", "1e30", "--optimizer.min_lr", "1e30",
+                    "--optimizer.grad_clip", "0", "--tracking.log_interval", "4")  # fmt: skip
+    named = int(error.split("error: step ")[1].split(":")[0])
+    assert 6 <= named <= 9
+    assert "not finite" in error
+    assert all(torch.equal(v, good["model"][k]) for k, v in run.checkpoint()["model"].items())
+
+
+def test_a_resume_on_other_text_is_refused():
+    finished("run", "--training.max_steps", "5")
+    write_corpus("corpus", [("train", b"other " * 99), ("val", b"text " * 99)], from_name("bytes"), source="test")
+    assert "was trained on other text" in refused("run")
+
+
+def test_a_full_disk_keeps_the_former_checkpoint(monkeypatch):
+    run = finished("run", "--training.max_steps", "5")
+    size = (run.folder / "ckpt.pt").stat().st_size
+    full = f"ulimit -f {size // 1024 // 2}; trap '' XFSZ; exec {sys.executable} {ROOT}/train.py config.yaml"
+    done = subprocess.run(
+        ["bash", "-c", f"{full} --run.name run --training.max_steps 10"], capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    assert "cannot write out/run/" in done.stderr
+    assert "the former checkpoint is intact" in done.stderr
+    assert run.checkpoint()["step"] == 5
+    assert not list(run.folder.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--model.n_embd", "33"), "n_embd (33) is not divisible by n_head (2)"),
+        (("--model.block_size", "5000"), "model.block_size: 5000 is longer than corpus/val.bin, which has 4001 tokens"),
+        (("--model.vocab_size", "100"), "model.vocab_size: 100 ids are too few for corpus"),
+        (("--training.device", "cuda"), "device 'cuda' is not there"),
+        (("--training.device", "gpu"), "no device 'gpu'"),
+        (("--training.dtype", "float16"), "float16 needs a GPU"),
+        (("--training.micro_batch_size", "3"), "training.micro_batch_size: 3 does not divide"),
+        (("--training.resume", "must"), "there is no out/run/ckpt.pt to resume"),
+        (("--training.init_from", "nowhere.pt"), "no checkpoint nowhere.pt"),
+        (("--data.corpus", "nowhere"), "nowhere is not prepared"),
+        (("--optimizer.learning_rate", "1"), "unknown key 'learning_rate' in section 'optimizer'"),
+        (("--optimizer.lr", "fast"), "optimizer.lr takes a number ≥ 0, not 'fast'"),
+    ],
+)
+def test_mistakes_get_one_line_and_nothing_is_written(arguments, expected):
+    if arguments[1] == "cuda" and torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    assert expected in refused("run", *arguments)
+    assert not Path("out/run").exists()
+
+
+def test_a_checkpoint_that_is_none_is_named():
+    Path("out/run").mkdir(parents=True)
+    Path("out/run/ckpt.pt").write_bytes(b"PK\x03\x04 not really")
+    assert "out/run/ckpt.pt is truncated or not a checkpoint" in refused("run")
+
+
+def test_a_read_only_out_folder_is_named():
+    Path("out").write_text("in the way")  # even root cannot make a folder here
+    assert "cannot write to the run's folder out/run" in refused("run")
