@@ -1,7 +1,7 @@
 """Train a GPT: `python train.py CONFIG [--section.key value …]`, or the same under torchrun. `--help` lists the keys.
 
 Every random draw is a function of (seed, step, where), so that a run which is killed and started again gives, bit for
-bit, the losses and weights of one that never stopped. `main` is the whole story; what it calls stands below it.
+bit, the losses and weights of one that never stopped. `train` is the whole story; what it calls stands below it.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from harness.checkpoint import load_model, read_checkpoint, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
 from harness.device import choose_dtype, now, peak_flops
-from harness.distributed import join_ranks
+from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, write_text
@@ -28,15 +28,22 @@ from model import GPT, GPTConfig
 
 def main() -> int:
     config = main_config(sys.argv[1:])
+    ranks = join_ranks(config.training.device)
+    with contextlib.ExitStack() as stack:
+        stack.callback(ranks.leave)
+        writes = ranks.is_main and not config.evaluation.only
+        return train(config, ranks, stack.enter_context(RunFolder(config.folder)) if writes else None)
+
+
+def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
+    """The exit status. `folder` is the run's, on rank 0."""
     c = config.training
-    ranks = join_ranks(c.device)
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, verify=ranks.is_main)
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
 
-    # What is there already, and what to do about it. Nothing is written or removed until all of it is known to fit.
-    folder = RunFolder(config.folder) if ranks.is_main and not config.evaluation.only else None
+    # What is there already. Nothing is written or removed until all of it is known to fit together.
     checkpoint = checkpoint_to_resume(config)
     start = checkpoint["step"] if checkpoint else 0
     if start >= c.max_steps and not config.evaluation.only:
@@ -54,8 +61,8 @@ def main() -> int:
     say(
         f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward\n"
-        f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; a step is "
-        f"{ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"
+        f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
+        f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"
     )
 
     def evaluate(offsets) -> float:

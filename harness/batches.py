@@ -1,4 +1,4 @@
-"""Which windows of a corpus a step sees: a function of (seed, step) alone, so that a resumed run needs no saved state."""
+"""Which windows of a corpus a step sees: a function of (seed, step) alone, so there is nothing to save or restore."""
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor

@@ -54,7 +54,7 @@ def load_gpt2(name_or_folder: str) -> GPT:
 
 
 def save_gpt2(model: GPT, folder: str | Path) -> None:
-    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError with the reason if GPT-2's class cannot express it."""
+    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it."""
     c = model.config
     if c.normalizer != "softmax":
         raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")

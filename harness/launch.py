@@ -39,12 +39,12 @@ def main() -> int:
 
 
 def prepare(corpus: Path) -> None:
-    """Run the corpus's prepare.py if it has no train.bin yet."""
-    if (corpus / "train.bin").exists():
+    """Run the corpus's prepare.py if that has not been done."""
+    if (corpus / "val.bin").exists():  # the file that comes last
         return
     script = corpus / "prepare.py"
     if not script.exists():
-        raise UserError(f"data.corpus: {corpus} has neither a train.bin nor a prepare.py to make one")
+        raise UserError(f"data.corpus: {corpus} has neither a val.bin nor a prepare.py to make one")
     print(f"preparing {corpus}", flush=True)
     if run([sys.executable, str(script)]):
         raise UserError(f"{script} did not prepare {corpus}: run it yourself, python {script} --help says how")

@@ -11,14 +11,14 @@ _OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "sa
 
 
 class RunFolder:
-    """`folder` made and locked: until `close`, or the process ends, no other process trains into it."""
+    """`folder` made and locked: until this context, or the process, ends no other process trains into it."""
 
     def __init__(self, folder: Path):
         self.path = folder
         self.checkpoint, self.best = folder / "ckpt.pt", folder / "best.pt"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115: the lock lives as long as this object
+            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115 (the lock lives as long as this object)
         except OSError as e:
             raise UserError(
                 f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir"
@@ -27,8 +27,9 @@ class RunFolder:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self._lock.seek(0)
+            pid = self._lock.read()
             raise UserError(
-                f"process {self._lock.read().strip()} is training into {folder}: wait for it, or choose another run.name"
+                f"process {pid} is training into {folder}: wait for it, or choose another run.name"
             ) from None
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
@@ -45,7 +46,12 @@ class RunFolder:
             target = self.path / name
             shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
 
-    def close(self) -> None:
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
+            shutil.rmtree(self.path)
         self._lock.close()
 
 

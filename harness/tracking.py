@@ -32,7 +32,7 @@ class Tracker:
 
         kept = [line for line in lines if resume_step is not None and line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115: open for the whole run
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
         self._run = self._start_wandb(folder, config)
 
     def _read(self) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
 """Where a training step's time goes: `python scripts/bench_training.py CONFIG [CONFIG …] [--section.key value …]`.
 
 All configs run side by side, each in a process of its own, a step of each in turn, so that a machine whose speed drifts
-is fair to all; medians over the steps. Columns: tokens/s; milliseconds a step, and of them in data (the gather), forward, backward and optimizer
-(clipping included); MFU against the device's peak rate; peak memory. `speed` is the first row's time over this row's.
+is fair to all; medians over the steps. Columns: tokens/s; milliseconds a step, and of them in data (the gather),
+forward, backward and optimizer (clipping included); MFU against the device's peak rate; peak memory; speed, the first
+row's time over this row's.
 
 --baseline adds, in front, the first config's model as plain PyTorch steps it: eager float32 and unfused AdamW.
 --steps N (default 20) steps a config, after a warm-up; --out FILE writes the numbers as JSON.
@@ -94,10 +95,10 @@ class Bench:
         self.name = f"{config.run.name}, eager float32, unfused" if baseline else config.run.name
         self.device = choose_device(c.device)
         self.dtype = torch.float32 if baseline else choose_dtype(c.dtype, self.device)
-        self.tokens = Corpus(config.data.corpus, verify=False)
+        self.corpus = Corpus(config.data.corpus, verify=False)
         fields = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(GPTConfig)}
         torch.manual_seed(config.run.seed)
-        self.raw_model = GPT(GPTConfig(**fields | {"vocab_size": config.model.vocab_size or self.tokens.vocab_size}))
+        self.raw_model = GPT(GPTConfig(**fields | {"vocab_size": config.model.vocab_size or self.corpus.vocab_size}))
         self.raw_model.to(self.device)
         use_compile = not baseline and (self.device.type == "cuda" if c.compile == "auto" else c.compile)
         self.model = torch.compile(self.raw_model) if use_compile else self.raw_model
@@ -109,12 +110,11 @@ class Bench:
     def step(self, step: int) -> None:
         c, block_size = self.config, self.raw_model.config.block_size
         seconds = dict.fromkeys(PHASES, 0.0)
-        offsets = training_offsets(
-            c.run.seed, step, len(self.tokens.tokens["train"]), block_size, c.training.batch_size
-        )
+        tokens = self.corpus.tokens["train"]
+        offsets = training_offsets(c.run.seed, step, len(tokens), block_size, c.training.batch_size)
         for own in offsets.reshape(-1, self.micro_batch_size):
             with self._timed(seconds, "data"):
-                x, y = gather(self.tokens.tokens["train"], own, block_size, self.device)
+                x, y = gather(tokens, own, block_size, self.device)
             with (
                 self._timed(seconds, "forward"),
                 torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),

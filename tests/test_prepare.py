@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from harness import hf_text
 from harness.corpus import Corpus
+from harness.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
@@ -128,17 +130,18 @@ def test_hf_local_json_lines(tmp_path):
     lines = [json.dumps({"body": text, "number": i}) for i, text in enumerate([*texts, "", None])]
     (tmp_path / "texts.jsonl").write_text("\n".join(lines))
     arguments = ("texts.jsonl", "--text-column", "body", "--tokenizer", "bytes", "--val-fraction", "0.1")
-    home = {"HF_HOME": str(tmp_path / "home")}
-    prepare("hf", *arguments, "--out", "all", "--threads", "1", cwd=tmp_path, **home)
-    prepare("hf", *arguments, "--out", "streamed", "--streaming", cwd=tmp_path, **home)
-    corpus = Corpus(tmp_path / "all")
-    assert corpus.sha256 == Corpus(tmp_path / "streamed").sha256
+    prepare("hf", *arguments, "--out", "out", "--threads", "1", cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
+    corpus = Corpus(tmp_path / "out")
     documents = {split: bytes(ids.astype(np.uint8)).decode().split("\0") for split, ids in corpus.tokens.items()}
     assert sorted(documents["train"] + documents["val"]) == sorted(texts)
     assert 10 < len(documents["val"]) < 60
 
-    error = prepare("hf", "texts.jsonl", "--out", "x", cwd=tmp_path, status=2, **home)
-    assert "no column 'text' but body, number" in error
+    streamed = hf_text.load(str(tmp_path / "texts.jsonl"), "train", streaming=True)
+    assert list(hf_text.texts(streamed, "body")) == texts
+    with pytest.raises(UserError, match="no column 'text' but body, number"):
+        list(hf_text.texts(hf_text.load(str(tmp_path / "texts.jsonl"), "train", streaming=True), "text"))
+    with pytest.raises(UserError, match="column 'number' holds int"):
+        list(hf_text.texts(streamed, "number"))
 
 
 @needs_tokenizer

@@ -1,0 +1,302 @@
+"""softmax1, and causal attention with a choice of normaliser and of backward pass."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import attention, softmax1
+
+B, H, D = 2, 2, 4
+BACKWARDS = ("full", "diagonal", "ste")
+VARIANTS = {  # arguments of attention, and the null slot's logit of each head
+    "softmax": ({"normalizer": "softmax"}, None),
+    "softmax1": ({"normalizer": "softmax1"}, torch.zeros(H, dtype=torch.float64)),
+    "null_logit": ({"null_logit": torch.tensor([-1.0, 0.5], dtype=torch.float64)}, torch.tensor([-1.0, 0.5]).double()),
+}
+# Some 50 roundings (products over D, sums over T, one exp) of numbers below 20, each of half an ε: about 1e-13.
+FLOAT64 = {"rtol": 0, "atol": 1e-13}
+
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_backward = pytest.mark.parametrize("backward", BACKWARDS)
+every_shape = pytest.mark.parametrize(("T_q", "T_k"), [(6, 6), (3, 7), (1, 5), (1, 1)])
+
+
+def qkv(T_q: int, T_k: int, seed: int = 0, dtype=torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, T_q, D), (B, H, T_k, D), (B, H, T_k, D))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def materialised_weights(q, k, null_logit=None, scale=None):
+    """P (B, H, T_q, T_k): the softmax over an explicit null slot and the visible keys, row by row; the slot dropped."""
+    T_q, T_k = q.size(-2), k.size(-2)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (1 / math.sqrt(q.size(-1)) if scale is None else scale)
+    rows = []
+    for i in range(T_q):
+        seen = i + T_k - T_q + 1
+        row = scores[:, :, i, :seen]
+        if null_logit is not None:
+            row = torch.cat((null_logit.view(1, H, 1).expand(q.size(0), H, 1), row), dim=-1)
+        weights = torch.softmax(row, dim=-1)[..., -seen:]
+        rows.append(torch.nn.functional.pad(weights, (0, T_k - seen)))
+    return torch.stack(rows, dim=2)
+
+
+# --- softmax1 -------------------------------------------------------------------------------------------------------
+
+VECTORS = [
+    ([1, 2, 3, 4, 5], [0.01160646, 0.03154963, 0.08576079, 0.23312201, 0.63369132], 0.99573022),
+    ([1, 2, -3, -4, -10_000], [0.24323711, 0.66118700, 0.00445504, 0.00163892, 0], 0.91051807),
+    ([1, 2, -32498321749821, -190487129857, -10_000], [0.24472847, 0.66524096, 0, 0, 0], 0.90996943),
+    ([-1, -2, -32498321749821, -190487129857, -10_000], [0.24472847, 0.09003057, 0, 0, 0], 0.33475904),
+]
+
+
+@pytest.mark.parametrize(("x", "expected", "total"), VECTORS)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
+def test_softmax1_of_known_vectors(x, expected, total, dtype):
+    y = softmax1(torch.tensor(x, dtype=dtype))
+    assert y.dtype == (torch.float32 if dtype == torch.int64 else dtype)
+    tolerance = 5e-9 + 4 * torch.finfo(y.dtype).eps  # eight digits are known; a few roundings of numbers below 1
+    torch.testing.assert_close(y.double(), torch.tensor(expected, dtype=torch.float64), rtol=0, atol=tolerance)
+    assert y.sum().item() == pytest.approx(total, abs=tolerance)
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(-1e4, 1e4), min_size=1, max_size=20))
+def test_softmax1_is_softmax_over_one_more_logit_0(x):
+    x = torch.tensor(x, dtype=torch.float64)
+    expected = torch.softmax(torch.cat((x, torch.zeros(1, dtype=x.dtype))), dim=0)[:-1]
+    torch.testing.assert_close(softmax1(x), expected, rtol=30 * torch.finfo(x.dtype).eps, atol=0)  # a sum of ≤ 21 terms
+
+
+@pytest.mark.parametrize("dim", [0, 1, 2, -1, -2])
+def test_softmax1_along_any_dimension(dim):
+    x = torch.randn(3, 4, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = softmax1(x.movedim(dim, -1)).movedim(-1, dim)
+    torch.testing.assert_close(softmax1(x, dim=dim), expected)
+    mass = softmax1(x, dim=dim).sum(dim)
+    torch.testing.assert_close(mass, torch.sigmoid(x.logsumexp(dim)))  # Σ e^x / (1 + Σ e^x)
+
+
+def test_softmax1_of_a_scalar_is_the_sigmoid():
+    assert softmax1(torch.tensor(0.0)) == 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("x", [[-200.0, -300.0], [-20.0, 11.0], [60.0, 60.0], [-math.inf, -math.inf]])
+def test_softmax1_never_overflows_in_value_or_gradient(x, dtype):
+    x = torch.tensor(x, dtype=dtype, requires_grad=True)
+    y = softmax1(x)
+    y.sum().backward()
+    assert y.dtype == dtype
+    exact = x.detach().double().exp()
+    exact = exact / (1 + exact.sum())
+    info = torch.finfo(dtype)
+    # Rounding of e^-shift, of the quotient and of the result; below the normal range a number has absolute precision.
+    torch.testing.assert_close(y.double(), exact, rtol=4 * info.eps, atol=info.smallest_normal)
+    assert x.grad.isfinite().all()
+
+
+def test_softmax1_gradient_is_that_of_its_formula():
+    x = torch.tensor([[0.3, -2.0, 1.5], [-50.0, -60.0, -55.0]], dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(softmax1, x)
+
+
+# --- attention: forward ---------------------------------------------------------------------------------------------
+
+
+@every_shape
+@every_backward
+@every_variant
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_forward_is_the_materialised_attention_whatever_the_backward(variant, backward, T_q, T_k, scale):
+    arguments, null_logit = VARIANTS[variant]
+    q, k, v = qkv(T_q, T_k)
+    out = attention(q, k, v, backward=backward, scale=scale, **arguments)
+    torch.testing.assert_close(out, materialised_weights(q, k, null_logit, scale) @ v, **FLOAT64)
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision_costs_its_own_rounding(variant, backward, dtype):
+    arguments, null_logit = VARIANTS[variant]
+    q, k, v = qkv(6, 6, dtype=dtype)
+    out = attention(q, k, v, backward=backward, **arguments)
+    out.sum().backward()
+    assert out.dtype == q.grad.dtype == dtype
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+    exact_q, exact_k, exact_v = (x.detach().double() for x in (q, k, v))
+    exact = materialised_weights(exact_q, exact_k, null_logit) @ exact_v
+    largest_score = (exact_q @ exact_k.mT).abs().max() / 2  # over √D
+    # A score is rounded at most D + 1 times, which shifts its weight by that much; then weight, product and sum.
+    tolerance = torch.finfo(dtype).eps * ((D + 1) * largest_score + 3) * exact_v.abs().max()
+    torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance.item())
+
+
+@every_shape
+@every_backward
+def test_softmax1_is_softmax_with_one_more_key_and_value_of_zeros(backward, T_q, T_k):
+    q, k, v = qkv(T_q, T_k)
+    zero = torch.zeros(B, H, 1, D, dtype=q.dtype)
+    padded = attention(q, torch.cat((zero, k), 2), torch.cat((zero, v), 2), backward=backward)
+    out = attention(q, k, v, normalizer="softmax1", backward=backward)
+    torch.testing.assert_close(out, padded, **FLOAT64)
+    grad_out = torch.randn_like(out)
+    gradients = (torch.autograd.grad(y, (q, k, v), grad_out) for y in (out, padded))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+@every_variant
+@settings(deadline=None, max_examples=40)
+@given(size=st.floats(0, 1e3), seed=st.integers(0, 99))
+def test_row_mass_lies_in_0_1_and_is_what_the_null_slot_leaves(variant, size, seed):
+    arguments, null_logit = VARIANTS[variant]
+    q, k, _ = qkv(3, 5, seed)
+    q = q * size
+    mass = attention(q, k, torch.ones_like(k), **arguments)[..., 0]
+    # A score s is off by a few s ε, and exp turns that into a share of its weight; then a sum of at most five weights.
+    largest_score = (q @ k.mT).abs().max() / 2  # over √D
+    tolerance = torch.finfo(mass.dtype).eps * (5 + (D + 1) * largest_score)
+    assert (mass >= 0).all()
+    assert (mass <= 1 + tolerance).all()
+    expected = materialised_weights(q, k, null_logit).sum(-1)
+    torch.testing.assert_close(mass, expected, rtol=0, atol=2 * tolerance.item())  # both are rounded
+
+
+def test_a_null_logit_of_minus_infinity_is_plain_softmax():
+    q, k, v = qkv(4, 6)
+    out = attention(q, k, v, null_logit=torch.full((H,), -math.inf, dtype=q.dtype))
+    torch.testing.assert_close(out, attention(q, k, v), **FLOAT64)
+
+
+@every_backward
+@every_variant
+def test_attention_sees_no_later_key(variant, backward):
+    T_q, T_k = 3, 5
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(T_q, T_k)
+    for i in range(T_q):
+        out = attention(q, k, v, backward=backward, **arguments)
+        grad_q, grad_k, grad_v = torch.autograd.grad(out[:, :, i].sum(), (q, k, v))
+        visible = i + T_k - T_q + 1
+        assert (grad_v[:, :, :visible] != 0).all()
+        assert (grad_k[:, :, :visible] != 0).all()
+        assert (grad_v[:, :, visible:] == 0).all()
+        assert (grad_k[:, :, visible:] == 0).all()
+        others = [j for j in range(T_q) if j != i]
+        assert (grad_q[:, :, others] == 0).all()
+
+
+# --- attention: backward --------------------------------------------------------------------------------------------
+
+
+@every_shape
+@every_backward
+@every_variant
+def test_gradients_follow_the_formulas(variant, backward, T_q, T_k):
+    arguments, null_logit = VARIANTS[variant]
+    q, k, v = qkv(T_q, T_k)
+    out = attention(q, k, v, backward=backward, **arguments)
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
+    actual = torch.autograd.grad(out, (q, k, v), grad_out)
+
+    with torch.no_grad():
+        P = materialised_weights(q, k, null_logit)
+        g = grad_out @ v.mT
+        if backward == "full":
+            dS = P * (g - (P * g).sum(-1, keepdim=True))
+        elif backward == "diagonal":
+            dS = P * (1 - P) * g
+        else:
+            dS = g.clone()
+        for i in range(T_q):
+            dS[:, :, i, i + T_k - T_q + 1 :] = 0  # j ≤ i + T_k − T_q
+        scale = 1 / math.sqrt(D)
+        expected = (scale * dS @ k, scale * dS.mT @ q, P.mT @ grad_out)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+@every_shape
+@every_variant
+def test_full_backward_is_the_derivative(variant, T_q, T_k):
+    arguments, _ = VARIANTS[variant]
+    arguments = dict(arguments)
+    null_logit = arguments.pop("null_logit", None)
+    inputs = [*qkv(T_q, T_k), *([null_logit.clone().requires_grad_()] if null_logit is not None else [])]
+
+    def f(q, k, v, b=None):
+        return attention(q, k, v, null_logit=b, **arguments)
+
+    torch.autograd.gradcheck(f, inputs)
+
+
+@every_shape
+@every_backward
+def test_null_logit_gradient_is_exact_in_every_backward(backward, T_q, T_k):
+    q, k, v = qkv(T_q, T_k)
+    b, b_explicit = (VARIANTS["null_logit"][1].clone().requires_grad_() for _ in range(2))
+    grad_out = torch.randn(B, H, T_q, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    attention(q, k, v, null_logit=b, backward=backward).backward(grad_out)
+    (materialised_weights(q, k, b_explicit) @ v).backward(grad_out)
+    torch.testing.assert_close(b.grad, b_explicit.grad, **FLOAT64)
+
+
+@every_backward
+@every_variant
+def test_saturated_rows_keep_finite_gradients(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(6, 6, dtype=torch.float32)
+    q, k = (q * 1e3).detach().requires_grad_(), (k * 1e3).detach().requires_grad_()  # scores of some ±1e6
+    attention(q, k, v, backward=backward, **arguments).sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+@every_backward
+@every_variant
+def test_dropout_takes_a_weight_whole_and_scales_the_rest(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(64, H, 1, D, generator=generator, dtype=torch.float64).requires_grad_() for _ in range(3))
+    kept = attention(q, k, v, backward=backward, **arguments)
+    torch.manual_seed(0)
+    out = attention(q, k, v, backward=backward, dropout_p=0.25, **arguments)
+    dropped = (out == 0).all(-1)  # with one key a row is one weight
+    assert 0 < dropped.float().mean() < 0.6  # 128 draws of 1/4: 9 standard deviations
+    torch.testing.assert_close(out[~dropped], kept[~dropped] / 0.75)
+    for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert (gradient[dropped] == 0).all()  # the backward sees the forward's mask
+
+
+# --- attention: bad input -------------------------------------------------------------------------------------------
+
+SOME = torch.zeros(1, 2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("q", "k", "v", "arguments", "named"),
+    [
+        (SOME, SOME, SOME, {"normalizer": "softmax2"}, ("normalizer", "softmax2", "softmax", "softmax1")),
+        (SOME, SOME, SOME, {"backward": "lateral"}, ("backward", "lateral", "full", "diagonal", "ste")),
+        (SOME, SOME.double(), SOME, {}, ("torch.float32", "torch.float64", "dtype")),
+        (SOME.long(), SOME.long(), SOME.long(), {}, ("torch.int64", "floating")),
+        (SOME[0], SOME[0], SOME[0], {}, ("(2, 3, 4)", "(B, H, T_q, D)")),
+        (SOME, SOME, SOME[:, :, :2], {}, ("(1, 2, 3, 4)", "(1, 2, 2, 4)", "(B, H, T_k, D)")),
+        (SOME, SOME[:, :1], SOME[:, :1], {}, ("(1, 1, 3, 4)", "(B, H, T_k, D)")),
+        (SOME, SOME[..., :2], SOME[..., :2], {}, ("(1, 2, 3, 2)", "(B, H, T_k, D)")),
+        (SOME, SOME[:, :, :2], SOME[:, :, :2], {}, ("(1, 2, 3, 4)", "(1, 2, 2, 4)", "more queries than keys")),
+        (SOME, SOME, SOME, {"null_logit": torch.zeros(3)}, ("null_logit", "(3,)", "(2,)")),
+        (SOME, SOME, SOME, {"null_logit": torch.zeros(2), "normalizer": "softmax1"}, ("null_logit", "softmax1")),
+    ],
+)
+def test_bad_input_is_named_with_what_is_allowed(q, k, v, arguments, named):
+    with pytest.raises(ValueError) as error:
+        attention(q, k, v, **arguments)
+    for fragment in named:
+        assert fragment in str(error.value)
