@@ -5,14 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 
 from harness.checkpoint import load_model
 from harness.errors import UserError
 from harness.huggingface import load_gpt2, save_gpt2
 from model import GPT, GPTConfig
-
-transformers = pytest.importorskip("transformers")
 
 # Logits of a few units, of float32 and two implementations: some ten layers' rounding, 1e-6 each at most.
 SAME_LOGITS = {"rtol": 0, "atol": 1e-5}

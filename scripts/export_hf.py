@@ -1,0 +1,25 @@
+"""Write a checkpoint as a Hugging Face GPT-2: `python scripts/export_hf.py CHECKPOINT FOLDER` (needs transformers)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from harness.checkpoint import load_model
+from harness.errors import run_cli
+from harness.huggingface import save_gpt2
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", help="ckpt.pt of this project or of nanoGPT")
+    parser.add_argument("folder", help="where to write config.json and the weights")
+    args = parser.parse_args()
+    model, _ = load_model(args.checkpoint)
+    save_gpt2(model, args.folder)
+    print(f"wrote {args.folder}: GPT2LMHeadModel.from_pretrained({args.folder!r}) loads it")
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
