@@ -7,8 +7,9 @@
   checkpoints load.
 """
 
+import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -33,6 +34,181 @@ def softmax1(x: Tensor, dim: int = -1) -> Tensor:
     shift = x.detach().amax(dim, keepdim=True).clamp(min=0)
     exp_x = torch.exp(x.float() - shift.float()) if x.dtype in (torch.float16, torch.bfloat16) else torch.exp(x - shift)
     return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    normalizer: Normalizer = "softmax",
+    backward: Backward = "full",
+    null_logit: Tensor | None = None,
+    dropout_p: float = 0.0,
+    scale: float | None = None,
+) -> Tensor:
+    """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
+
+    Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
+    `null_logit` (H,) gives every row one more slot of that logit and value zero; softmax1 is the null logit 0.
+    `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
+    `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
+    """
+    _check_attention_arguments(q, k, v, normalizer, backward, null_logit)
+    if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
+        q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
+    scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
+    null_logit = null_logits(normalizer, q.size(1), q.device) if null_logit is None else null_logit
+    backend = attention_backend(q, k, dropout_p)
+    if backend == "materialized":
+        weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)
+        return F.dropout(weights, dropout_p).to(v.dtype) @ v
+    if backward == "full" and null_logit is None:
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
+    return FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
+
+
+def null_logits(normalizer: Normalizer, n_head: int, device) -> Tensor | None:
+    """The null slot's logit of each head (H,): 0 under softmax1, none under softmax."""
+    return torch.zeros(n_head, device=device) if normalizer == "softmax1" else None
+
+
+class FusedAttention(torch.autograd.Function):
+    """Every normalizer and backward on PyTorch's fused kernels, in O(T) memory.
+
+    Their backward takes the output and the rows' logsumexp as arguments. For whatever `out` and `lse` it is given it
+    computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
+    `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
+    `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernels read garbage
+        out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
+        if null_logit is not None:
+            lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
+            out = out * torch.exp(lse - lse_1)[:, :, : q.size(-2)].view(*q.shape[:-1], 1).to(out.dtype)
+            lse = lse_1
+        ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
+        ctx.arguments = (backward, dropout_p, scale, backend)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
+        backward, dropout_p, scale, backend = ctx.arguments
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+
+        def kernel(out, lse, scale):
+            return _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
+
+        grad_null = None
+        if null_logit is not None and ctx.needs_input_grad[3]:
+            # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
+            row_mean = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+            rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
+            grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * row_mean).sum((0, 2))
+
+        if backward == "full":
+            grad_q, grad_k, grad_v = kernel(out, lse, scale)
+        elif backward == "diagonal":
+            # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
+            zero = torch.zeros_like(out)
+            grad_q, grad_k, grad_v = kernel(zero, lse, scale)
+            grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
+            grad_q, grad_k = grad_q - grad_q_2 / 2, grad_k - grad_k_2 / 2
+        else:
+            _, _, grad_v = kernel(out, lse, scale)
+            grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
+        return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
+    """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory.
+
+    Causal linear attention, chunk by chunk (Katharopoulos et al. 2020): what lies before a chunk enters through the
+    running sums `Σ v kᵀ`, and what lies after it through `Σ g qᵀ`; accumulated in float32 at least.
+    """
+    B, H, T, D = q.shape
+    exact = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_, g_ = (
+            F.pad(x.to(exact), (0, 0, 0, -T % chunk)).view(B, H, -1, chunk, D) for x in (q, k, v, grad)
+        )  # (B, H, N, chunk, D)
+        state = v_.transpose(-2, -1) @ k_  # (B, H, N, D, D), of each chunk
+        before = state.cumsum(2) - state
+        state = g_.transpose(-2, -1) @ q_
+        after = state.flip(2).cumsum(2).flip(2) - state
+        local = (g_ @ v_.transpose(-2, -1)).tril()  # (B, H, N, chunk, chunk)
+        grad_q = g_ @ before + local @ k_
+        grad_k = v_ @ after + local.transpose(-2, -1) @ q_
+        return tuple((scale * x).view(B, H, -1, D)[:, :, :T].to(q.dtype) for x in (grad_q, grad_k))
+
+
+def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0) -> str:
+    """What computes attention on these: "cpu_flash", "cuda_flash", "cuda_efficient" or "materialized"."""
+    T_q, T_k, D = q.size(-2), k.size(-2), q.size(-1)
+    if _force_materialized or T_q != T_k:  # the kernels align a mask at its start, a cache's few queries need its end
+        return "materialized"
+    if q.device.type == "cpu" and dropout_p == 0:
+        return "cpu_flash"
+    if q.device.type == "cuda" and D % 8 == 0 and D <= 256 and q.dtype in (torch.float16, torch.bfloat16):
+        return "cuda_flash"
+    if q.device.type == "cuda" and D % 8 == 0 and q.dtype == torch.float32:
+        return "cuda_efficient"
+    return "materialized"
+
+
+def _kernel_forward(backend, q, k, v, dropout_p, scale):
+    """(out, logsumexp of the rows, what the backward needs besides). PyTorch's private names stay here and below."""
+    if backend == "cpu_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, True, scale=scale)
+        return out, lse, ()
+    if backend == "cuda_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, dropout_p, True, scale=scale)
+        return out, lse, (seed, offset)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, seed, offset = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
+    return out, lse, (seed, offset)
+
+
+def _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
+    """(dQ, dK, dV) from the given output and logsumexp; see FusedAttention."""
+    if backend == "cpu_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, True, scale=scale)
+    if backend == "cuda_flash":
+        kernel, T = torch.ops.aten._scaled_dot_product_flash_attention_backward, q.size(-2)
+        return kernel(grad, q, k, v, out, lse, None, None, T, T, dropout_p, True, *state, scale=scale)
+    kernel, needed = torch.ops.aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
+    return kernel(grad, q, k, v, None, out, lse, *state, dropout_p, needed, True, scale=scale)[:3]
+
+
+# --- the readable form: reference, fallback and oracle ----------------------------------------------------------------
+
+_force_materialized = False
+
+
+@contextlib.contextmanager
+def materialized_attention():
+    """Within this context `attention` takes the readable form everywhere, as forward-mode differentiation needs it."""
+    global _force_materialized
+    former, _force_materialized = _force_materialized, True
+    try:
+        yield
+    finally:
+        _force_materialized = former
+
+
+def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", scale: float) -> Tensor:
+    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32."""
+    T_q, T_k = q.size(-2), k.size(-2)
+    visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
+    exact = torch.promote_types(q.dtype, torch.float32)
+    return AttentionWeights.apply((q @ k.transpose(-2, -1)).to(exact) * scale, null_logit, visible, backward)
 
 
 class AttentionWeights(torch.autograd.Function):
@@ -67,49 +243,6 @@ class AttentionWeights(torch.autograd.Function):
         null_share = -torch.expm1(torch.logsumexp(log_weights, -1, keepdim=True))
         grad_null = -(null_share * row_mean).sum(dim=(0, 2, 3)) if ctx.has_null else None
         return grad_scores, grad_null, None, None
-
-
-def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", scale: float) -> Tensor:
-    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32."""
-    T_q, T_k = q.size(-2), k.size(-2)
-    visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
-    scores = (q @ k.transpose(-2, -1)) * scale
-    exact = scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores
-    return AttentionWeights.apply(exact, null_logit, visible, backward)
-
-
-def null_logits(normalizer: Normalizer, n_head: int, device) -> Tensor | None:
-    """The null slot's logit of each head (H,): 0 under softmax1, none under softmax."""
-    return torch.zeros(n_head, device=device) if normalizer == "softmax1" else None
-
-
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    normalizer: Normalizer = "softmax",
-    backward: Backward = "full",
-    null_logit: Tensor | None = None,
-    dropout_p: float = 0.0,
-    scale: float | None = None,
-) -> Tensor:
-    """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
-
-    Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
-    `null_logit` (H,) gives every row one more slot of that logit and value zero; softmax1 is the null logit 0.
-    `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
-    `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
-    """
-    _check_attention_arguments(q, k, v, normalizer, backward, null_logit)
-    T_q, T_k, D = q.size(-2), k.size(-2), q.size(-1)
-    scale = 1 / math.sqrt(D) if scale is None else scale
-    null_logit = null_logits(normalizer, q.size(1), q.device) if null_logit is None else null_logit
-    if backward == "full" and null_logit is None and (T_q == T_k or T_q == 1):
-        causal = T_q > 1  # a single query at the end sees every key
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=causal, scale=scale)
-    weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)  # O(T²) memory
-    return F.dropout(weights, dropout_p).to(v.dtype) @ v
 
 
 def _check_attention_arguments(q, k, v, normalizer, backward, null_logit) -> None:
@@ -159,9 +292,12 @@ class GPTConfig:
     """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
 
     def __post_init__(self):
-        for name in ("block_size", "n_layer", "n_head", "n_embd"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}, but must be at least 1")
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}, but must be at least 1")
+        for name, choices in (("normalizer", Normalizer), ("backward", Backward), ("activation", Activation)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(get_args(choices))}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -264,7 +400,8 @@ class GPT(nn.Module):
         logits = self.lm_head(self.features(idx))
         if targets is None:
             return logits, None
-        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1), ignore_index=-1)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.size(-1))
+        return logits, F.cross_entropy(exact, targets.reshape(-1), ignore_index=-1)
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final layer norm's output (B, T, C); with a cache, idx holds the tokens that follow what it holds."""
@@ -342,7 +479,7 @@ class GPT(nn.Module):
         """Shorten the context, dropping the later positions. ValueError if it would grow."""
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
-        self.config.block_size = block_size
+        self.config = replace(self.config, block_size=block_size)
         self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
         self.transformer.wpe.num_embeddings = block_size
 
