@@ -30,6 +30,8 @@ def softmax1(x: Tensor, dim: int = -1) -> Tensor:
     """
     if not x.is_floating_point():
         x = x.to(torch.get_default_dtype())
+    if x.numel() == 0:
+        return x
     # The shift covers the null logit too, hence the clamp: exp(-shift) then never overflows, however low x lies.
     shift = x.detach().amax(dim, keepdim=True).clamp(min=0)
     exp_x = torch.exp(x.float() - shift.float()) if x.dtype in (torch.float16, torch.bfloat16) else torch.exp(x - shift)

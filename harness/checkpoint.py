@@ -47,11 +47,13 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(f"no checkpoint {path}") from None
     except IsADirectoryError:
         raise UserError(f"{path} is a folder: name the checkpoint in it, {path / 'ckpt.pt'} say") from None
+    except (NotADirectoryError, PermissionError) as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
     except pickle.UnpicklingError as e:
         raise UserError(
             f"{path} is not a checkpoint, or holds more than tensors and plain values; nothing in it was run"
         ) from e
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError, IndexError, UnicodeDecodeError) as e:
+    except Exception as e:  # whatever the zip reader and the unpickler make of other bytes, OSError included
         raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
     missing = [k for k in ("model", "model_args") if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:

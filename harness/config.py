@@ -14,10 +14,19 @@ from typing import Any, Literal, get_args, get_origin
 import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
-from jsonargparse.typing import ClosedUnitInterval, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from jsonargparse.typing import (
+    ClosedUnitInterval,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    restricted_number_type,
+)
 
 from harness.errors import UserError
 from model import GPTConfig
+
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
 
 
 @dataclass
@@ -28,7 +37,7 @@ class RunConfig:
     """the run's folder is <out_dir>/<name>; null: the config file's own name"""
     out_dir: str = "out"
     """the folder that holds all runs"""
-    seed: NonNegativeInt = 1337
+    seed: Seed = 1337
     """every random draw is a function of (seed, step, where)"""
 
 
@@ -218,6 +227,7 @@ def describe(annotation: Any) -> str:
         type(None): "null",
         PositiveInt: "a positive int",
         NonNegativeInt: "an int ≥ 0",
+        Seed: "an int ≥ 0 and below 2⁶⁴",
         PositiveFloat: "a positive number",
         NonNegativeFloat: "a number ≥ 0",
         ClosedUnitInterval: "a number in [0, 1]",
@@ -271,10 +281,11 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """YAML keeps the last of two equal keys and says nothing; a config that says two things is a mistake."""
 
     def construct_mapping(self, node, deep=False):
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for (key_node, _), key in zip(node.value, keys, strict=True):
-            if keys.count(key) > 1:
-                raise yaml.MarkedYAMLError(problem=f"'{key}' stands here twice", problem_mark=key_node.start_mark)
+        key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in key_nodes]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.MarkedYAMLError(problem=f"'{key}' stands here twice", problem_mark=key_nodes[i].start_mark)
         return super().construct_mapping(node, deep)
 
 
@@ -293,7 +304,9 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or e}") from e
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
+        ) from e
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
 
@@ -301,8 +314,11 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
     if base := content.pop("extends", None):
         values, sources = _read_file(path.parent / str(base), (*extending, path.resolve()))
     for section, entries in content.items():
+        entries = {} if entries is None else entries  # all of its keys commented out
         if not isinstance(entries, dict):
             raise UserError(f"{path}: section '{section}' is a mapping of keys to values, not {entries!r}")
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section '{section}'; the sections are {', '.join(SECTIONS)}")
         values.setdefault(section, {}).update(entries)
         sources |= {f"{section}.{name}": str(path) for name in entries}
     return values, sources

@@ -16,9 +16,14 @@ def load_gpt2(name_or_folder: str) -> GPT:
     """A GPT with the weights of a Hugging Face GPT-2: a hub name or a local folder. UserError if that cannot be had or
     is not a GPT-2 that this model expresses."""
     transformers = _import_transformers()
+    from safetensors import SafetensorError
+
+    if name_or_folder.startswith(("/", ".", "~")) and not Path(name_or_folder).is_dir():
+        raise UserError(f"hf:{name_or_folder}: no such folder")
+
     try:
-        peer = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder)
-    except (OSError, ValueError, RuntimeError) as e:
+        peer, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {reason}") from e
     c = peer.config
@@ -26,6 +31,7 @@ def load_gpt2(name_or_folder: str) -> GPT:
         name
         for name, value, expected in (
             ("model_type", c.model_type, "gpt2"),
+            ("add_cross_attention", c.add_cross_attention, False),
             ("n_inner", c.n_inner or 4 * c.n_embd, 4 * c.n_embd),
             ("scale_attn_weights", c.scale_attn_weights, True),
             ("scale_attn_by_inverse_layer_idx", c.scale_attn_by_inverse_layer_idx, False),
@@ -37,6 +43,8 @@ def load_gpt2(name_or_folder: str) -> GPT:
     ]
     if unusual:
         raise UserError(f"hf:{name_or_folder}: this GPT cannot express its {', '.join(unusual)}")
+    if missing := sorted(loading["missing_keys"]):  # transformers fills them with random numbers
+        raise UserError(f"hf:{name_or_folder}: its weights lack {', '.join(missing)}")
     model = GPT(
         GPTConfig(
             block_size=c.n_positions,

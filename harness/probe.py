@@ -5,19 +5,13 @@ import contextlib
 import torch
 from torch import Tensor
 
-from harness.moments import Moments
+from harness.moments import Moments, excess_kurtosis
 from model import GPT, attention_weights, null_logits
 
 
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
     """The excess kurtosis of every weight matrix, by parameter name; None where its variance is zero."""
-    result = {}
-    for name, parameter in model.named_parameters():
-        if parameter.dim() >= 2:
-            moments = Moments()
-            moments.update(parameter.detach())
-            result[name] = moments.excess_kurtosis
-    return result
+    return {name: excess_kurtosis(p) for name, p in model.named_parameters() if p.dim() >= 2}
 
 
 @torch.no_grad()

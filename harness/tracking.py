@@ -46,14 +46,14 @@ class Tracker:
 
     def _start_wandb(self, folder: Path, config):
         mode, reason = config.tracking.wandb, "as configured"
+        if mode == "auto" and "WANDB_MODE" in os.environ:
+            mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
         if mode == "disabled":
             print("wandb: disabled; the curves are in", self.path)
             return None
         import wandb  # here: it takes a second
 
-        if mode == "auto" and "WANDB_MODE" in os.environ:
-            mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
-        elif mode == "auto":
+        if mode == "auto":
             wandb.setup(wandb.Settings(silent=True))
             logged_in = wandb.login(prompt=False)
             mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")

@@ -30,6 +30,11 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--data", metavar="DIR", help="the corpus with the tokenizer, where the checkpoint lacks it")
     args = parser.parse_args()
+    for name, least in (("max_new_tokens", 0), ("temperature", 0), ("num_samples", 1), ("top_k", 1)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise UserError(f"--{name} {value}: at least {least}")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise UserError(f"--top_p {args.top_p}: above 0 and at most 1")
 
     device = choose_device(args.device)
     model, info = load_model(args.checkpoint, device)

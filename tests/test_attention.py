@@ -1,5 +1,6 @@
 """softmax1, and causal attention with a choice of normaliser and of backward pass."""
 
+import contextlib
 import math
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import attention, softmax1
+from model import attention, materialized_attention, softmax1
 
 B, H, D = 2, 2, 4
 BACKWARDS = ("full", "diagonal", "ste")
@@ -21,6 +22,8 @@ FLOAT64 = {"rtol": 0, "atol": 1e-13}
 
 every_variant = pytest.mark.parametrize("variant", VARIANTS)
 every_backward = pytest.mark.parametrize("backward", BACKWARDS)
+# What runs on fused kernels (equal T_q and T_k, no dropout) has to hold in the readable form as well.
+both_forms = pytest.mark.parametrize("form", [contextlib.nullcontext, materialized_attention])
 every_shape = pytest.mark.parametrize(("T_q", "T_k"), [(6, 6), (3, 7), (1, 5), (1, 1)])
 
 
@@ -30,7 +33,7 @@ def qkv(T_q: int, T_k: int, seed: int = 0, dtype=torch.float64) -> list[torch.Te
     return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
 
 
-def materialised_weights(q, k, null_logit=None, scale=None):
+def explicit_weights(q, k, null_logit=None, scale=None):
     """P (B, H, T_q, T_k): the softmax over an explicit null slot and the visible keys, row by row; the slot dropped."""
     T_q, T_k = q.size(-2), k.size(-2)
     scores = torch.einsum("bhid,bhjd->bhij", q, k) * (1 / math.sqrt(q.size(-1)) if scale is None else scale)
@@ -112,12 +115,14 @@ def test_softmax1_gradient_is_that_of_its_formula():
 @every_shape
 @every_backward
 @every_variant
+@both_forms
 @pytest.mark.parametrize("scale", [None, 0.3])
-def test_forward_is_the_materialised_attention_whatever_the_backward(variant, backward, T_q, T_k, scale):
+def test_forward_is_the_explicit_attention_whatever_the_backward(variant, backward, T_q, T_k, form, scale):
     arguments, null_logit = VARIANTS[variant]
     q, k, v = qkv(T_q, T_k)
-    out = attention(q, k, v, backward=backward, scale=scale, **arguments)
-    torch.testing.assert_close(out, materialised_weights(q, k, null_logit, scale) @ v, **FLOAT64)
+    with form():
+        out = attention(q, k, v, backward=backward, scale=scale, **arguments)
+    torch.testing.assert_close(out, explicit_weights(q, k, null_logit, scale) @ v, **FLOAT64)
 
 
 @every_backward
@@ -131,7 +136,7 @@ def test_lower_precision_costs_its_own_rounding(variant, backward, dtype):
     assert out.dtype == q.grad.dtype == dtype
     assert all(x.grad.isfinite().all() for x in (q, k, v))
     exact_q, exact_k, exact_v = (x.detach().double() for x in (q, k, v))
-    exact = materialised_weights(exact_q, exact_k, null_logit) @ exact_v
+    exact = explicit_weights(exact_q, exact_k, null_logit) @ exact_v
     largest_score = (exact_q @ exact_k.mT).abs().max() / 2  # over √D
     # A score is rounded at most D + 1 times, which shifts its weight by that much; then weight, product and sum.
     tolerance = torch.finfo(dtype).eps * ((D + 1) * largest_score + 3) * exact_v.abs().max()
@@ -165,7 +170,7 @@ def test_row_mass_lies_in_0_1_and_is_what_the_null_slot_leaves(variant, size, se
     tolerance = torch.finfo(mass.dtype).eps * (5 + (D + 1) * largest_score)
     assert (mass >= 0).all()
     assert (mass <= 1 + tolerance).all()
-    expected = materialised_weights(q, k, null_logit).sum(-1)
+    expected = explicit_weights(q, k, null_logit).sum(-1)
     torch.testing.assert_close(mass, expected, rtol=0, atol=2 * tolerance.item())  # both are rounded
 
 
@@ -199,15 +204,17 @@ def test_attention_sees_no_later_key(variant, backward):
 @every_shape
 @every_backward
 @every_variant
-def test_gradients_follow_the_formulas(variant, backward, T_q, T_k):
+@both_forms
+def test_gradients_follow_the_formulas(variant, backward, T_q, T_k, form):
     arguments, null_logit = VARIANTS[variant]
     q, k, v = qkv(T_q, T_k)
-    out = attention(q, k, v, backward=backward, **arguments)
+    with form():
+        out = attention(q, k, v, backward=backward, **arguments)
     grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=out.dtype)
     actual = torch.autograd.grad(out, (q, k, v), grad_out)
 
     with torch.no_grad():
-        P = materialised_weights(q, k, null_logit)
+        P = explicit_weights(q, k, null_logit)
         g = grad_out @ v.mT
         if backward == "full":
             dS = P * (g - (P * g).sum(-1, keepdim=True))
@@ -239,22 +246,26 @@ def test_full_backward_is_the_derivative(variant, T_q, T_k):
 
 @every_shape
 @every_backward
-def test_null_logit_gradient_is_exact_in_every_backward(backward, T_q, T_k):
+@both_forms
+def test_null_logit_gradient_is_exact_in_every_backward(backward, T_q, T_k, form):
     q, k, v = qkv(T_q, T_k)
     b, b_explicit = (VARIANTS["null_logit"][1].clone().requires_grad_() for _ in range(2))
     grad_out = torch.randn(B, H, T_q, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
-    attention(q, k, v, null_logit=b, backward=backward).backward(grad_out)
-    (materialised_weights(q, k, b_explicit) @ v).backward(grad_out)
+    with form():
+        attention(q, k, v, null_logit=b, backward=backward).backward(grad_out)
+    (explicit_weights(q, k, b_explicit) @ v).backward(grad_out)
     torch.testing.assert_close(b.grad, b_explicit.grad, **FLOAT64)
 
 
 @every_backward
 @every_variant
-def test_saturated_rows_keep_finite_gradients(variant, backward):
+@both_forms
+def test_saturated_rows_keep_finite_gradients(variant, backward, form):
     arguments, _ = VARIANTS[variant]
     q, k, v = qkv(6, 6, dtype=torch.float32)
     q, k = (q * 1e3).detach().requires_grad_(), (k * 1e3).detach().requires_grad_()  # scores of some ±1e6
-    attention(q, k, v, backward=backward, **arguments).sum().backward()
+    with form():
+        attention(q, k, v, backward=backward, **arguments).sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
@@ -272,6 +283,99 @@ def test_dropout_takes_a_weight_whole_and_scales_the_rest(variant, backward):
     torch.testing.assert_close(out[~dropped], kept[~dropped] / 0.75)
     for gradient in torch.autograd.grad(out.sum(), (q, k, v)):
         assert (gradient[dropped] == 0).all()  # the backward sees the forward's mask
+
+
+# --- attention: fused kernels ---------------------------------------------------------------------------------------
+
+
+def value_and_gradients(q, k, v, grad_out, **arguments):
+    out = attention(q, k, v, **arguments)
+    return out, *torch.autograd.grad(out, (q, k, v), grad_out)
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize("T", [64, 65, 200])  # at and beyond the blocks and chunks of 32 and 64 that kernels work in
+def test_long_rows_are_those_of_the_readable_form(variant, backward, T):
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(T, T)
+    grad_out = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    fused = value_and_gradients(q, k, v, grad_out, backward=backward, **arguments)
+    with materialized_attention():
+        readable = value_and_gradients(q, k, v, grad_out, backward=backward, **arguments)
+    for a, b in zip(fused, readable, strict=True):
+        # Sums of up to T terms in another order, each term of the size of the largest result
+        torch.testing.assert_close(a, b, rtol=0, atol=T * torch.finfo(a.dtype).eps * b.abs().max().item())
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize("layout", ["slices of one projection", "last dimension not contiguous", "expanded"])
+def test_the_layout_in_memory_does_not_matter(variant, backward, layout):
+    arguments, _ = VARIANTS[variant]
+    T = 9
+    if layout == "slices of one projection":
+        packed = torch.randn(B, T, 3 * H * D, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        inputs = [x.view(B, T, H, D).transpose(1, 2) for x in packed.split(H * D, dim=-1)]
+    elif layout == "last dimension not contiguous":
+        inputs = [x.detach().mT.contiguous().mT for x in qkv(T, T)]
+    else:
+        inputs = [x.detach()[:, :1].expand(B, H, T, D) for x in qkv(T, T)]
+    grad_out = torch.randn(B, H, D, T, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mT
+    results = [
+        value_and_gradients(*(x.requires_grad_() for x in xs), g, backward=backward, **arguments)
+        for xs, g in ((inputs, grad_out), ([x.detach().contiguous() for x in inputs], grad_out.contiguous()))
+    ]
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+@every_backward
+@every_variant
+def test_nothing_of_the_size_of_the_weights_is_kept_for_the_backward(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(300, 300)
+    sizes = []
+
+    def pack(x):
+        sizes.append(x.numel())
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        attention(q, k, v, backward=backward, **arguments)
+    assert sizes
+    assert max(sizes) <= q.numel()  # (B, H, T, D); the weights would be (B, H, T, T)
+
+
+@every_backward
+@every_variant
+def test_compiling_takes_the_attention_whole(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    torch.compiler.reset()  # the variants before this one count towards a limit of recompilations
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    q, k, v = qkv(6, 6)
+    expected, out = (f(q, k, v, backward=backward, **arguments) for f in (attention, compiled))
+    torch.testing.assert_close(out, expected, **FLOAT64)
+    grad_out = torch.randn_like(out)
+    gradients = (torch.autograd.grad(y, (q, k, v), grad_out) for y in (out, expected))
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+def test_the_readable_form_is_left_with_its_context_even_by_an_error():
+    q, k, v = qkv(300, 300)
+
+    def largest_saved() -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            attention(q, k, v, normalizer="softmax1")
+        return max(sizes)
+
+    with materialized_attention():
+        assert largest_saved() == B * H * 300 * 300
+    with contextlib.suppress(KeyError), materialized_attention():
+        raise KeyError
+    assert largest_saved() == B * H * 300 * D
 
 
 # --- attention: bad input -------------------------------------------------------------------------------------------

@@ -153,7 +153,6 @@ def test_a_mistake_in_the_base_is_blamed_on_the_base():
         ("optimiser: {}", ("optimiser", "optimizer, training")),
         ("1: {lr: 1}", ("'1'", "optimizer, training")),
         ("optimizer: 5", ("optimizer", "mapping", "5")),
-        ("optimizer:", ("optimizer", "mapping")),
         ("- 5", ("mapping", "[5]")),
         ("optimizer: {lr: fast}", ("optimizer.lr", "a number ≥ 0", "'fast'")),
         ("optimizer: {lr: -1}", ("optimizer.lr", "a number ≥ 0", "-1")),
