@@ -61,12 +61,12 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     null_logit = null_logits(normalizer, q.size(1), q.device) if null_logit is None else null_logit
-    backend = attention_backend(q, k, dropout_p)
+    backend = attention_backend(q, k, dropout_p, stock=backward == "full" and null_logit is None)
+    if backend == "stock":
+        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     if backend == "materialized":
         weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)
         return F.dropout(weights, dropout_p).to(v.dtype) @ v
-    if backward == "full" and null_logit is None:
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     return FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
 
 
@@ -148,11 +148,14 @@ def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 64) -> 
         return tuple((scale * x).view(B, H, -1, D)[:, :, :T].to(q.dtype) for x in (grad_q, grad_k))
 
 
-def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0) -> str:
-    """What computes attention on these: "cpu_flash", "cuda_flash", "cuda_efficient" or "materialized"."""
+def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
+    """What computes attention on these: "cpu_flash", "cuda_flash", "cuda_efficient", "materialized", or, for the
+    variant that PyTorch itself offers (`stock`), "stock": its own function, which chooses a kernel by itself."""
     T_q, T_k, D = q.size(-2), k.size(-2), q.size(-1)
     if _force_materialized or T_q != T_k:  # the kernels align a mask at its start, a cache's few queries need its end
         return "materialized"
+    if stock:
+        return "stock"
     if q.device.type == "cpu" and dropout_p == 0:
         return "cpu_flash"
     if q.device.type == "cuda" and D % 8 == 0 and D <= 256 and q.dtype in (torch.float16, torch.bfloat16):

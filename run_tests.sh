@@ -7,4 +7,5 @@ use_environment requirements-dev.txt
 
 ruff check .
 ruff format --check .
-exec python -m pytest "$@"
+export OMP_NUM_THREADS=1 # a worker a core: more threads would wait for each other
+exec python -m pytest -n auto "$@"

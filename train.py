@@ -17,11 +17,11 @@ from harness.batches import dropout_seed, gather, prefetch, training_offsets, va
 from harness.checkpoint import load_model, read_checkpoint, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
-from harness.device import choose_dtype, now, peak_flops
+from harness.device import choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.probe import attention_kurtosis, weight_kurtosis
-from harness.runfolder import RunFolder, write_text
+from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
 from model import GPT, GPTConfig
 
@@ -38,6 +38,7 @@ def main() -> int:
 def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     """The exit status. `folder` is the run's, on rank 0."""
     c = config.training
+    keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, verify=ranks.is_main)
@@ -115,7 +116,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
     tracker = progress = None
     if ranks.is_main:
-        if not checkpoint:
+        if c.resume == "never":
             folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
         write_text(folder.path / "config.yaml", config.to_yaml())
@@ -253,7 +254,7 @@ def checkpoint_to_resume(config: Config) -> dict | None:
     c = config.training
     path = config.folder / "ckpt.pt"
     if c.resume == "never":
-        held = [name for name in ("ckpt.pt", "best.pt", "metrics.jsonl") if (config.folder / name).exists()]
+        held = run_files(config.folder)
         if held and not (c.overwrite or config.evaluation.only):
             problem = (
                 f"{config.folder} already holds a run ({', '.join(held)}): give another run.name, "

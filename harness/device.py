@@ -1,5 +1,6 @@
 """What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
 
+import ctypes
 from time import perf_counter
 
 import torch
@@ -44,6 +45,18 @@ def _cpu_multiplies_bfloat16() -> bool:
     except OSError:
         return False
     return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what a training step frees for the next one. By default it hands large blocks back to the kernel,
+    which clears every page of them again, step after step. Elsewhere than on glibc nothing happens."""
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return
+    mallopt(M_MMAP_THRESHOLD, 2**30)
+    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # Dense bfloat16 or float16 matrix products in FLOP/s, from the vendors' datasheets.

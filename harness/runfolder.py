@@ -7,7 +7,7 @@ from pathlib import Path
 
 from harness.errors import UserError
 
-_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "sample.txt", "wandb", "diagnostics")
+_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "wandb", "diagnostics")
 
 
 class RunFolder:
@@ -37,14 +37,11 @@ class RunFolder:
         for leftover in folder.glob("*.tmp"):  # of a process killed while it wrote; only the lock's owner writes here
             leftover.unlink()
 
-    def holds_a_run(self) -> bool:
-        return any((self.path / name).exists() for name in _OURS[:4])
-
     def clear(self) -> None:
-        """Remove a former run's files, and nothing that is not ours."""
-        for name in _OURS:
+        """Remove a former run, and nothing that is not ours."""
+        for name in run_files(self.path):
             target = self.path / name
-            shutil.rmtree(target) if target.is_dir() else target.unlink(missing_ok=True)
+            shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -53,6 +50,11 @@ class RunFolder:
         if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
             shutil.rmtree(self.path)
         self._lock.close()
+
+
+def run_files(folder: Path) -> list[str]:
+    """What a run has left in its folder."""
+    return [name for name in _OURS if (folder / name).exists()]
 
 
 def write_text(path: Path, text: str) -> None:

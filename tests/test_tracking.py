@@ -15,7 +15,7 @@ from scipy import stats
 
 from harness.errors import UserError
 from harness.probe import attention_kurtosis, capture_qk, weight_kurtosis
-from harness.runfolder import RunFolder, write_text
+from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Tracker
 from model import GPT, GPTConfig
 
@@ -180,7 +180,7 @@ def test_the_real_wandb_writes_an_offline_run_that_a_resume_continues(tmp_path, 
 
 # --- the run's folder -----------------------------------------------------------------------------------------------
 
-HOLD = "import sys, pathlib, time; from harness.runfolder import RunFolder; "
+HOLD = "import sys, pathlib, time; from harness.runfolder import RunFolder, run_files; "
 HOLD += "folder = RunFolder(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
 
 
@@ -219,7 +219,7 @@ def test_the_folder_is_free_again_after_its_context(tmp_path):
         with pytest.raises(UserError, match=str(os.getpid())):
             RunFolder(path)
     with RunFolder(path) as folder:
-        assert folder.holds_a_run()
+        assert run_files(folder.path)
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
@@ -230,12 +230,12 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
 
 def test_clearing_removes_a_run_and_nothing_else(tmp_path):
     with RunFolder(tmp_path) as folder:
-        assert not folder.holds_a_run()
+        assert not run_files(folder.path)
         ours = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "wandb/run.json", "diagnostics/kurtosis.json")
         for name in (*ours, "notes.md", "plots/mine.png"):
             (tmp_path / name).parent.mkdir(exist_ok=True)
             (tmp_path / name).touch()
-        assert folder.holds_a_run()
+        assert run_files(folder.path)
         folder.clear()
     assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["notes.md", "plots"]
     assert (tmp_path / "plots" / "mine.png").exists()

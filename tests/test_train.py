@@ -145,7 +145,7 @@ def test_micro_steps_add_up_to_the_whole_batch():
 
 def test_two_ranks_train_as_one():
     one = finished("one", "--training.max_steps", "6")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29511"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command += [str(ROOT / "train.py"), "config.yaml", "--run.name", "two", "--training.max_steps", "6"]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
