@@ -14,6 +14,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 Normalizer = Literal["softmax", "softmax1"]
@@ -32,9 +33,10 @@ def softmax1(x: Tensor, dim: int = -1) -> Tensor:
         x = x.to(torch.get_default_dtype())
     if x.numel() == 0:
         return x
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
     # The shift covers the null logit too, hence the clamp: exp(-shift) then never overflows, however low x lies.
-    shift = x.detach().amax(dim, keepdim=True).clamp(min=0)
-    exp_x = torch.exp(x.float() - shift.float()) if x.dtype in (torch.float16, torch.bfloat16) else torch.exp(x - shift)
+    shift = exact.detach().amax(dim, keepdim=True).clamp(min=0)
+    exp_x = torch.exp(exact - shift)
     return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
 
 
@@ -66,7 +68,10 @@ def attention(
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     if backend == "materialized":
         weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)
-        return F.dropout(weights, dropout_p).to(v.dtype) @ v
+        dropped = F.dropout(weights, dropout_p)
+        if backward == "ste":  # straight through the dropout too: its mask is in dV alone
+            dropped = weights + (dropped - weights).detach()
+        return dropped.to(v.dtype) @ v
     return FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
 
 
@@ -90,13 +95,16 @@ class FusedAttention(torch.autograd.Function):
         out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
         if null_logit is not None:
             lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
-            out = out * torch.exp(lse - lse_1)[:, :, : q.size(-2)].view(*q.shape[:-1], 1).to(out.dtype)
-            lse = lse_1
+            share = torch.exp(lse - lse_1)[:, :, : q.size(-2)].view(
+                *q.shape[:-1], 1
+            )  # of the keys, against the null slot
+            out, lse = (out * share).to(out.dtype), lse_1
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
         backward, dropout_p, scale, backend = ctx.arguments
@@ -158,10 +166,12 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         return "stock"
     if q.device.type == "cpu" and dropout_p == 0:
         return "cpu_flash"
-    if q.device.type == "cuda" and D % 8 == 0 and D <= 256 and q.dtype in (torch.float16, torch.bfloat16):
-        return "cuda_flash"
-    if q.device.type == "cuda" and D % 8 == 0 and q.dtype == torch.float32:
-        return "cuda_efficient"
+    if q.device.type == "cuda" and D % 8 == 0 and q.dtype in (torch.float16, torch.bfloat16, torch.float32):
+        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+        if ampere and D <= 256 and q.dtype != torch.float32:
+            return "cuda_flash"
+        if ampere or q.dtype != torch.bfloat16:
+            return "cuda_efficient"
     return "materialized"
 
 
@@ -199,7 +209,7 @@ _force_materialized = False
 
 @contextlib.contextmanager
 def materialized_attention():
-    """Within this context `attention` takes the readable form everywhere, as forward-mode differentiation needs it."""
+    """Within this context `attention` takes the readable form everywhere."""
     global _force_materialized
     former, _force_materialized = _force_materialized, True
     try:
@@ -213,7 +223,9 @@ def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", sca
     T_q, T_k = q.size(-2), k.size(-2)
     visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
     exact = torch.promote_types(q.dtype, torch.float32)
-    return AttentionWeights.apply((q @ k.transpose(-2, -1)).to(exact) * scale, null_logit, visible, backward)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)
+    return AttentionWeights.apply(scores, null_logit, visible, backward)
 
 
 class AttentionWeights(torch.autograd.Function):
@@ -234,6 +246,7 @@ class AttentionWeights(torch.autograd.Function):
         return log_weights.exp()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         log_weights, visible = ctx.saved_tensors
         weights = log_weights.exp()

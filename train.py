@@ -7,17 +7,19 @@ bit, the losses and weights of one that never stopped. `train` is the whole stor
 import contextlib
 import dataclasses
 import math
+import os
 import signal
 import sys
 
+import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
-from harness.checkpoint import load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
-from harness.device import choose_dtype, keep_freed_memory, now, peak_flops
+from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.probe import attention_kurtosis, weight_kurtosis
@@ -40,22 +42,24 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     c = config.training
     keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
+    use_compile = choose_compile(c.compile, device)
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, verify=ranks.is_main)
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
 
-    # What is there already. Nothing is written or removed until all of it is known to fit together.
+    # --- what is there already; nothing is written or removed until all of it is known to fit together ----------------
     checkpoint = checkpoint_to_resume(config)
-    start = checkpoint["step"] if checkpoint else 0
+    resumed, start = checkpoint is not None, checkpoint["step"] if checkpoint else 0
+    if ranks.share(start) != start:
+        raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     if start >= c.max_steps and not config.evaluation.only:
         say(f"{config.folder} is finished: step {start} of {c.max_steps}. For more, raise --training.max_steps.")
         return 0
     torch.manual_seed(config.run.seed)
-    raw_model = build_model(config, corpus, checkpoint).to(device)
+    raw_model = initial_model(config, corpus, checkpoint).to(device)
     check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
 
-    use_compile = device.type == "cuda" if c.compile == "auto" else c.compile
     model = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
@@ -68,12 +72,14 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
     def evaluate(offsets) -> float:
         """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks."""
-        model.eval()
+        tokens = corpus.tokens["val"]
+        filler = np.full(-len(offsets) % micro_batch_size, len(tokens))  # all its targets are ignored; one batch shape
+        batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
         total = torch.zeros(2, dtype=torch.float64)  # Σ loss, targets
-        batches = [offsets[i : i + micro_batch_size] for i in range(0, len(offsets), micro_batch_size)]
+        model.eval()
         with torch.no_grad(), autocast:
             for batch in batches[ranks.rank :: ranks.size]:
-                x, y = gather(corpus.tokens["val"], batch, block_size, device)
+                x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y)
                 targets = int((y >= 0).sum())
                 total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
@@ -81,18 +87,11 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         loss_sum, targets = ranks.sum(total).tolist()
         return loss_sum / targets
 
-    def validation_metrics(loss: float) -> dict[str, float]:
-        metrics = {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700))}
-        if bytes_per_token := corpus.bytes_per_token["val"]:
-            metrics["val/bits_per_byte"] = loss / math.log(2) / bytes_per_token
-        return metrics
-
-    every_window = validation_offsets(len(corpus.tokens["val"]), block_size)
-    windows = every_window
+    every_window = windows = validation_offsets(len(corpus.tokens["val"]), block_size)
     if config.evaluation.batches != "full":
         windows = validation_offsets(len(corpus.tokens["val"]), block_size, config.evaluation.batches * c.batch_size)
     if config.evaluation.only:
-        say(f"the whole validation set: {describe(validation_metrics(evaluate(every_window)))}")
+        say(f"the whole validation set: {describe(validation_metrics(evaluate(every_window), corpus))}")
         return 0
 
     optimizer = torch.optim.AdamW(
@@ -103,13 +102,22 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     )
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best_val_loss = math.inf
-    if checkpoint:
+    machine = {
+        "ranks": ranks.size,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "dtype": str(dtype),
+        "torch": str(torch.__version__),
+    }
+    if resumed:
+        check_resume(config, checkpoint, corpus, machine, say)
         # The state alone: the hyperparameters are the config's, which may have changed.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
-        scaler.load_state_dict(checkpoint["scaler"])
+        if checkpoint["scaler"]:
+            scaler.load_state_dict(checkpoint["scaler"])
         best_val_loss = checkpoint["best_val_loss"]
-        report_resume(config, checkpoint, corpus, ranks.size, say)
+    del checkpoint  # its tensors are the model's and the optimizer's now
     wrapped = model if ranks.size == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
@@ -120,51 +128,52 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
         write_text(folder.path / "config.yaml", config.to_yaml())
-        tracker = Tracker(folder.path, config, start if checkpoint else None)
+        tracker = Tracker(folder.path, config, start if resumed else None)
         progress = Progress(c.max_steps, start)
 
-    def save(path, step: int, with_optimizer: bool = True) -> None:
-        save_checkpoint(
-            path,
-            {
-                "format": 1,
-                "model": raw_model.state_dict(),
-                "model_args": dataclasses.asdict(raw_model.config),
-                "step": step,
-                "best_val_loss": best_val_loss,
-                "config": config.to_dict(),
-                "corpus": {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
-                | {"folder": config.data.corpus, "sha256": corpus.sha256},
-                "ranks": ranks.size,
-                "threads": torch.get_num_threads(),
-                "torch": str(torch.__version__),
-            }
-            | ({"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()} if with_optimizer else {}),
-        )
+    def save(step: int, best: bool) -> None:
+        """Write ckpt.pt and, without the optimizer's state, best.pt."""
+        if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
+            raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
+        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
+        checkpoint = {
+            "format": 1,
+            "model": raw_model.state_dict(),
+            "model_args": dataclasses.asdict(raw_model.config),
+            "step": step,
+            "best_val_loss": best_val_loss,
+            "config": config.to_dict(),
+            "corpus": corpus_entry | {"folder": config.data.corpus, "sha256": corpus.sha256},
+            "machine": machine,
+        }
+        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        save_checkpoint(folder.checkpoint, checkpoint | state)
+        if best:
+            save_checkpoint(folder.best, checkpoint)
 
-    def evaluation_metrics(step: int) -> dict[str, float | None]:
-        """Everything that is measured at an evaluation; writes best.pt if this one is the best so far."""
+    def measure(step: int) -> tuple[dict[str, float | None], bool]:
+        """Everything that is measured at an evaluation, and whether this is the best one so far."""
         nonlocal best_val_loss
         loss = evaluate(windows)
-        metrics = validation_metrics(loss)
+        best = loss < best_val_loss  # on the same windows every time
+        best_val_loss = min(loss, best_val_loss)
         if step == c.max_steps and len(windows) < len(every_window):
-            metrics = validation_metrics(evaluate(every_window))
-        if loss < best_val_loss:  # on the same windows every time
-            best_val_loss = loss
-            if ranks.is_main and step > 0:
-                save(folder.best, step, with_optimizer=False)
-        if config.evaluation.kurtosis and ranks.is_main:
-            metrics |= kurtosis_metrics(raw_model, corpus, device)
-        return metrics
+            loss = evaluate(every_window)
+        metrics = validation_metrics(loss, corpus)
+        if ranks.is_main:
+            progress.say(f"step {step}: {describe(metrics)}")
+            if config.evaluation.kurtosis:
+                metrics |= kurtosis_metrics(raw_model, corpus, device)
+        return metrics, best
 
-    if not checkpoint:
-        metrics = evaluation_metrics(0)
+    if not resumed:
+        metrics, best = measure(0)
         if ranks.is_main:
             tracker.log(0, metrics)
-            progress.say(f"step 0: {describe(metrics)}")
+            save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    stop = StopSignals()
+    stop = StopSignals(ranks.is_main)
     batches = training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
     unchecked = []  # (step, loss, gradient norm) since the last look: looking waits for the device
@@ -191,7 +200,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         optimizer.zero_grad(set_to_none=True)
         unchecked.append((step, loss, grad_norm))
 
-        stopping = ranks.any(stop.requested is not None)
+        stopping = ranks.max(stop.requested)
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
         saving = step % c.checkpoint_interval == 0 or step == c.max_steps or stopping
         logging = step % config.tracking.log_interval == 0 or evaluating
@@ -200,7 +209,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if not (logging or saving):
             continue
 
-        loss = check_finite(unchecked, ranks, scaler.is_enabled())
+        loss, best = check_finite(unchecked, ranks, scaler.is_enabled()), False
         if logging:
             seconds = (now(device) - clock) / (step - clock_step)
             tokens_per_second = c.batch_size * block_size / seconds
@@ -214,13 +223,12 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             if ranks.is_main:
                 progress.report(step, loss, tokens_per_second, seconds)
             if evaluating:
-                metrics |= (found := evaluation_metrics(step))
-                if ranks.is_main:
-                    progress.say(f"step {step}: {describe(found)}")
+                measured, best = measure(step)
+                metrics |= measured
             if ranks.is_main:
                 tracker.log(step, metrics)
-        if saving and ranks.is_main:
-            save(folder.checkpoint, step)
+        if (saving or best) and ranks.is_main:
+            save(step, best)
         clock, clock_step = now(device), step
         if stopping:
             break
@@ -228,11 +236,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if ranks.is_main:
         progress.close()
         tracker.close()
-    if stop.requested and step < c.max_steps:
-        say(
-            f"stopped at step {step} of {c.max_steps} and saved {folder.checkpoint}: the same command continues from it"
-        )
-        return 128 + stop.requested
+    if stopping and step < c.max_steps:
+        say(f"stopped at step {step} of {c.max_steps} and saved {config.folder}/ckpt.pt: the same command continues")
+        return 128 + stopping
     return 0
 
 
@@ -242,10 +248,8 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
     share, rest = divmod(c.batch_size, ranks)
     if rest or not share:
         raise config.error("training.batch_size", f"{c.batch_size} sequences cannot be shared out among {ranks} ranks")
-    micro_batch_size = min(c.micro_batch_size or share, share)
-    if share % micro_batch_size:
-        problem = f"{micro_batch_size} does not divide the {share} sequences that each device has in a step"
-        raise config.error("training.micro_batch_size", problem)
+    most = min(c.micro_batch_size or share, share)
+    micro_batch_size = next(n for n in range(most, 0, -1) if share % n == 0)
     return micro_batch_size, share // micro_batch_size
 
 
@@ -263,22 +267,39 @@ def checkpoint_to_resume(config: Config) -> dict | None:
             raise config.error("training.resume", problem)
         return None
     if path.exists():
-        return read_checkpoint(path)
+        checkpoint = read_checkpoint(path)
+        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
+        if lacking := [key for key in needed if key not in checkpoint]:
+            problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
+            raise config.error("training.resume", problem)
+        return checkpoint
     if c.resume == "must":
         raise config.error("training.resume", f"there is no {path} to resume")
+    if (config.folder / "best.pt").exists() and not config.evaluation.only:
+        problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
+        raise config.error("training.resume", problem)
     return None
 
 
-def build_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
-    """The GPT to train: of the checkpoint being resumed, of `init_from`, or new. Where a checkpoint has a say, keys of
-    the model section that the config leaves out are the checkpoint's, and those it sets have to agree."""
-    wanted = {k: v for k, v in vars(config.model).items() if f"model.{k}" in config.sources and v is not None}
-    if not checkpoint and config.training.init_from == "scratch":
-        return GPT(GPTConfig(**vars(config.model) | {"vocab_size": config.model.vocab_size or corpus.vocab_size}))
+def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
+    """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
 
-    source = config.folder / "ckpt.pt" if checkpoint else config.training.init_from
-    model, _ = load_model(source)
-    found = dataclasses.asdict(model.config)
+    Keys of the model section that the config leaves out are then those of `init_from`; those it sets have to agree.
+    """
+    init_from = config.training.init_from
+    scratch = GPTConfig(**vars(config.model) | {"vocab_size": config.model.vocab_size or corpus.vocab_size})
+    if not checkpoint and init_from == "scratch":
+        if config.evaluation.only:
+            raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
+        return GPT(scratch)
+
+    source = config.folder / "ckpt.pt" if checkpoint else init_from
+    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
+    found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
+    if init_from != "scratch":
+        wanted = {
+            k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
+        }
     free = () if checkpoint else ("dropout", "normalizer", "backward")  # a fine-tuning may choose these anew
     differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
@@ -287,8 +308,7 @@ def build_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
     if differing:
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
-    chosen = {k: wanted[k] for k in free if k in wanted}
-    rebuilt = GPT(dataclasses.replace(model.config, **chosen))
+    rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
     rebuilt.load_state_dict(model.state_dict())
     return rebuilt
 
@@ -303,7 +323,7 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
             raise config.error("model.block_size", problem)
 
 
-def report_resume(config: Config, checkpoint: dict, corpus: Corpus, ranks: int, say) -> None:
+def check_resume(config: Config, checkpoint: dict, corpus: Corpus, machine: dict, say) -> None:
     """Say where the run goes on and what differs from then. UserError if that is the corpus."""
     if checkpoint["corpus"]["sha256"] != corpus.sha256:
         problem = (
@@ -321,12 +341,8 @@ def report_resume(config: Config, checkpoint: dict, corpus: Corpus, ranks: int, 
                 changed.append(f"{section}.{key} {before} → {value}")
     if changed:
         say(f"changed since the checkpoint: {', '.join(changed)}")
-    for name, before, here in (
-        ("ranks", checkpoint["ranks"], ranks),
-        ("threads", checkpoint["threads"], torch.get_num_threads()),
-        ("PyTorch", checkpoint["torch"], str(torch.__version__)),
-    ):
-        if before != here:
+    for name, here in machine.items():
+        if (before := checkpoint["machine"].get(name)) != here:
             say(f"warning: {name}: {before} then, {here} now: the losses will agree to rounding only, not bit for bit")
 
 
@@ -374,11 +390,19 @@ def kurtosis_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | No
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
     model.eval()
     for split, tokens in corpus.tokens.items():
-        offsets = validation_offsets(len(tokens) - model.config.block_size, model.config.block_size, count=8)
+        offsets = validation_offsets(len(tokens) - model.config.block_size + 1, model.config.block_size, count=8)
         x, _ = gather(tokens, offsets, model.config.block_size, device)
         metrics[f"activation_kurtosis/{split}/attention"] = attention_kurtosis(model, x)
     model.train()
     return metrics
+
+
+def validation_metrics(loss: float, corpus: Corpus) -> dict[str, float]:
+    return {
+        "val/loss": loss,
+        "val/perplexity": math.exp(min(loss, 700)),
+        "val/bits_per_byte": loss / math.log(2) / corpus.bytes_per_token["val"],
+    }
 
 
 def describe(metrics: dict[str, float]) -> str:
@@ -389,17 +413,18 @@ def describe(metrics: dict[str, float]) -> str:
 class StopSignals:
     """SIGINT and SIGTERM ask for an end after this step; a second Ctrl-C ends at once."""
 
-    def __init__(self):
-        self.requested: int | None = None
+    def __init__(self, is_main: bool):
+        self.requested, self._is_main = 0, is_main  # the signal's number
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._receive)
 
     def _receive(self, number, _frame) -> None:
-        if number == signal.SIGINT == self.requested:
+        if number == signal.SIGINT and self.requested:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt
         self.requested = self.requested or number
-        print("\nfinishing this step, then saving; Ctrl-C again stops at once", file=sys.stderr, flush=True)
+        if self._is_main:  # not by print: a handler may interrupt another print
+            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,7 @@ def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: tor
     if index.max() >= len(tokens):
         y = np.where(index[:, 1:] < len(tokens), y, -1)
     x, y = (torch.from_numpy(np.ascontiguousarray(z)) for z in (x, y))
-    if device.type == "cuda":  # from pinned memory the copy runs beside the GPU's work
+    if device.type == "cuda":  # from pinned memory the copy is queued, and the program goes on
         return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
     return x.to(device), y.to(device)
 

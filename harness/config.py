@@ -89,18 +89,18 @@ class TrainingConfig:
     """auto: continue the run's checkpoint if there is one; must: insist on it; never: start afresh"""
     overwrite: bool = False
     """with `resume: never`, replace what the run's folder already holds"""
-    max_steps: NonNegativeInt = 2000
+    max_steps: PositiveInt = 2000
     """optimizer steps in all"""
     batch_size: PositiveInt = 64
     """sequences a step, over all devices"""
     micro_batch_size: PositiveInt | None = None
-    """sequences one device holds at a time, the rest accumulates; null: its whole share of batch_size"""
+    """sequences one device holds at a time at most, the rest accumulates; null: its whole share of batch_size"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """of matrix products; auto: bfloat16 where the hardware has it, float16 on older GPUs, else float32"""
     compile: bool | Literal["auto"] = "auto"
-    """torch.compile the model; auto: on CUDA"""
+    """torch.compile the model; auto: on CUDA, if there is a C compiler"""
     checkpoint_interval: PositiveInt = 250
     """steps between writes of ckpt.pt; the last step always writes"""
 
@@ -175,6 +175,10 @@ def load_config(arguments: list[str]) -> Config:
         sources[key] = "command line"
     config = build_config(values, sources)
     config.run.name = config.run.name or path.stem
+    if Path(config.run.name).name != config.run.name:
+        raise config.error(
+            "run.name", f"{config.run.name!r} is not the plain name of a folder; run.out_dir may be a path"
+        )
     return config
 
 
@@ -267,7 +271,8 @@ class _InvalidValue(Exception):
 
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None):
-        raise _InvalidValue(re.search(r'"([\w.]+)"', message)[1]) from ex
+        key = re.search(r'"(\w+\.\w+)"', message)
+        raise (_InvalidValue(key[1]) if key else UserError(f"config: {' '.join(message.split())}")) from ex
 
 
 def _parser() -> ArgumentParser:

@@ -1,6 +1,7 @@
 """What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
 
 import ctypes
+import shutil
 from time import perf_counter
 
 import torch
@@ -47,6 +48,11 @@ def _cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
+def choose_compile(setting: bool | str, device: torch.device) -> bool:
+    """Whether to compile. auto: on CUDA, where a C compiler is at hand for what Triton builds."""
+    return device.type == "cuda" and shutil.which("cc") is not None if setting == "auto" else setting
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what a training step frees for the next one. By default it hands large blocks back to the kernel,
     which clears every page of them again, step after step. Elsewhere than on glibc nothing happens."""
@@ -55,8 +61,8 @@ def keep_freed_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
         return
-    mallopt(M_MMAP_THRESHOLD, 2**30)
-    mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+    if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):  # an older glibc takes no more than 32 MiB
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 # Dense bfloat16 or float16 matrix products in FLOP/s, from the vendors' datasheets.

@@ -29,9 +29,12 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank, so that all take the same branch."""
-        return bool(self.sum(torch.tensor(int(flag)))) if self.size > 1 else flag
+    def max(self, number: int) -> int:
+        """The largest of the ranks' numbers, so that all take the same branch."""
+        if self.size > 1:
+            dist.all_reduce(tensor := torch.tensor(number), dist.ReduceOp.MAX)
+            number = int(tensor)
+        return number
 
     def share(self, value):
         """Rank 0's value of a plain Python object, on every rank."""

@@ -6,23 +6,31 @@ use_environment() {
   local requirements=$1 here=${BASH_SOURCE[0]%/*}/.. environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} python
   if [[ -z $environment ]]; then
     environment=$(cd "$here" && pwd)/.venv
-    if [[ ! -x $environment/bin/python ]]; then
+    if ! has_pip "$environment"; then # not there, or only half made
       python=$(find_python) || exit 2
       echo "making $environment with $("$python" --version)"
       rm -rf "$environment"
-      "$python" -m venv "$environment"
+      if ! "$python" -m venv "$environment"; then
+        rm -rf "$environment"
+        echo "error: $python cannot make an environment (see above); on Debian and Ubuntu: apt install python3-venv" >&2
+        exit 2
+      fi
     fi
-    export VIRTUAL_ENV=$environment PATH="$environment/bin:$PATH"
-  elif ! is_recent "$environment/bin/python"; then
-    echo "error: the active environment, $environment, has no Python 3.11 or later: deactivate it, or activate another" >&2
+    export VIRTUAL_ENV=$environment
+  elif ! is_recent "$environment/bin/python" || ! has_pip "$environment"; then
+    echo "error: the active environment, $environment, needs Python 3.11 or later, and pip: deactivate or mend it" >&2
     exit 2
   fi
+  export PATH="$environment/bin:$PATH"
 
   local installed=$environment/.offbyone-$(basename "$requirements") wanted
   wanted=$(cd "$(dirname "$requirements")" && cat requirements.txt "$(basename "$requirements")")
   if [[ $(cat "$installed" 2>/dev/null) != "$wanted" ]]; then
     echo "installing $requirements into $environment (a few minutes the first time)"
-    "$environment/bin/python" -m pip install --quiet --disable-pip-version-check -r "$requirements"
+    if ! python -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
+      echo "error: pip could not install $requirements (see above)" >&2
+      exit 2
+    fi
     echo "$wanted" >"$installed"
   fi
 }
@@ -41,4 +49,8 @@ find_python() {
 
 is_recent() {
   "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null
+}
+
+has_pip() {
+  "$1/bin/python" -m pip --version >/dev/null 2>&1
 }

@@ -34,6 +34,6 @@ def run_cli(main) -> int:
         if error.errno not in _ENVIRONMENT_ERRNOS:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror}{where}: nothing half-written is left; free some space or mend the permissions"
+        message = f"{error.strerror}{where}: free some space or mend the permissions, then run this again"
     print(f"error: {message}", file=sys.stderr)
     return 2

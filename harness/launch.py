@@ -1,5 +1,6 @@
 """`./run_training.sh` once the environment stands: prepare the corpus if need be, train, say what to do next."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -18,23 +19,20 @@ def main() -> int:
     checkpoint = config.folder / "ckpt.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
 
-    command = [sys.executable, "train.py"]
-    gpus = torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
+    command, gpus = [sys.executable], torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
     if gpus > 1:
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--standalone",
-            f"--nproc_per_node={gpus}",
-            "train.py",
-        ]
-    status = run([*command, *arguments])
+        usable = max(n for n in range(1, gpus + 1) if config.training.batch_size % n == 0)
+        if usable < gpus:
+            print(
+                f"using {usable} of {gpus} GPUs: they have to divide training.batch_size, {config.training.batch_size}"
+            )
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={usable}"]
+    status = run([*command, "train.py", *arguments])
     if status == 0 and not config.evaluation.only:
         if checkpoint.stat().st_mtime_ns != before:
             print("\na sample:", flush=True)
             run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
-        print(next_steps(config))
+        print(next_steps(config, arguments[0]))
     return status
 
 
@@ -61,17 +59,18 @@ def run(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def next_steps(config: Config) -> str:
-    folder = config.folder
+def next_steps(config: Config, path: str) -> str:
+    folder, more = config.folder, 2 * config.training.max_steps
+    path = os.path.relpath(path)
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
-  python scripts/plot_metrics.py {folder}              the curves, as a PNG
-  wandb leet {folder}/wandb                            the curves, in the terminal
-  python scripts/sample.py {folder}/ckpt.pt            text from the model
-  ./run_training.sh CONFIG --training.max_steps N      train on, from the last step
-(python and wandb are in {Path(sys.executable).parent})"""
+  source {os.path.relpath(sys.prefix)}/bin/activate
+  python scripts/plot_metrics.py {folder}      # the curves, as a PNG
+  wandb leet {folder}/wandb                    # the curves, in the terminal
+  python scripts/sample.py {folder}/ckpt.pt    # text from the model
+  ./run_training.sh {path} --training.max_steps {more}    # train on, at the schedule's last learning rate"""
 
 
 if __name__ == "__main__":

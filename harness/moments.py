@@ -110,7 +110,7 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
     if chunk.numel() == 0:
         return moments
     # MPS has no float64
-    x = chunk.to(device="cpu" if chunk.device.type == "mps" else chunk.device, dtype=torch.float64)
+    x = (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
     d = x - x[0]
     offset = d.mean()
     d -= offset

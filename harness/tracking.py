@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.errors import UserError
 from harness.runfolder import write_text
 
 
@@ -53,21 +54,31 @@ class Tracker:
             return None
         import wandb  # here: it takes a second
 
-        if mode == "auto":
-            wandb.setup(wandb.Settings(silent=True))
-            logged_in = wandb.login(prompt=False)
-            mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
-        print(f"wandb: {mode} ({reason}), run {self._wandb_id} in {folder}/wandb")
-        return wandb.init(
-            mode=mode,
-            dir=folder,
-            project=config.tracking.project,
-            name=config.run.name,
-            id=self._wandb_id,
-            resume="allow",
-            config=config.to_dict(),
-            settings=wandb.Settings(silent=mode == "offline", console="off"),
-        )
+        def start(mode: str):
+            return wandb.init(
+                mode=mode,
+                dir=folder,
+                project=config.tracking.project,
+                name=config.run.name,
+                id=self._wandb_id,
+                resume="allow",
+                config=config.to_dict(),
+                settings=wandb.Settings(silent=mode == "offline", console="off"),
+            )
+
+        try:
+            if mode == "auto":
+                wandb.setup(wandb.Settings(silent=True))
+                logged_in = wandb.login(prompt=False)
+                mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
+            run = start(mode)
+        except wandb.errors.Error as e:  # no network, a stale key: not worth a run
+            if config.tracking.wandb != "auto":
+                raise UserError(f"tracking.wandb: {mode}: {e}; auto would fall back to offline") from e
+            mode, reason = "offline", f"cannot go online: {e}"
+            run = start(mode)
+        print(f"wandb: {mode} ({' '.join(reason.split())}), run {self._wandb_id} in {folder}/wandb")
+        return run
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """One line for `step`; a value that is not finite is written as null."""

@@ -27,7 +27,7 @@ import torch
 from harness.batches import gather, training_offsets
 from harness.config import Config, load_config
 from harness.corpus import Corpus
-from harness.device import choose_device, choose_dtype, now, peak_flops
+from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.errors import UserError, run_cli
 from harness.report import print_table
 from harness.runfolder import write_text
@@ -77,14 +77,21 @@ def start_bench(config: Config, baseline: bool):
 
 def ask(bench, method: str, *args):
     bench.send((method, args))
-    return bench.recv()
+    answer = bench.recv()
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
 
 
 def serve(pipe, config: Config, baseline: bool) -> None:
-    bench = Bench(config, baseline)
+    bench = None
     while True:
         method, args = pipe.recv()
-        pipe.send(getattr(bench, method)(*args))
+        try:
+            bench = bench or Bench(config, baseline)
+            pipe.send(getattr(bench, method)(*args))
+        except (UserError, ValueError, RuntimeError) as e:
+            pipe.send(e)
 
 
 class Bench:
@@ -93,6 +100,8 @@ class Bench:
     def __init__(self, config: Config, baseline: bool):
         self.config, c = config, config.training
         self.name = f"{config.run.name}, eager float32, unfused" if baseline else config.run.name
+        if not baseline:
+            keep_freed_memory()
         self.device = choose_device(c.device)
         self.dtype = torch.float32 if baseline else choose_dtype(c.dtype, self.device)
         self.corpus = Corpus(config.data.corpus, verify=False)
@@ -100,11 +109,12 @@ class Bench:
         torch.manual_seed(config.run.seed)
         self.raw_model = GPT(GPTConfig(**fields | {"vocab_size": config.model.vocab_size or self.corpus.vocab_size}))
         self.raw_model.to(self.device)
-        use_compile = not baseline and (self.device.type == "cuda" if c.compile == "auto" else c.compile)
+        use_compile = not baseline and choose_compile(c.compile, self.device)
         self.model = torch.compile(self.raw_model) if use_compile else self.raw_model
         how = {"fused": False, "foreach": False} if baseline else {"fused": True}
         self.optimizer = torch.optim.AdamW(self.raw_model.parameter_groups(config.optimizer.weight_decay), **how)
-        self.micro_batch_size = min(c.micro_batch_size or c.batch_size, c.batch_size)
+        most = min(c.micro_batch_size or c.batch_size, c.batch_size)
+        self.micro_batch_size = next(n for n in range(most, 0, -1) if c.batch_size % n == 0)
         self.seconds = {phase: [] for phase in PHASES}
 
     def step(self, step: int) -> None:
@@ -139,11 +149,11 @@ class Bench:
         measured = {phase: values[WARMUP:] for phase, values in self.seconds.items()}
         median = statistics.median(map(sum, zip(*measured.values(), strict=True)))
         tokens = self.config.training.batch_size * self.raw_model.config.block_size
-        peak, _ = peak_flops(self.device, self.dtype)
         if self.device.type == "cuda":
             memory = torch.cuda.max_memory_allocated(self.device)
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak, _ = peak_flops(self.device, self.dtype)
         return {
             "config": self.name,
             "dtype": str(self.dtype).removeprefix("torch."),

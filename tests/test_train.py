@@ -319,7 +319,7 @@ def test_a_full_disk_keeps_the_former_checkpoint():
         (("--training.device", "cuda"), "device 'cuda' is not there"),
         (("--training.device", "gpu"), "no device 'gpu'"),
         (("--training.dtype", "float16"), "float16 needs a GPU"),
-        (("--training.micro_batch_size", "3"), "training.micro_batch_size: 3 does not divide"),
+        (("--training.init_from", "scratch", "--evaluation.only", "true"), "no training.init_from to evaluate"),
         (("--training.resume", "must"), "there is no out/run/ckpt.pt to resume"),
         (("--training.init_from", "nowhere.pt"), "no checkpoint nowhere.pt"),
         (("--data.corpus", "nowhere"), "nowhere is not prepared"),
