@@ -132,7 +132,8 @@ class GPT2(Tokenizer):
         return self._encoding.encode_to_numpy(_as_text(text), disallowed_special=())
 
     def decode_bytes(self, ids):
-        return self._encoding.decode_bytes(self._checked(ids).tolist())
+        ids = self._checked(ids).tolist()  # before the encoding is asked for, which may have to be fetched
+        return self._encoding.decode_bytes(ids)
 
     def token_bytes(self):
         sizes = [len(self._encoding.decode_single_token_bytes(i)) for i in range(self.vocab_size)]

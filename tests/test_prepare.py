@@ -159,7 +159,8 @@ def test_hf_saved_folder_with_its_own_validation_split(tmp_path):
 
 
 def test_hf_without_network(tmp_path):
-    error = prepare("hf", "someone/something", "--out", "x", cwd=tmp_path, status=2, HF_HOME=str(tmp_path / "home"))
+    arguments = ("someone/something", "--tokenizer", "bytes", "--out", "x")
+    error = prepare("hf", *arguments, cwd=tmp_path, status=2, HF_HOME=str(tmp_path / "home"))
     assert "cannot load the split 'train' of someone/something" in error
 
 
