@@ -86,7 +86,10 @@ def ask(bench, method: str, *args):
 def serve(pipe, config: Config, baseline: bool) -> None:
     bench = None
     while True:
-        method, args = pipe.recv()
+        try:
+            method, args = pipe.recv()
+        except EOFError:  # the parent is done
+            return
         try:
             bench = bench or Bench(config, baseline)
             pipe.send(getattr(bench, method)(*args))
