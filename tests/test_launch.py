@@ -19,7 +19,7 @@ tracking: {wandb: disabled}
 
 def run_training(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
     command = [str(ROOT / "run_training.sh"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **kwargs)
 
 
 @pytest.fixture
@@ -75,12 +75,12 @@ def test_a_stopped_run_passes_its_status_on_and_continues(config):
         text=True,
     )
     metrics = config.parent / "out" / "tiny" / "metrics.jsonl"
-    deadline = time.time() + 120
+    deadline = time.time() + 900
     while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
         assert time.time() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=900)
     assert process.returncode == 128 + signal.SIGTERM
     assert "the same command continues" in output
 

@@ -56,11 +56,11 @@ class Run:
         self.process.start()
 
     def wait(self) -> int:
-        self.process.join(120)
+        self.process.join(900)
         return self.process.exitcode
 
     def wait_for_step(self, step: int) -> None:
-        deadline = time.time() + 60
+        deadline = time.time() + 600
         while not any(line["step"] >= step for line in self.metrics()):
             assert self.process.is_alive(), self.output()
             assert time.time() < deadline, self.output()
