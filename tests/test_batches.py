@@ -140,7 +140,7 @@ def test_the_next_batch_is_gathered_while_this_one_is_used():
 
     ahead = prefetch(batches())
     assert next(ahead) == 1
-    assert gathered.wait(timeout=10)  # before the second was asked for
+    assert gathered.wait(timeout=300)  # before the second was asked for
     assert list(ahead) == [2]
 
 

@@ -223,7 +223,7 @@ def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
     temporary = tmp_path / f"train.bin.{process.pid}.tmp"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not (temporary.exists() and temporary.stat().st_size):
         assert time.monotonic() < deadline
         time.sleep(0.01)
