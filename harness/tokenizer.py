@@ -7,33 +7,34 @@ UTF-8 is kept by `Bytes` and becomes U+FFFD for the others.
 
 import os
 import threading
+from abc import ABC, abstractmethod
 
 import numpy as np
 
 from harness.errors import UserError
 
 
-class Tokenizer:
+class Tokenizer(ABC):
     """What the three have in common. `encode` returns a 1-D array of unsigned ids, possibly read-only."""
 
     name: str  # as in meta.json and on the command line
     vocab_size: int
     separator: int | None = None  # the id between two documents
 
-    def encode(self, text: str | bytes) -> np.ndarray:
-        raise NotImplementedError
+    @abstractmethod
+    def encode(self, text: str | bytes) -> np.ndarray: ...
 
+    @abstractmethod
     def decode_bytes(self, ids) -> bytes:
         """The bytes that `ids` (any integer sequence or array) stand for. An id outside the vocabulary: UserError."""
-        raise NotImplementedError
 
     def decode(self, ids) -> str:
         """`decode_bytes` as text; a character cut in half becomes U+FFFD."""
         return self.decode_bytes(ids).decode(errors="replace")
 
+    @abstractmethod
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for."""
-        raise NotImplementedError
 
     def _checked(self, ids) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
