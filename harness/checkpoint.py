@@ -4,7 +4,6 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 (the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
 """
 
-import dataclasses
 import os
 import pickle
 from pathlib import Path
@@ -100,10 +99,6 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 def clean_state_dict(state: dict[str, Any]) -> dict[str, Any]:
     """Without torch.compile's prefix on every name, and without the causal mask that older models store as a buffer."""
     return {k.removeprefix("_orig_mod."): v for k, v in state.items() if not k.endswith(".attn.bias")}
-
-
-def model_arguments(model: GPT) -> dict[str, Any]:
-    return dataclasses.asdict(model.config)
 
 
 def _first_line(error: Exception) -> str:
