@@ -1,8 +1,8 @@
 """GPT-2 with a pluggable attention, in one file: read it from top to bottom.
 
-- `softmax1` and `attention`: the two functions this project is about. The *normalizer* of the forward pass (softmax,
-  or softmax1, which may attend to nothing) and the *backward* pass (full, diagonal or straight-through) are chosen
-  independently; the forward pass never depends on the backward.
+- `softmax1` and `attention`: the two functions this project is about. The *normalizer* of the forward pass (softmax;
+  softmax1, which may attend to nothing; or sink, which learns how readily) and the *backward* pass (full, diagonal or
+  straight-through) are chosen independently; the forward pass never depends on the backward.
 - `GPT`: pre-LayerNorm, learned positions, tied embeddings. Modules and parameters carry nanoGPT's names, so that its
   checkpoints load.
 """
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Normalizer = Literal["softmax", "softmax1"]
+Normalizer = Literal["softmax", "softmax1", "sink"]
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
 
@@ -54,7 +54,8 @@ def attention(
     """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
-    `null_logit` (H,) gives every row one more slot of that logit and value zero; softmax1 is the null logit 0.
+    `null_logit` (H,) gives every row one more slot of that logit and value zero: 0 is softmax1, log n softmax_n, and a
+    learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is exact, whatever `backward`.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
     `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
     """
@@ -62,7 +63,7 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    null_logit = null_logits(normalizer, q.size(1), q.device) if null_logit is None else null_logit
+    null_logit = torch.zeros(q.size(1), device=q.device) if normalizer == "softmax1" else null_logit
     backend = attention_backend(q, k, dropout_p, stock=backward == "full" and null_logit is None)
     if backend == "stock":
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
@@ -73,11 +74,6 @@ def attention(
             dropped = weights + (dropped - weights).detach()
         return dropped.to(v.dtype) @ v
     return FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
-
-
-def null_logits(normalizer: Normalizer, n_head: int, device) -> Tensor | None:
-    """The null slot's logit of each head (H,): 0 under softmax1, none under softmax."""
-    return torch.zeros(n_head, device=device) if normalizer == "softmax1" else None
 
 
 class FusedAttention(torch.autograd.Function):
@@ -276,7 +272,9 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit) -> Non
     if q.size(-2) > k.size(-2):
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
     if null_logit is not None and normalizer == "softmax1":
-        raise ValueError("softmax1 is the null logit 0: give null_logit with normalizer 'softmax' only")
+        raise ValueError("softmax1 is the null logit 0: a null_logit goes with normalizer 'sink' or 'softmax'")
+    if null_logit is None and normalizer == "sink":
+        raise ValueError("normalizer 'sink' needs its null_logit, one learned logit a head")
     if null_logit is not None and null_logit.shape != (q.size(1),):
         raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
 
@@ -303,7 +301,7 @@ class GPTConfig:
     bias: bool = True
     """biases in linear layers and layer norms, as GPT-2; without is a bit faster"""
     normalizer: Normalizer = "softmax"
-    """how scores become attention weights; softmax1 may attend to nothing"""
+    """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
     backward: Backward = "full"
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
     activation: Activation = "gelu_tanh"
@@ -346,6 +344,14 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
+        if config.normalizer == "sink":
+            self.sink = nn.Parameter(torch.zeros(config.n_head))  # starts as softmax1
+
+    def null_logit(self) -> Tensor | None:
+        """The logit of each head's null slot (H,); None under softmax, which has no such slot."""
+        if self.normalizer == "softmax1":
+            return torch.zeros(self.n_head, device=self.c_attn.weight.device)
+        return self.sink if self.normalizer == "sink" else None
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -356,7 +362,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, normalizer=self.normalizer, backward=self.backward_mode, dropout_p=dropout_p)
+        y = attention(q, k, v, null_logit=self.null_logit(), backward=self.backward_mode, dropout_p=dropout_p)
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 

@@ -309,7 +309,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
     rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    rebuilt.load_state_dict(model.state_dict())
+    rebuilt.load_state_dict(model.state_dict(), strict=False)  # sinks come and go with the normalizer, and start at 0
     return rebuilt
 
 

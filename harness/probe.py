@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from harness.moments import Moments, excess_kurtosis
-from model import GPT, attention_weights, null_logits
+from model import GPT, attention_weights
 
 
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
@@ -24,8 +24,7 @@ def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
     for attn, q, k in captured:
         moments = Moments()
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):  # one sequence's T × T maps at a time
-            null_logit = null_logits(attn.normalizer, attn.n_head, q.device)
-            moments.update(attention_weights(q_1, k_1, null_logit=null_logit, scale=q.size(-1) ** -0.5))
+            moments.update(attention_weights(q_1, k_1, null_logit=attn.null_logit(), scale=q.size(-1) ** -0.5))
         kurtoses.append(moments.excess_kurtosis)
     return None if None in kurtoses else sum(kurtoses) / len(kurtoses)
 

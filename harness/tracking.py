@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from harness.config import load_config
 from harness.errors import UserError
 from harness.runfolder import write_text
 
@@ -34,7 +35,9 @@ class Tracker:
         kept = [line for line in lines if resume_step is not None and line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._run = self._start_wandb(folder, config)
+        self._run = start_wandb(folder, self._wandb_id, config.run.name, config.tracking, config.to_dict())
+        if not self._run:
+            print("wandb: disabled; the curves are in", self.path)
 
     def _read(self) -> list[dict[str, Any]]:
         lines = []
@@ -44,41 +47,6 @@ class Tracker:
             except json.JSONDecodeError:  # cut off by a kill: the last line, whose step is run again
                 break
         return lines
-
-    def _start_wandb(self, folder: Path, config):
-        mode, reason = config.tracking.wandb, "as configured"
-        if mode == "auto" and "WANDB_MODE" in os.environ:
-            mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
-        if mode == "disabled":
-            print("wandb: disabled; the curves are in", self.path)
-            return None
-        import wandb  # here: it takes a second
-
-        def start(mode: str):
-            return wandb.init(
-                mode=mode,
-                dir=folder,
-                project=config.tracking.project,
-                name=config.run.name,
-                id=self._wandb_id,
-                resume="allow",
-                config=config.to_dict(),
-                settings=wandb.Settings(silent=mode == "offline", console="off"),
-            )
-
-        try:
-            if mode == "auto":
-                wandb.setup(wandb.Settings(silent=True))
-                logged_in = wandb.login(prompt=False)
-                mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
-            run = start(mode)
-        except wandb.errors.Error as e:  # no network, a stale key: not worth a run
-            if config.tracking.wandb != "auto":
-                raise UserError(f"tracking.wandb: {mode}: {e}; auto would fall back to offline") from e
-            mode, reason = "offline", f"cannot go online: {e}"
-            run = start(mode)
-        print(f"wandb: {mode} ({' '.join(reason.split())}), run {self._wandb_id} in {folder}/wandb")
-        return run
 
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
         """One line for `step`; a value that is not finite is written as null."""
@@ -92,6 +60,59 @@ class Tracker:
         self._file.close()
         if self._run:
             self._run.finish()
+
+
+def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
+    """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled. Says which in one line."""
+    mode, reason = tracking.wandb, "as configured"
+    if mode == "auto" and "WANDB_MODE" in os.environ:
+        mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
+    if mode == "disabled":
+        return None
+    import wandb  # here: it takes a second
+
+    def start(mode: str):
+        return wandb.init(
+            mode=mode,
+            dir=folder,
+            project=tracking.project,
+            name=name,
+            id=run_id,
+            resume="allow",
+            config=config,
+            settings=wandb.Settings(silent=mode == "offline", console="off"),
+        )
+
+    try:
+        if mode == "auto":
+            wandb.setup(wandb.Settings(silent=True))
+            logged_in = wandb.login(prompt=False)
+            mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
+        run = start(mode)
+    except wandb.errors.Error as e:  # no network, a stale key: not worth a run
+        if tracking.wandb != "auto":
+            raise UserError(f"tracking.wandb: {mode}: {e}; auto would fall back to offline") from e
+        mode, reason = "offline", f"cannot go online: {e}"
+        run = start(mode)
+    print(f"wandb: {mode} ({' '.join(reason.split())}), run {run_id} in {folder}/wandb")
+    return run
+
+
+def log_diagnostic(folder: Path, name: str, summary: dict[str, float | None], picture: Path) -> None:
+    """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
+    state = folder / "wandb" / "run.json"
+    if not state.exists():
+        raise UserError(f"--wandb: {folder} has no wandb/run.json, so its run on wandb is not known")
+    run_id = json.loads(state.read_text())["id"]
+    config = load_config([str(folder / "config.yaml")])
+    run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
+    if run is None:
+        raise UserError(f"--wandb: {folder}/config.yaml or WANDB_MODE disables wandb")
+    import wandb
+
+    run.summary.update({f"{name}/{key}": value for key, value in summary.items() if value is not None})
+    run.summary[f"{name}/picture"] = wandb.Image(str(picture))
+    run.finish()
 
 
 class Progress:

@@ -15,7 +15,10 @@ BACKWARDS = ("full", "diagonal", "ste")
 VARIANTS = {  # arguments of attention, and the null slot's logit of each head
     "softmax": ({"normalizer": "softmax"}, None),
     "softmax1": ({"normalizer": "softmax1"}, torch.zeros(H, dtype=torch.float64)),
-    "null_logit": ({"null_logit": torch.tensor([-1.0, 0.5], dtype=torch.float64)}, torch.tensor([-1.0, 0.5]).double()),
+    "sink": (
+        {"normalizer": "sink", "null_logit": torch.tensor([-1.0, 0.5]).double()},
+        torch.tensor([-1.0, 0.5]).double(),
+    ),
 }
 # Some 50 roundings (products over D, sums over T, one exp) of numbers below 20, each of half an ε: about 1e-13.
 FLOAT64 = {"rtol": 0, "atol": 1e-13}
@@ -249,10 +252,10 @@ def test_full_backward_is_the_derivative(variant, T_q, T_k):
 @both_forms
 def test_null_logit_gradient_is_exact_in_every_backward(backward, T_q, T_k, form):
     q, k, v = qkv(T_q, T_k)
-    b, b_explicit = (VARIANTS["null_logit"][1].clone().requires_grad_() for _ in range(2))
+    b, b_explicit = (VARIANTS["sink"][1].clone().requires_grad_() for _ in range(2))
     grad_out = torch.randn(B, H, T_q, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
     with form():
-        attention(q, k, v, null_logit=b, backward=backward).backward(grad_out)
+        attention(q, k, v, normalizer="sink", null_logit=b, backward=backward).backward(grad_out)
     (explicit_weights(q, k, b_explicit) @ v).backward(grad_out)
     torch.testing.assert_close(b.grad, b_explicit.grad, **FLOAT64)
 
@@ -397,6 +400,7 @@ SOME = torch.zeros(1, 2, 3, 4)
         (SOME, SOME[..., :2], SOME[..., :2], {}, ("(1, 2, 3, 2)", "(B, H, T_k, D)")),
         (SOME, SOME[:, :, :2], SOME[:, :, :2], {}, ("(1, 2, 3, 4)", "(1, 2, 2, 4)", "more queries than keys")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(3)}, ("null_logit", "(3,)", "(2,)")),
+        (SOME, SOME, SOME, {"normalizer": "sink"}, ("sink", "null_logit")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(2), "normalizer": "softmax1"}, ("null_logit", "softmax1")),
     ],
 )

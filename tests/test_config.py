@@ -163,8 +163,8 @@ def test_a_mistake_in_the_base_is_blamed_on_the_base():
         ("model: {n_layer: 1.5}", ("model.n_layer", "an int", "1.5")),
         ("model: {n_layer: null}", ("model.n_layer", "an int", "nothing")),
         ("model: {bias: maybe}", ("model.bias", "true or false", "'maybe'")),
-        ("model: {normalizer: softmax2}", ("model.normalizer", "softmax or softmax1", "'softmax2'")),
-        ("model: {normalizer: }", ("model.normalizer", "softmax or softmax1", "nothing")),
+        ("model: {normalizer: softmax2}", ("model.normalizer", "softmax or softmax1 or sink", "'softmax2'")),
+        ("model: {normalizer: }", ("model.normalizer", "softmax or softmax1 or sink", "nothing")),
         ("model: {n_embd: 10, n_head: 3}", ("model", "n_embd (10)", "n_head (3)")),
         ("model: {n_layer: 0}", ("model", "n_layer", "0", "at least 1")),
         ("model: {dropout: 1}", ("model", "dropout", "1.0", "[0, 1)")),
@@ -218,7 +218,7 @@ def test_bytes_that_are_no_text_are_named_with_the_file(content):
         (["--optimiser.lr", "1"], ("optimiser", "optimizer, training")),
         (["--lr", "1"], ("'--lr'", "--section.key value", "--help")),
         (["optimizer.lr=1"], ("'optimizer.lr=1'", "--section.key value")),
-        (["--model.normalizer", "softmax2"], ("model.normalizer", "softmax or softmax1", "'softmax2'")),
+        (["--model.normalizer", "softmax2"], ("model.normalizer", "softmax or softmax1 or sink", "'softmax2'")),
         (["--model.n_head", "5"], ("n_embd (768)", "n_head (5)")),
     ],
 )
@@ -313,7 +313,7 @@ def test_every_shipped_config_is_valid_and_named_after_its_file(path):
     assert load_config([str(path)]).run.name == path.stem
 
 
-VARIANTS = [(n, b) for n in ("softmax", "softmax1") for b in ("full", "diagonal", "ste")][1:]
+VARIANTS = [(n, b) for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")][1:]
 
 
 @pytest.mark.parametrize("family", ["stdlib", "shakespeare_char", "gpt2_124m"])

@@ -16,7 +16,7 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
 
 every_attention = pytest.mark.parametrize(
-    ("normalizer", "backward"), [(n, b) for n in ("softmax", "softmax1") for b in ("full", "diagonal", "ste")]
+    ("normalizer", "backward"), [(n, b) for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
 )
 
 
@@ -24,8 +24,8 @@ def tiny_gpt(config: GPTConfig = TINY, seed: int = 2) -> GPT:
     """In eval mode, with matrices large enough for attention and logits that tell tokens and positions apart."""
     torch.manual_seed(seed)
     model = GPT(replace(config)).eval()
-    for parameter in model.parameters():
-        if parameter.dim() == 2:
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 or name.endswith("sink"):
             torch.nn.init.normal_(parameter, std=2 if parameter is model.transformer.wpe.weight else 1)
     return model
 
@@ -59,12 +59,30 @@ BIASES = {
 }
 
 
+SINKS = {"transformer.h.0.attn.sink": (2,)}
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
 def test_state_dict_has_nanogpts_names_and_shapes(bias, normalizer):
     model = GPT(replace(TINY, n_layer=1, bias=bias, normalizer=normalizer))
-    expected = WEIGHTS | (BIASES if bias else {})
+    expected = WEIGHTS | (BIASES if bias else {}) | (SINKS if normalizer == "sink" else {})
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
+
+
+def test_a_sink_starts_as_softmax1_learns_and_does_not_decay():
+    torch.manual_seed(0)
+    softmax1 = GPT(replace(TINY, normalizer="softmax1"))
+    sink = GPT(replace(TINY, normalizer="sink"))
+    sink.load_state_dict(softmax1.state_dict(), strict=False)
+    idx = tokens(2, 12)
+    assert torch.equal(sink(idx)[0], softmax1(idx)[0])
+    sink(idx, idx)[1].backward()
+    for block in sink.transformer.h:
+        assert block.attn.sink.grad.abs().min() > 0
+    decayed, free = (group["params"] for group in sink.parameter_groups(0.1))
+    sinks = [block.attn.sink for block in sink.transformer.h]
+    assert all(any(p is s for p in free) and not any(p is s for p in decayed) for s in sinks)
 
 
 def test_embedding_and_head_are_one_tensor():
@@ -156,7 +174,7 @@ def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, ba
     assert (after[0, 5:] - before[0, 5:]).abs().amin() > 0
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
 def test_logits_do_not_depend_on_the_backward(normalizer):
     idx = tokens(2, 9)
     full, *others = (

@@ -271,7 +271,7 @@ def probed_gpt(normalizer: str = "softmax") -> GPT:
     return model
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
 def test_attention_kurtosis_is_scipys_of_the_materialised_probabilities(normalizer):
     model, idx = probed_gpt(normalizer), torch.randint(13, (3, 10), generator=torch.Generator().manual_seed(0))
     kurtoses = []
@@ -281,8 +281,9 @@ def test_attention_kurtosis_is_scipys_of_the_materialised_probabilities(normaliz
             q, k, _ = block.attn.c_attn(block.ln_1(x)).split(8, dim=-1)
             q, k = (z.view(3, 10, 2, 4).transpose(1, 2) for z in (q, k))
             scores = (q @ k.mT / 2).masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
-            if normalizer == "softmax1":
-                scores = torch.cat((scores, torch.zeros(3, 2, 10, 1).double()), dim=-1)
+            if normalizer != "softmax":
+                null = block.attn.sink if normalizer == "sink" else torch.zeros(2)
+                scores = torch.cat((scores, null.double().view(1, 2, 1, 1).expand(3, 2, 10, 1)), dim=-1)
             probabilities = torch.softmax(scores, dim=-1)[..., :10]  # the causal zeros included
             kurtoses.append(stats.kurtosis(probabilities.flatten().numpy()))
             x = block(x)

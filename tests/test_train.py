@@ -261,6 +261,17 @@ def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     assert tuned.checkpoint()["model_args"]["normalizer"] == "softmax"
 
 
+def test_a_sink_is_trained_resumed_and_may_replace_softmax1():
+    finished("base")
+    tuned = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "sink",
+                     "--training.max_steps", "2")  # fmt: skip
+    before = tuned.checkpoint()["model"]["transformer.h.1.attn.sink"]
+    assert before.abs().min() > 0  # it started at 0
+    resumed = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "sink",
+                       "--training.max_steps", "3")  # fmt: skip
+    assert not torch.equal(before, resumed.checkpoint()["model"]["transformer.h.1.attn.sink"])
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 

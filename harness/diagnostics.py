@@ -1,0 +1,255 @@
+"""What the diagnostic scripts share: checkpoints and batches in; a table, a JSON file and a picture out.
+
+A script is one `Diagnostic`: what it measures on a `Subject` (a checkpoint with its data), how it draws the `Result`,
+and what its columns mean. `run` is its command line.
+"""
+
+import argparse
+import contextlib
+import json
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.batches import gather, validation_offsets
+from harness.checkpoint import load_model
+from harness.corpus import SPLITS, Corpus
+from harness.device import choose_device
+from harness.errors import UserError
+from harness.report import print_table, save_figure
+from harness.runfolder import write_text
+from harness.tracking import log_diagnostic
+from model import GPT
+
+
+@dataclass
+class Result:
+    """What a diagnostic found on one checkpoint. None stands for what does not exist (a kurtosis of equal numbers)."""
+
+    rows: list[dict]
+    summary: dict[str, float | None]
+    notes: list[str] = field(default_factory=list)
+    tables: dict[str, list[dict]] = field(default_factory=dict)  # further rows, under their own names
+
+
+@dataclass(frozen=True)
+class Diagnostic:
+    name: str
+    about: str
+    """what it answers: the script's docstring"""
+    columns: dict[str, str]
+    """column of the rows → what it means; the table prints them in this order, and `--help` explains them"""
+    measure: Callable[["Subject"], Result]
+    draw: Callable[[Result, str], Figure]
+    """draw(result, title)"""
+    reading: str = ""
+    """how to read the table, printed under it"""
+    tables: dict[str, dict[str, str]] = field(default_factory=dict)
+    """the columns of further tables, by name"""
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    check_arguments: Callable[[argparse.Namespace], None] = lambda args: None
+    """raises UserError before anything is loaded"""
+    batches: int = 8
+    """default of --batches"""
+    batch_size: int = 4
+    """default of --batch-size"""
+
+
+class Subject:
+    """A checkpoint under measurement: `model` in eval mode on `device`, `info` beside it, and its data."""
+
+    def __init__(self, path: str, args: argparse.Namespace):
+        self.path, self.args, self.device = path, args, choose_device(args.device)
+        self.model: GPT
+        self.model, self.info = load_model(path, self.device)
+
+    @property
+    def step(self) -> int | None:
+        return self.info.get("step", self.info.get("iter_num"))
+
+    @cached_property
+    def corpus(self) -> Corpus:
+        """That of --data, or the one the checkpoint was trained on. UserError if it is missing or does not fit."""
+        folder = self.args.data or self.info.get("corpus", {}).get("folder")
+        if folder is None:
+            raise UserError(f"{self.path} does not say which corpus it was trained on: name one with --data DIR")
+        if not self.args.data and not Path(folder).is_dir():
+            raise UserError(f"{folder}, the corpus that {self.path} was trained on, is not here: name one with --data")
+        corpus = Corpus(folder, verify=False)
+        if corpus.vocab_size > self.model.config.vocab_size:
+            raise UserError(
+                f"{folder} has {corpus.vocab_size} token ids, {self.path} only {self.model.config.vocab_size}: "
+                "give the corpus it was trained on with --data"
+            )
+        return corpus
+
+    def offsets(self, split: str | None = None, count: int | None = None):
+        """Where the windows start: all of the split's (default: --split), or `count` of them, spread evenly."""
+        split, block_size = split or self.args.split, self.model.config.block_size
+        tokens = len(self.corpus.tokens[split])
+        if tokens <= block_size:
+            raise UserError(
+                f"{self.corpus.folder / split}.bin has {tokens} tokens, fewer than one window of {block_size} + 1"
+            )
+        if count is None:
+            return validation_offsets(tokens, block_size)
+        return validation_offsets(tokens - tokens % block_size, block_size, count)  # whole windows only
+
+    def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
+        """(x, y), (B, T) int64 each, under a progress bar: --batches of --batch-size windows, spread evenly over the
+        split, or the windows at `offsets`."""
+        args, split = self.args, split or self.args.split
+        offsets = self.offsets(split, args.batches * args.batch_size) if offsets is None else offsets
+        tokens, block_size = self.corpus.tokens[split], self.model.config.block_size
+        starts = range(0, len(offsets), args.batch_size)
+        for start in tqdm(starts, desc=what, leave=False, disable=None):
+            yield gather(tokens, offsets[start : start + args.batch_size], block_size, self.device)
+
+
+def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
+    """The script's command line: measure every checkpoint, then print and write; nothing is written before all are."""
+    parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
+    parser.epilog = help_of_columns(diagnostic)
+    diagnostic.add_arguments(parser)
+    args = parser.parse_args(argv)
+    check_arguments(args)
+    diagnostic.check_arguments(args)
+    results = {}
+    for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
+        subject = Subject(path, args)
+        results[label] = (subject, measured := diagnostic.measure(subject))
+        print(f"{label}, step {subject.step}" if subject.step is not None else label)
+        print_result(diagnostic, measured)
+    folder = output_folder(diagnostic.name, args)
+    entries = [entry(diagnostic.name, subject, result) for subject, result in results.values()]
+    written = [write_json(folder / f"{diagnostic.name}.json", entries)]
+    for label, (subject, result) in results.items():
+        suffix = f"_{label.replace('/', '_')}" if len(results) > 1 else ""
+        figure = diagnostic.draw(result, label)
+        written.append(save_figure(figure, folder / f"{diagnostic.name}{suffix}.png"))
+        if args.wandb:
+            log_diagnostic(Path(subject.path).parent, diagnostic.name, result.summary, written[-1])
+    print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def argument_parser(name: str, about: str, batches: int, batch_size: int) -> argparse.ArgumentParser:
+    """The arguments that every diagnostic takes."""
+    parser = argparse.ArgumentParser(
+        prog=f"scripts/{name}.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ckpt.pt, or hf:NAME_OR_FOLDER of a GPT-2")
+    parser.add_argument("--data", metavar="DIR", help="the corpus; default: the one the checkpoint was trained on")
+    parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
+    parser.add_argument("--batches", type=int, default=batches, metavar="N", help=f"default: {batches}")
+    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="B", help=f"default: {batch_size}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="default: diagnostics/ beside the checkpoint; of several, out/NAME/"
+    )
+    parser.add_argument("--wandb", action="store_true", help="log summary and picture to the checkpoint's own run")
+    return parser
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    for name in ("batches", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
+
+
+def labels(paths: list[str]) -> list[str]:
+    """A short name for each checkpoint: its run's, with the file's where it is not ckpt.pt; the path where that is not
+    enough to tell them apart."""
+
+    def short_name(path: str) -> str:
+        if path.startswith("hf:"):
+            return path
+        run, stem = Path(path).resolve().parent.name, Path(path).stem
+        return run if stem == "ckpt" else f"{run}/{stem}"
+
+    if len(set(paths)) < len(paths):
+        raise UserError(f"{next(p for p in paths if paths.count(p) > 1)} is given twice")
+    short = [short_name(p) for p in paths]
+    return [s if short.count(s) == 1 else p for s, p in zip(short, paths, strict=True)]
+
+
+def output_folder(name: str, args: argparse.Namespace) -> Path:
+    if args.out:
+        return args.out
+    if len(args.checkpoints) == 1 and not args.checkpoints[0].startswith("hf:"):
+        return Path(args.checkpoints[0]).parent / "diagnostics"
+    return Path("out") / name
+
+
+def help_of_columns(diagnostic: Diagnostic) -> str:
+    lines = []
+    for title, columns in {"columns": diagnostic.columns, **diagnostic.tables}.items():
+        lines.append(f"{title}:")
+        width = max(map(len, columns)) + 4
+        for column, meaning in columns.items():
+            text = textwrap.wrap(meaning, 118 - width)
+            lines += [f"  {column}".ljust(width) + text[0], *(" " * width + line for line in text[1:])]
+    return "\n".join(lines)
+
+
+def print_result(diagnostic: Diagnostic, result: Result) -> None:
+    print_table(result.rows, list(diagnostic.columns))
+    for name, columns in diagnostic.tables.items():
+        if result.tables.get(name):
+            print(f"\n{name}:")
+            print_table(result.tables[name], list(columns))
+    print()
+    print_table([{"summary": name, "value": value} for name, value in result.summary.items()], ["summary", "value"])
+    for note in result.notes:
+        print(f"note: {note}")
+    if diagnostic.reading:
+        print("\n" + textwrap.fill(diagnostic.reading, 120))
+
+
+def entry(script: str, subject: Subject | None, result: Result, path: str | None = None) -> dict:
+    """A result as its JSON object: a value that is not finite is null, with a note."""
+    notes = list(result.notes)
+    finite = {
+        key: _finite(value, key, notes)
+        for key, value in {"rows": result.rows, **result.tables, "summary": result.summary}.items()
+    }
+    return {
+        "script": script,
+        "checkpoint": subject.path if subject else path,
+        "step": subject.step if subject else None,
+        "config": vars(subject.model.config) if subject else None,
+        **finite,
+        "notes": notes,
+    }
+
+
+def _finite(value, where: str, notes: list[str]):
+    if isinstance(value, dict):
+        label = value.get("name", "")
+        return {k: _finite(v, f"{where}{' ' + label if label else ''}: {k}", notes) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v, where, notes) for v in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        notes.append(f"{where} is {value}")
+        return None
+    return value
+
+
+def write_json(path: Path, entries: list[dict]) -> Path:
+    """One checkpoint's object, or {"checkpoints": [several]}; whole or not at all. Returns the path."""
+    content = entries[0] if len(entries) == 1 else {"checkpoints": entries}
+    with contextlib.suppress(FileExistsError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} cannot be a folder, a file is in the way: give another --out")
+    write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))
+    return path
