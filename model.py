@@ -9,6 +9,7 @@
 
 import contextlib
 import math
+import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -65,15 +66,22 @@ def attention(
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     null_logit = torch.zeros(q.size(1), device=q.device) if normalizer == "softmax1" else null_logit
     backend = attention_backend(q, k, dropout_p, stock=backward == "full" and null_logit is None)
-    if backend == "stock":
-        return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
     if backend == "materialized":
         weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)
         dropped = F.dropout(weights, dropout_p)
         if backward == "ste":  # straight through the dropout too: its mask is in dV alone
             dropped = weights + (dropped - weights).detach()
         return dropped.to(v.dtype) @ v
-    return FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
+    # The kernels align the causal mask at its start, so fewer queries than keys get empty ones in front; and those of
+    # CUDA want D in eights.
+    D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
+    if rows or columns:
+        q, k, v = F.pad(q, (0, columns, rows, 0)), F.pad(k, (0, columns)), F.pad(v, (0, columns))
+    if backend == "stock":
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
+    else:
+        out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
+    return out[:, :, rows:, :D] if rows or columns else out
 
 
 class FusedAttention(torch.autograd.Function):
@@ -91,10 +99,8 @@ class FusedAttention(torch.autograd.Function):
         out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
         if null_logit is not None:
             lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
-            share = torch.exp(lse - lse_1)[:, :, : q.size(-2)].view(
-                *q.shape[:-1], 1
-            )  # of the keys, against the null slot
-            out, lse = (out * share).to(out.dtype), lse_1
+            share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
+            out, lse = out.mul_(share.view(*q.shape[:-1], 1)), lse_1
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
@@ -123,14 +129,35 @@ class FusedAttention(torch.autograd.Function):
             zero = torch.zeros_like(out)
             grad_q, grad_k, grad_v = kernel(zero, lse, scale)
             grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
-            grad_q, grad_k = grad_q - grad_q_2 / 2, grad_k - grad_k_2 / 2
+            grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
         else:
-            _, _, grad_v = kernel(out, lse, scale)
+            if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
+                grad_v = value_gradient(q, k, grad, lse, scale)
+            else:
+                _, _, grad_v = kernel(out, lse, scale)
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
 
 
-def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 64) -> tuple[Tensor, Tensor]:
+def value_gradient(q, k, grad, lse, scale: float) -> Tensor:
+    """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
+
+    Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
+    column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
+    """
+    D, parts = q.size(-1), []
+    rest = -lse.flip(2) / scale  # (B, H, T)
+    for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
+        parts.append(rest.to(q.dtype))
+        rest = rest - parts[-1]
+    columns = torch.stack(parts, dim=-1)
+    keys = F.pad(k.flip(2), (0, len(parts)), value=1.0)
+    queries, values = torch.cat((q.flip(2), columns), dim=-1), F.pad(grad.flip(2), (0, len(parts)))
+    out, log_sum, _ = _kernel_forward("cpu_flash", keys, queries, values, 0.0, scale)
+    return (out[..., :D] * log_sum.exp().unsqueeze(-1)).flip(2).to(q.dtype)
+
+
+def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 128) -> tuple[Tensor, Tensor]:
     """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory.
 
     Causal linear attention, chunk by chunk (Katharopoulos et al. 2020): what lies before a chunk enters through the
@@ -140,35 +167,58 @@ def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 64) -> 
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         q_, k_, v_, g_ = (
-            F.pad(x.to(exact), (0, 0, 0, -T % chunk)).view(B, H, -1, chunk, D) for x in (q, k, v, grad)
+            F.pad(x.to(exact), (0, 0, 0, -T % chunk)).reshape(B, H, -1, chunk, D) for x in (q, k, v, grad)
         )  # (B, H, N, chunk, D)
-        state = v_.transpose(-2, -1) @ k_  # (B, H, N, D, D), of each chunk
+        local = (g_ @ v_.mT).tril()  # (B, H, N, chunk, chunk)
+        state = v_.mT @ k_  # (B, H, N, D, D), of each chunk
         before = state.cumsum(2) - state
-        state = g_.transpose(-2, -1) @ q_
-        after = state.flip(2).cumsum(2).flip(2) - state
-        local = (g_ @ v_.transpose(-2, -1)).tril()  # (B, H, N, chunk, chunk)
-        grad_q = g_ @ before + local @ k_
-        grad_k = v_ @ after + local.transpose(-2, -1) @ q_
+        grad_q = local @ k_ + g_ @ before
+        state = g_.mT @ q_
+        after = state.sum(2, keepdim=True) - state.cumsum(2)
+        grad_k = local.mT @ q_ + v_ @ after
         return tuple((scale * x).view(B, H, -1, D)[:, :, :T].to(q.dtype) for x in (grad_q, grad_k))
+
+
+SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well
 
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
     """What computes attention on these: "cpu_flash", "cuda_flash", "cuda_efficient", "materialized", or, for the
-    variant that PyTorch itself offers (`stock`), "stock": its own function, which chooses a kernel by itself."""
-    T_q, T_k, D = q.size(-2), k.size(-2), q.size(-1)
-    if _force_materialized or T_q != T_k:  # the kernels align a mask at its start, a cache's few queries need its end
+    variant that PyTorch itself offers (`stock`), "stock": its own function, which chooses a kernel by itself.
+
+    "cuda_cudnn" is taken where `use_backend` asks for it.
+    """
+    if _backend_in_use is not None:
+        return _backend_in_use
+    if q.size(-2) != k.size(-2) and q.size(-2) <= SHORT:
         return "materialized"
     if stock:
         return "stock"
     if q.device.type == "cpu" and dropout_p == 0:
         return "cpu_flash"
-    if q.device.type == "cuda" and D % 8 == 0 and q.dtype in (torch.float16, torch.bfloat16, torch.float32):
+    if q.device.type == "cuda":
+        half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
-        if ampere and D <= 256 and q.dtype != torch.float32:
+        if half and ampere and q.size(-1) <= 256:
             return "cuda_flash"
-        if ampere or q.dtype != torch.bfloat16:
+        if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
             return "cuda_efficient"
+        warnings.warn(f"no fused attention for {q.dtype} on {q.device}: O(T²) memory", stacklevel=3)
     return "materialized"
+
+
+_backend_in_use: str | None = None
+
+
+@contextlib.contextmanager
+def use_backend(name: str):
+    """Within this context `attention` takes the backend `name` (see `attention_backend`), whatever suits its inputs."""
+    global _backend_in_use
+    former, _backend_in_use = _backend_in_use, name
+    try:
+        yield
+    finally:
+        _backend_in_use = former
 
 
 def _kernel_forward(backend, q, k, v, dropout_p, scale):
@@ -181,6 +231,10 @@ def _kernel_forward(backend, q, k, v, dropout_p, scale):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention
         out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, dropout_p, True, scale=scale)
         return out, lse, (seed, offset)
+    if backend == "cuda_cudnn":
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
+        return out, lse, (seed, offset)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     out, lse, seed, offset = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
     return out, lse, (seed, offset)
@@ -188,75 +242,53 @@ def _kernel_forward(backend, q, k, v, dropout_p, scale):
 
 def _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
     """(dQ, dK, dV) from the given output and logsumexp; see FusedAttention."""
+    T = q.size(-2)
     if backend == "cpu_flash":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, True, scale=scale)
     if backend == "cuda_flash":
-        kernel, T = torch.ops.aten._scaled_dot_product_flash_attention_backward, q.size(-2)
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
         return kernel(grad, q, k, v, out, lse, None, None, T, T, dropout_p, True, *state, scale=scale)
+    if backend == "cuda_cudnn":
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        return kernel(grad, q, k, v, out, lse, *state, None, None, None, T, T, dropout_p, True, scale=scale)
     kernel, needed = torch.ops.aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
     return kernel(grad, q, k, v, None, out, lse, *state, dropout_p, needed, True, scale=scale)[:3]
 
 
 # --- the readable form: reference, fallback and oracle ----------------------------------------------------------------
 
-_force_materialized = False
 
-
-@contextlib.contextmanager
 def materialized_attention():
     """Within this context `attention` takes the readable form everywhere."""
-    global _force_materialized
-    former, _force_materialized = _force_materialized, True
-    try:
-        yield
-    finally:
-        _force_materialized = former
+    return use_backend("materialized")
 
 
 def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", scale: float) -> Tensor:
-    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32."""
+    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32.
+
+    The normalizer's Jacobian in a row is `∂P/∂S = diag(P) − P Pᵀ`: local on its diagonal, `P(1 − P)`, lateral off it.
+    """
     T_q, T_k = q.size(-2), k.size(-2)
     visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
     exact = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q.to(exact) * scale) @ k.to(exact).transpose(-2, -1)
-    return AttentionWeights.apply(scores, null_logit, visible, backward)
-
-
-class AttentionWeights(torch.autograd.Function):
-    """Scores S to weights `P = exp(S − lse)`, with a choice of what flows back through the normaliser's Jacobian.
-
-    For one row `∂P/∂S = diag(P) − P Pᵀ`: the local term `P(1 − P)` on its diagonal, and the lateral one off it.
-    """
-
-    @staticmethod
-    def forward(ctx, scores: Tensor, null_logit: Tensor | None, visible: Tensor, backward: Backward) -> Tensor:
-        scores = scores.masked_fill(~visible, -math.inf)
-        lse = torch.logsumexp(scores, dim=-1, keepdim=True)
-        if null_logit is not None:  # one more slot in the row, its value zero
-            lse = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, 1, 1))
-        log_weights = scores - lse
-        ctx.save_for_backward(log_weights, visible)
-        ctx.backward_mode, ctx.has_null = backward, null_logit is not None and null_logit.requires_grad
-        return log_weights.exp()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        log_weights, visible = ctx.saved_tensors
-        weights = log_weights.exp()
-        row_mean = (weights * grad).sum(-1, keepdim=True)  # Σ_k P_ik g_ik
-        if ctx.backward_mode == "full":
-            grad_scores = weights * (grad - row_mean)
-        elif ctx.backward_mode == "diagonal":
-            grad_scores = weights * -torch.expm1(log_weights) * grad  # 1 − P without its cancellation as P → 1
-        else:  # ste: as if the weights were the scores
-            grad_scores = grad * visible
-        # ∂P_ij/∂b = −P_ij P_i,null, summed over all but the heads: the null slot's own gradient is exact in every mode.
-        null_share = -torch.expm1(torch.logsumexp(log_weights, -1, keepdim=True))
-        grad_null = -(null_share * row_mean).sum(dim=(0, 2, 3)) if ctx.has_null else None
-        return grad_scores, grad_null, None, None
+        scores = (q.to(exact) * scale) @ k.to(exact).mT
+    masked = scores.masked_fill(~visible, -math.inf)
+    lse = torch.logsumexp(masked, dim=-1, keepdim=True)
+    if null_logit is not None:  # one more slot in the row, its value zero
+        null_logit = null_logit.to(exact).view(-1, 1, 1)
+        lse = torch.logaddexp(lse, null_logit)
+    log_weights = masked - lse
+    weights = log_weights.exp()
+    if backward == "full":
+        return weights
+    # The same weights as constants, with a slope along each score (and along the null logit the exact one, −P P_null).
+    slope = weights * -torch.expm1(log_weights) if backward == "diagonal" else visible.to(exact)
+    out = weights.detach() + slope.detach() * (scores - scores.detach())
+    if null_logit is not None:
+        out = out - (weights * (null_logit - lse).exp()).detach() * (null_logit - null_logit.detach())
+    return out
 
 
 def _check_attention_arguments(q, k, v, normalizer, backward, null_logit) -> None:
