@@ -1,14 +1,16 @@
 """softmax1, and causal attention with a choice of normaliser and of backward pass."""
 
 import contextlib
+import itertools
 import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
-from model import attention, materialized_attention, softmax1
+from model import FusedAttention, attention, attention_backend, materialized_attention, softmax1, use_backend
 
 B, H, D = 2, 2, 4
 BACKWARDS = ("full", "diagonal", "ste")
@@ -380,6 +382,255 @@ def test_the_readable_form_is_left_with_its_context_even_by_an_error():
     with contextlib.suppress(KeyError), materialized_attention():
         raise KeyError
     assert largest_saved() == B * H * 300 * D
+
+
+# --- attention: against float64, and in how many digits ---------------------------------------------------------------
+
+# Relative to the magnitude before any cancellation: at ordinary logits a few roundings of each of the products and of
+# the weights, which a half type stores with its own few digits.
+DIGITS = {torch.float64: 2e-15, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+LOGITS = {"ordinary": (3, 0), "extreme": (1e4, 0), "low": (3, -50), "far below zero": (3, -1e4)}  # spread, offset
+
+
+def logits_of(kind: str, T: int, D: int, dtype) -> list[torch.Tensor]:
+    """q, k, v, dL/dO (1, H, T, D) whose scores have the spread and offset of `kind`."""
+    generator = torch.Generator().manual_seed(T + D)
+    q, k, v, g = (torch.randn(1, H, T, D, generator=generator, dtype=torch.float64) for _ in range(4))
+    spread, offset = LOGITS[kind]
+    q = q * spread / ((q @ k.mT).abs().max() / math.sqrt(D)).clamp(min=1)
+    q[..., 0], k[..., 0] = math.copysign(abs(offset) ** 0.5, offset), abs(offset) ** 0.5 * math.sqrt(D)
+    return [x.to(dtype) for x in (q, k, v, g)]
+
+
+def reference(q, k, v, g, null_logit, backward):
+    """(value, magnitude before cancellation) of out, dQ, dK, dV and db, in float64 from the formulas."""
+    q, k, v, g = (x.double() for x in (q, k, v, g))
+    scale = 1 / math.sqrt(q.size(-1))
+    scores = (scale * q @ k.mT).masked_fill(torch.ones(q.size(-2), k.size(-2)).triu(1).bool(), -math.inf)
+    b = torch.full((H,), -math.inf).double() if null_logit is None else null_logit
+    lse = torch.logaddexp(scores.logsumexp(-1, keepdim=True), b.view(-1, 1, 1))
+    P, dP = (scores - lse).exp(), g @ v.mT
+    out, null = P @ v, (b.view(-1, 1, 1) - lse).exp()
+    mean = (P * dP).sum(-1, keepdim=True)
+    if backward == "full":
+        dS, size = P * (dP - mean), P * (dP.abs() + mean.abs())
+    elif backward == "diagonal":
+        dS, size = P * -(scores - lse).expm1() * dP, P * dP.abs()
+    else:
+        dS = dP.tril()
+        size = dS.abs()
+    db = -(null * mean).sum((0, 2, 3))
+    return {
+        "out": (out, P @ v.abs()),
+        "dQ": (scale * dS @ k, scale * size @ k.abs()),
+        "dK": (scale * dS.mT @ q, scale * size.mT @ q.abs()),
+        "dV": (P.mT @ g, P.mT @ g.abs()),
+        "db": (db, (null * g.abs() * (P @ v.abs())).sum((0, 2, 3))),
+    }
+
+
+def tolerance_of(q, k, dtype) -> float:
+    """Beside the digits: a score is a float32 (or float64) sum of D rounded products, a weight its exponential."""
+    eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
+    largest = (q.double().abs() @ k.double().abs().mT).max().item() / math.sqrt(q.size(-1))
+    return DIGITS[dtype] + math.expm1(4 * eps * largest)
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize("dtype", DIGITS, ids=str)
+@pytest.mark.parametrize("kind", LOGITS)
+def test_values_and_gradients_have_the_digits_of_their_dtype(variant, backward, dtype, kind):
+    arguments, null_logit = VARIANTS[variant]
+    shapes = list(itertools.product((1, 2, 63, 64, 65), (16, 64, 80, 128)))
+    if dtype in (torch.float64, torch.float16):  # as the two that models are trained in, which go through them all
+        shapes = shapes[::3]
+    if dtype in (torch.float64, torch.float32):  # a half type is emulated on most CPUs: seconds
+        shapes += [(257, 80), (1000, 64)]
+    for T, D in shapes:
+        q, k, v, g = logits_of(kind, T, D, dtype)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        learned = {"null_logit": null_logit.clone().requires_grad_()} if variant == "sink" else {}
+        out = attention(*inputs, backward=backward, **arguments | learned)
+        gradients = torch.autograd.grad(out, [*inputs, *learned.values()], g)
+        expected = reference(*(x.detach() for x in inputs), g, null_logit, backward)
+        tolerance = tolerance_of(q.detach(), k.detach(), dtype)
+        for name, value in zip(expected, (out, *gradients), strict=False):
+            exact, magnitude = expected[name]
+            if magnitude.max() > torch.finfo(dtype).max / 2:  # float16 ends at 65,504, and diagonal halves a sum
+                continue
+            error, size = (value.double() - exact).norm().item(), magnitude.norm().item()
+            smallest = torch.finfo(dtype).smallest_normal * value.numel()  # below it a number has absolute precision
+            assert error <= tolerance * size + smallest, f"T {T}, D {D}: {name} {error / max(size, 1e-300):.1e}"
+
+
+# --- attention: properties --------------------------------------------------------------------------------------------
+
+lengths, seeds = st.integers(1, 40), st.integers(0, 2**16)
+
+
+@every_backward
+@every_variant
+@settings(max_examples=15)
+@given(T=lengths, seed=seeds, data=st.data())
+def test_the_future_changes_nothing_in_the_past(variant, backward, T, seed, data):
+    arguments, _ = VARIANTS[variant]
+    now = data.draw(st.integers(0, T - 1))
+    q, k, v = qkv(T, T, seed)
+    grad_out = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(seed), dtype=q.dtype)
+    grad_out[:, :, now + 1 :] = 0
+    other = [x.detach().clone() for x in (q, k, v)]
+    for x in other:
+        x[:, :, now + 1 :] = torch.randn_like(x[:, :, now + 1 :])
+    before = value_and_gradients(q, k, v, grad_out, backward=backward, **arguments)
+    after = value_and_gradients(*(x.requires_grad_() for x in other), grad_out, backward=backward, **arguments)
+    torch.testing.assert_close(after[0][:, :, : now + 1], before[0][:, :, : now + 1], **FLOAT64)
+    for a, b in zip(after[1:], before[1:], strict=True):
+        torch.testing.assert_close(a[:, :, : now + 1], b[:, :, : now + 1], **FLOAT64)
+        assert (a[:, :, now + 1 :] == 0).all()
+
+
+@every_variant
+@settings(max_examples=15)
+@given(T=lengths, seed=seeds)
+def test_full_is_diagonal_plus_lateral(variant, T, seed):
+    arguments, null_logit = VARIANTS[variant]
+    q, k, v = qkv(T, T, seed)
+    grad_out = torch.randn(B, H, T, D, generator=torch.Generator().manual_seed(seed), dtype=q.dtype)
+    full, diagonal = (value_and_gradients(q, k, v, grad_out, backward=b, **arguments) for b in ("full", "diagonal"))
+    with torch.no_grad():  # o_ij = −P_ij Σ_{k≠j} P_ik g_ik
+        P, g = explicit_weights(q, k, null_logit), grad_out @ v.mT
+        lateral = -P * ((P * g).sum(-1, keepdim=True) - P * g)
+        scale = 1 / math.sqrt(D)
+        expected = (0, scale * lateral @ k, scale * lateral.mT @ q, 0)
+    for f, d, o in zip(full, diagonal, expected, strict=True):
+        torch.testing.assert_close(f, d + o, **FLOAT64)
+
+
+@settings(max_examples=15)
+@given(T=lengths, seed=seeds)
+def test_softmax1_becomes_softmax_as_logits_grow(T, seed):
+    q, k, v = qkv(T, T, seed)
+    q, k = (
+        torch.cat((x, torch.full((B, H, T, 1), math.sqrt(40 * math.sqrt(D)))), -1) for x in (q, k)
+    )  # scores + 40·√(4/5)
+    v = torch.nn.functional.pad(v, (0, 1))
+    # The null slot's share is at most e^−(largest score), and the least of these is above 30 − 10
+    difference = attention(q, k, v, normalizer="softmax1") - attention(q, k, v)
+    assert difference.abs().max() <= math.exp(-20) * v.abs().max()
+    assert (attention(q, k, v) - attention(q * 0, k, v, normalizer="softmax1")).abs().max() > 1e-3
+
+
+# --- attention: where it is used --------------------------------------------------------------------------------------
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize(("T_q", "T_k"), [(1, 90), (64, 90), (65, 90), (89, 90)])
+def test_the_last_queries_alone_give_the_last_rows(variant, backward, T_q, T_k):
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(T_k, T_k)
+    grad_out = torch.randn(B, H, T_k, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    grad_out[:, :, : T_k - T_q] = 0
+    whole = value_and_gradients(q, k, v, grad_out, backward=backward, **arguments)
+    last = q.detach()[:, :, -T_q:].requires_grad_()
+    rows = value_and_gradients(last, k, v, grad_out[:, :, -T_q:], backward=backward, **arguments)
+    long = {"rtol": 0, "atol": T_k * FLOAT64["atol"]}
+    torch.testing.assert_close(rows[0], whole[0][:, :, -T_q:], **long)
+    torch.testing.assert_close(rows[1], whole[1][:, :, -T_q:], **long)
+    for a, b in zip(rows[2:], whole[2:], strict=True):
+        torch.testing.assert_close(a, b, **long)
+
+
+@every_backward
+@every_variant
+def test_activation_checkpointing_changes_nothing(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    q, k, v = qkv(9, 9)
+    grad_out = torch.randn(B, H, 9, D, generator=torch.Generator().manual_seed(1), dtype=q.dtype)
+    expected = value_and_gradients(q, k, v, grad_out, backward=backward, **arguments)
+    out = checkpoint(attention, q, k, v, backward=backward, use_reentrant=False, **arguments)
+    for a, b in zip((out, *torch.autograd.grad(out, (q, k, v), grad_out)), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+@every_backward
+@every_variant
+def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(variant, backward):
+    arguments, _ = VARIANTS[variant]
+    inputs = qkv(70, 70, dtype=torch.float32)
+    low = [x.detach().bfloat16().requires_grad_() for x in inputs]
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention(*inputs, backward=backward, **arguments)
+    assert out.dtype == torch.bfloat16
+    grad_out = torch.ones_like(out)
+    gradients = torch.autograd.grad(out, inputs, grad_out)
+    expected = value_and_gradients(*low, grad_out, backward=backward, **arguments)
+    assert torch.equal(out, expected[0])
+    for a, b in zip(gradients, expected[1:], strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("backend", ["cuda_flash", "cuda_efficient", "cuda_cudnn"])
+@pytest.mark.parametrize("backward", ["full", "diagonal"])
+def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, backward):
+    """Shapes and signatures alone, on tensors without data; the numbers need a GPU."""
+    q, k, v = (torch.empty(B, H, 70, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    b = torch.empty(H, device="meta", requires_grad=True)
+    out = FusedAttention.apply(q, k, v, b, backward, 0.0, 0.125, backend)
+    assert (out.shape, out.dtype) == (q.shape, q.dtype)
+    for x, gradient in zip((q, k, v, b), torch.autograd.grad(out.sum(), (q, k, v, b)), strict=True):
+        assert (x.shape, x.dtype) == (gradient.shape, gradient.dtype)
+
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+@gpu
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("cuda_flash", torch.bfloat16), ("cuda_flash", torch.float16), ("cuda_efficient", torch.float32),
+     ("cuda_efficient", torch.bfloat16), ("cuda_cudnn", torch.bfloat16)],
+)  # fmt: skip
+def test_cuda_has_the_digits_of_its_dtype(backend, dtype):
+    for variant, backward, kind in itertools.product(VARIANTS, BACKWARDS, LOGITS):
+        arguments, null_logit = VARIANTS[variant]
+        arguments = {k: v.cuda() if torch.is_tensor(v) else v for k, v in arguments.items()}
+        for T, D in itertools.product((1, 63, 65, 257, 1000), (16, 64, 80, 128)):
+            q, k, v, g = logits_of(kind, T, D, dtype)
+            with use_backend(backend):
+                on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
+                values = value_and_gradients(*on_gpu, g.cuda(), backward=backward, **arguments)
+            tolerance, expected = tolerance_of(q, k, dtype), reference(q, k, v, g, null_logit, backward)
+            for name, value in zip(("out", "dQ", "dK", "dV"), values, strict=True):
+                exact, magnitude = expected[name]
+                if magnitude.max() > torch.finfo(dtype).max / 2:
+                    continue
+                error, smallest = (value.cpu().double() - exact).norm(), torch.finfo(dtype).smallest_normal
+                where = f"{variant}, {backward}, {kind}, T {T}, D {D}: {name}"
+                assert error <= tolerance * magnitude.norm() + smallest * value.numel(), where
+
+
+@gpu
+def test_cuda_chooses_a_fused_kernel_or_says_that_there_is_none():
+    def chosen(dtype, D=64, T_q=128, **arguments):
+        q, k = (
+            torch.empty(1, 1, T_q, D, device="cuda", dtype=dtype),
+            torch.empty(1, 1, 128, D, device="cuda", dtype=dtype),
+        )
+        return attention_backend(q, k, **arguments)
+
+    assert chosen(torch.float32) == chosen(torch.bfloat16, D=264) == "cuda_efficient"
+    assert (
+        chosen(torch.bfloat16)
+        == chosen(torch.float16, dropout_p=0.1)
+        == chosen(torch.bfloat16, T_q=100)
+        == "cuda_flash"
+    )
+    assert chosen(torch.bfloat16, stock=True) == "stock"
+    with pytest.warns(UserWarning, match="float64"):
+        assert chosen(torch.float64) == "materialized"
 
 
 # --- attention: bad input -------------------------------------------------------------------------------------------
