@@ -145,38 +145,49 @@ def value_gradient(q, k, grad, lse, scale: float) -> Tensor:
     Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
     column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
     """
-    D, parts = q.size(-1), []
-    rest = -lse.flip(2) / scale  # (B, H, T)
+    D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
     for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
-        parts.append(rest.to(q.dtype))
-        rest = rest - parts[-1]
-    columns = torch.stack(parts, dim=-1)
-    keys = F.pad(k.flip(2), (0, len(parts)), value=1.0)
-    queries, values = torch.cat((q.flip(2), columns), dim=-1), F.pad(grad.flip(2), (0, len(parts)))
-    out, log_sum, _ = _kernel_forward("cpu_flash", keys, queries, values, 0.0, scale)
+        columns.append(rest.to(q.dtype))
+        rest = rest - columns[-1]
+    queries = torch.cat((q.flip(2), *columns), dim=-1)
+    keys = F.pad(k.flip(2), (0, len(columns)), value=1.0)
+    out, log_sum, _ = _kernel_forward("cpu_flash", keys, queries, F.pad(grad.flip(2), (0, len(columns))), 0.0, scale)
+    del queries, keys
     return (out[..., :D] * log_sum.exp().unsqueeze(-1)).flip(2).to(q.dtype)
 
 
-def straight_through_gradients(q, k, v, grad, scale: float, chunk: int = 128) -> tuple[Tensor, Tensor]:
-    """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory.
+def straight_through_gradients(q, k, v, grad, scale: float) -> tuple[Tensor, Tensor]:
+    """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory."""
+    return linear_attention(grad, v, k, scale), linear_attention(v, grad, q, scale, anticausal=True)
 
-    Causal linear attention, chunk by chunk (Katharopoulos et al. 2020): what lies before a chunk enters through the
-    running sums `Σ v kᵀ`, and what lies after it through `Σ g qᵀ`; accumulated in float32 at least.
+
+def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int = 128, segment: int = 1024) -> Tensor:
+    """`scale·tril(a bᵀ) c`, or triu if anticausal, all (B, H, T, D), in O(T) (Katharopoulos et al. 2020).
+
+    Within a chunk as it stands; what lies before the chunk (or after it) enters through the running sum `Σ b cᵀ`. The
+    chunks of a segment go at once, the segments one after another. Accumulated in float32 at least.
     """
-    B, H, T, D = q.shape
-    exact = torch.promote_types(q.dtype, torch.float32)
-    with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, g_ = (
-            F.pad(x.to(exact), (0, 0, 0, -T % chunk)).reshape(B, H, -1, chunk, D) for x in (q, k, v, grad)
-        )  # (B, H, N, chunk, D)
-        local = (g_ @ v_.mT).tril()  # (B, H, N, chunk, chunk)
-        state = v_.mT @ k_  # (B, H, N, D, D), of each chunk
-        before = state.cumsum(2) - state
-        grad_q = local @ k_ + g_ @ before
-        state = g_.mT @ q_
-        after = state.sum(2, keepdim=True) - state.cumsum(2)
-        grad_k = local.mT @ q_ + v_ @ after
-        return tuple((scale * x).view(B, H, -1, D)[:, :, :T].to(q.dtype) for x in (grad_q, grad_k))
+    B, H, T, D = a.shape
+    chunk, exact = min(chunk, T), torch.promote_types(a.dtype, torch.float32)
+    out, outside = torch.empty_like(a), None  # Σ b cᵀ of the segments that are done (B·H, 1, D, D)
+    starts = range(0, T, segment)
+    with torch.autocast(a.device.type, enabled=False):
+        for start in reversed(starts) if anticausal else starts:
+            rows = min(segment, T - start)
+            a_, b_, c_ = (
+                F.pad(x[:, :, start : start + rows].to(exact), (0, 0, 0, -rows % chunk)).reshape(-1, chunk, D)
+                for x in (a, b, c)
+            )  # (B·H·N, chunk, D)
+            scores = torch.bmm(a_, b_.mT)
+            part = torch.bmm(scores.triu_() if anticausal else scores.tril_(), c_)
+            if chunk < T:
+                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D)  # of each chunk
+                sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
+                sums = sums if outside is None else sums + outside
+                part.baddbmm_(a_, (sums - own).view(-1, D, D))
+                outside = sums[:, :1] if anticausal else sums[:, -1:]
+            out[:, :, start : start + rows] = part.mul_(scale).view(B, H, -1, D)[:, :, :rows]
+    return out
 
 
 SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well

@@ -1,0 +1,220 @@
+"""Time and memory of every attention variant: `python scripts/bench_attention.py [--device D] [--dtype T] …`.
+
+For each context length, all variants run side by side in one process, one call of each in turn, so that a machine whose
+speed drifts is fair to all; medians over the repeats. Beside them (a) PyTorch's own scaled_dot_product_attention, which
+every ratio is over, and (b) each variant's materialised form, as long as its T × T matrices stay below 2 GiB. The peak
+memory of a forward and backward pass is measured in a process of its own: resident memory over a warmed baseline on a
+CPU, inputs and gradients included; allocated memory on a GPU.
+
+Columns: forward and forward+backward in milliseconds; ratio, forward+backward over (a); materialized, forward+backward
+of (b) over the variant's own; MiB, the peak.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+import threading
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from harness.device import choose_device, now
+from harness.errors import UserError, run_cli
+from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.runfolder import write_text
+from model import attention, materialized_attention
+
+VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
+STOCK = "scaled_dot_product_attention"
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--T", type=int, nargs="+", default=[2**n for n in range(6, 15)], help="default: 64 … 16384")
+    parser.add_argument("--B", type=int, default=1, help="sequences; default: 1")
+    parser.add_argument("--H", type=int, default=4, help="heads; default: 4")
+    parser.add_argument("--D", type=int, default=64, help="head size; default: 64")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "--seconds", type=float, default=3.0, help="about so long for each variant and length; default: 3"
+    )
+    parser.add_argument(
+        "--memory", type=int, nargs="*", default=[8192], help="lengths of which to take the peak memory"
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/bench_attention"), help="folder of the JSON and the PNG")
+    args = parser.parse_args()
+    if min(args.T + args.memory + [args.B, args.H, args.D]) < 1 or args.seconds <= 0:
+        raise UserError("--T, --B, --H, --D, --memory and --seconds must be positive")
+    device = choose_device(args.device)
+    rows = [row for T in args.T for row in bench_length(T, args, device)]
+    peaks = {(name, T): peak_memory(name, T, args) for T in args.memory for name in names()}
+    for row in rows:
+        row["MiB"] = peaks.pop((row["variant"], row["T"]), None)
+    rows += [{"T": T, "variant": name, "MiB": peak} for (name, T), peak in peaks.items()]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    title = f"{where}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {args.dtype}, "
+    title += f"B {args.B}, H {args.H}, D {args.D}"
+    print(title)
+    print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
+    args.out.mkdir(parents=True, exist_ok=True)
+    stem = args.out / f"bench_attention_{device.type}_{args.dtype}"
+    write_text(
+        stem.with_suffix(".json"), json.dumps({"script": "bench_attention", "title": title, "rows": rows}, indent=1)
+    )
+    print(f"\nwritten: {stem}.json, {draw(rows, title, stem.with_suffix('.png'))}")
+
+
+def names() -> list[str]:
+    return [STOCK, *(f"{normalizer}/{backward}" for normalizer, backward in VARIANTS)]
+
+
+def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
+    """q, k, v as they come out of a GPT's projection, (B, H, T, D) views of one tensor; and dL/dO."""
+    torch.manual_seed(0)
+    dtype, width = getattr(torch, args.dtype), args.H * args.D
+    packed = torch.randn(args.B, T, 3 * width, device=device, dtype=dtype).requires_grad_()
+    q, k, v = (x.view(args.B, T, args.H, args.D).transpose(1, 2) for x in packed.split(width, dim=2))
+    return [q, k, v, torch.randn(args.B, T, args.H, args.D, device=device, dtype=dtype).transpose(1, 2)]
+
+
+def forward(name: str, q, k, v) -> torch.Tensor:
+    if name == STOCK:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    normalizer, backward = name.split("/")
+    null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if normalizer == "sink" else None
+    return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
+
+
+def step(name: str, materialized: bool, T: int, args: argparse.Namespace, device) -> tuple[float, float]:
+    """Seconds of one forward, and of it with its backward."""
+    q, k, v, g = inputs(T, args, device)
+    start = now(device)
+    if materialized:
+        with materialized_attention():
+            out = forward(name, q, k, v)
+    else:
+        out = forward(name, q, k, v)
+    middle = now(device)
+    torch.autograd.grad(out, (q, k, v), g)
+    return middle - start, now(device) - start
+
+
+def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
+    matrix = 4 * args.B * args.H * T * T  # bytes in float32; a materialised step holds several
+    runs = [(name, False) for name in names()]
+    runs += [(name, True) for name in names()[1:] if 8 * matrix < 2**31]
+    seconds = {run: [step(*run, T, args, device)] for run in runs}  # a warm-up, and how many repeats there is time for
+    slowest = statistics.median(total for values in seconds.values() for _, total in values)
+    repeats = max(3, min(200, math.ceil(args.seconds / max(slowest, 1e-9))))
+    seconds = {run: [] for run in runs}
+    for _ in range(repeats):
+        for run in runs:
+            seconds[run].append(step(*run, T, args, device))
+    median = {
+        run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()
+    }
+    # Each repeat's own ratio first: what drifts from one repeat to the next is then the same above and below the line.
+    ratio = {
+        run: statistics.median(a / b for (_, a), (_, b) in zip(seconds[run], seconds[STOCK, False], strict=True))
+        for run in runs
+    }
+    return [
+        {
+            "T": T,
+            "variant": name,
+            "forward": 1e3 * median[name, False][0],
+            "forward+backward": 1e3 * median[name, False][1],
+            "ratio": ratio[name, False],
+            "materialized": ratio[name, True] / ratio[name, False] if (name, True) in runs else None,
+        }
+        for name in names()
+    ]
+
+
+def peak_memory(name: str, T: int, args: argparse.Namespace) -> float:
+    """MiB that a forward and backward pass takes at its peak, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=send_peak, args=(there, name, T, args))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise UserError(f"{name} at T = {T}: its process ended before it could report, out of memory perhaps") from None
+    finally:
+        process.join()
+
+
+def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
+    device = choose_device(args.device)
+    step(name, False, 64, args, device)  # threads, libraries, kernels
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(name, False, T, args, device)
+        return pipe.send((torch.cuda.max_memory_allocated(device) - before) / 2**20)
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step(name, False, T, args, device)
+    done.set()
+    watcher.join()
+    return pipe.send((peak - before) / 2**20)
+
+
+def resident() -> int:
+    """Bytes of this process in memory: now on Linux, at most so far elsewhere."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def draw(rows: list[dict], title: str, path: Path) -> Path:
+    figure, (times, ratios) = new_figure(1, 2)
+    timed = [row for row in rows if "ratio" in row]
+    drawn = [name for name in names() if not name.startswith("sink")]
+    for name, style in zip(drawn, RUN_STYLES, strict=False):
+        own = [row for row in timed if row["variant"] == name]
+        T = [row["T"] for row in own]
+        times.plot(T, [row["forward+backward"] for row in own], label=name, **style)
+        ratios.plot(T, [row["ratio"] for row in own], **style)
+    slow = [row for row in timed if row["materialized"] and row["variant"] == "softmax1/full"]
+    times.plot(
+        [row["T"] for row in slow],
+        [row["forward+backward"] * row["materialized"] for row in slow],
+        color="#999999",
+        label="softmax1/full, materialised",
+    )
+    times.set(xscale="log", yscale="log", xlabel="context length T", ylabel="forward + backward, ms", title="Time")
+    ratios.set(xscale="log", xlabel="context length T", ylabel=f"over {STOCK}", title="Ratio", ylim=(0, None))
+    for axes in (times, ratios):
+        axes.set_xscale("log", base=2)
+    times.legend(fontsize=7)
+    figure.suptitle(title, fontsize=8, color="#555555")
+    return save_figure(figure, path)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
