@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from harness.device import choose_device, now
+from harness.device import choose_device, keep_freed_memory, now
 from harness.errors import UserError, run_cli
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
 from harness.runfolder import write_text
@@ -58,6 +58,7 @@ def main() -> None:
     if min(args.T + args.memory + [args.B, args.H, args.D]) < 1 or args.seconds <= 0:
         raise UserError("--T, --B, --H, --D, --memory and --seconds must be positive")
     device = choose_device(args.device)
+    keep_freed_memory()  # as train.py does
     rows = [row for T in args.T for row in bench_length(T, args, device)]
     peaks = {(name, T): peak_memory(name, T, args) for T in args.memory for name in names()}
     for row in rows:

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -32,7 +32,6 @@ def test_neighbouring_steps_and_seeds_share_no_draws():
     assert len(np.unique(np.concatenate(draws))) == 20 * 100 * 32
 
 
-@settings(deadline=None)
 @given(st.integers(1, 50), st.integers(1, 20), st.integers(0, 99))
 def test_every_window_lies_within_the_corpus(spare, block_size, step):
     tokens = block_size + spare  # the fewest: one window and its last target
@@ -74,7 +73,6 @@ def test_the_global_batch_is_the_same_however_it_is_shared_out(ranks, micro_batc
 # --- validation -----------------------------------------------------------------------------------------------------
 
 
-@settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 40))
 def test_validation_scores_every_target_once(count, block_size):
     tokens = np.arange(count, dtype=np.uint16)
@@ -84,7 +82,6 @@ def test_validation_scores_every_target_once(count, block_size):
     assert torch.equal(x[scored], y[scored] - 1)  # each from the token before it
 
 
-@settings(deadline=None)
 @given(st.integers(1, 30), st.integers(2, 500), st.integers(1, 20))
 def test_a_part_of_the_validation_is_spread_evenly_over_it(count, tokens, block_size):
     every, some = validation_offsets(tokens, block_size), validation_offsets(tokens, block_size, count)

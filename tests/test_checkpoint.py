@@ -191,7 +191,7 @@ def test_foreign(tmp_path, content):
     assert "not a checkpoint" in refusal(path)
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=60))
 @example(content=b"J")  # a number of which nothing follows
 def test_any_bytes_at_all(tmp_path, content):

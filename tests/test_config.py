@@ -252,7 +252,7 @@ def test_later_errors_name_where_a_value_was_set():
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | st.text(max_size=5) | st.lists(st.just(1))
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted(KEYS)), value=VALUES)
 def test_any_value_is_taken_as_it_is_or_refused_by_name(key, value):
     section, name = key.split(".")

@@ -20,10 +20,9 @@ from hypothesis import strategies as st
 from harness import corpus as corpus_module
 from harness.corpus import Corpus, TextFile, find_files, pieces, position, split_files, write_corpus
 from harness.errors import UserError, run_cli
-from harness.tokenizer import GPT2, Bytes, Chars
+from harness.tokenizer import Bytes, Chars
 
 ROOT = Path(__file__).parents[1]
-CACHE = ROOT.parent / "shared" / "data" / "tiktoken_cache"
 DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
 
 
@@ -36,14 +35,6 @@ def error_of(folder, **options) -> str:
         Corpus(folder, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    if not CACHE.is_dir():
-        pytest.skip(f"{CACHE} is absent: it holds GPT-2's tokenizer file")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
-    return GPT2()
 
 
 # ---------------------------------------------------------------------------------------------------- what is written

@@ -271,6 +271,18 @@ def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
         tiny_gpt().crop_block_size(block_size)
 
 
+@every_attention
+def test_compiling_takes_the_model_whole(normalizer, backward):
+    torch.compiler.reset()  # the variants before this one count towards a limit of recompilations
+    model, idx = tiny_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(2, 12)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    losses = [f(idx, idx)[1] for f in (model, compiled)]
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
+    torch.testing.assert_close(losses[0], losses[1])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 # --- generation -----------------------------------------------------------------------------------------------------
 
 

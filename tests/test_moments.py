@@ -93,7 +93,7 @@ def test_the_chunk_size_does_not_matter(monkeypatch):
 VALUES = st.one_of(st.integers(-3, 3).map(float), st.floats(width=32, allow_nan=False, allow_infinity=False))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(batches=st.lists(st.lists(VALUES, max_size=12), max_size=8))
 def test_any_split_equals_the_exact_moments(batches):
     moments = Moments()
@@ -116,7 +116,7 @@ def test_any_split_equals_the_exact_moments(batches):
     assert abs(moments.skewness - float(m3 / m2**2) * math.sqrt(m2)) <= tolerance * kurtosis
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(parts=st.tuples(*[st.lists(VALUES, max_size=12)] * 3))
 def test_merge_is_associative_and_commutative(parts):
     def moments(index: int) -> Moments:

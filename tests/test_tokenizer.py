@@ -14,18 +14,8 @@ from hypothesis import strategies as st
 from harness.errors import UserError
 from harness.tokenizer import GPT2, Bytes, Chars, from_meta
 
-CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
-
 # What GPT-2's pattern treats differently: spaces of every kind, letters, digits, contractions, marks, emoji.
 text = st.text() | st.text(alphabet="  \n\t\r\x1c\x85\xa0\u3000'stdmllverE ab9٣½.,!é漢👍\u0301<|endoftext>")
-
-
-@pytest.fixture(scope="module")
-def gpt2():
-    if not CACHE.is_dir():
-        pytest.skip(f"{CACHE} is absent: it holds GPT-2's tokenizer file")
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
-    return GPT2()
 
 
 @given(data=st.binary())
