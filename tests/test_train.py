@@ -143,10 +143,12 @@ def test_micro_steps_add_up_to_the_whole_batch():
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
-def test_two_ranks_train_as_one():
-    one = finished("one", "--training.max_steps", "6")
+@pytest.mark.parametrize(("normalizer", "backward"), [("softmax1", "full"), ("sink", "ste")])
+def test_two_ranks_train_as_one(normalizer, backward):
+    changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
+    one = finished("one", *changes)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), "config.yaml", "--run.name", "two", "--training.max_steps", "6"]
+    command += [str(ROOT / "train.py"), "config.yaml", "--run.name", "two", *changes]
     done = subprocess.run(
         command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
     )
