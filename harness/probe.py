@@ -1,12 +1,13 @@
 """Look inside a model: statistics of its weights and of what flows through it."""
 
 import contextlib
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from harness.moments import Moments, excess_kurtosis
-from model import GPT, attention_weights
+from model import GPT, CausalSelfAttention, attention_weights
 
 
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
@@ -44,6 +45,46 @@ def capture_qk(model: GPT):
 
     for block in model.transformer.h:
         handles.append(block.attn.c_attn.register_forward_hook(hook_for(block.attn)))
+    try:
+        yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class AttentionPass(NamedTuple):
+    """One layer's attention on a batch, there and back."""
+
+    attn: CausalSelfAttention
+    q: Tensor  # (B, H, T, D), as are the others
+    k: Tensor
+    v: Tensor
+    grad_out: Tensor  # dL/dO, O the output of `attention`
+
+
+@contextlib.contextmanager
+def capture_attention(model: GPT):
+    """A list that fills, while a loss runs back through the model, with each layer's AttentionPass, in their order."""
+    captured, handles = [], []
+
+    def watch(attn):
+        qkv = None
+
+        def heads(x):
+            return x.detach().unflatten(-1, (attn.n_head, -1)).transpose(1, 2)
+
+        def keep_qkv(_module, _inputs, output):
+            nonlocal qkv
+            qkv = [heads(x) for x in output.chunk(3, dim=-1)]
+
+        def keep_gradient(_module, inputs):  # the backward pass comes by the last layer first
+            inputs[0].register_hook(lambda grad: captured.insert(0, AttentionPass(attn, *qkv, heads(grad))))
+
+        handles.append(attn.c_attn.register_forward_hook(keep_qkv))
+        handles.append(attn.c_proj.register_forward_pre_hook(keep_gradient))
+
+    for block in model.transformer.h:
+        watch(block.attn)
     try:
         yield captured
     finally:

@@ -1,0 +1,199 @@
+"""How much of the gradient through attention is lateral, and what learning loses without it.
+
+For one row of attention weights A the normaliser's Jacobian is `diag(A) − A Aᵀ`: a local term, A(1 − A) on its
+diagonal, and a lateral one off it. With `g = dL/dA = (dL/dO) Vᵀ` over the visible keys and `m_i = Σ_k A_ik g_ik`, the
+gradient of the scores is
+
+    full  s_ij = A_ij (g_ij − m_i)     diagonal  d_ij = A_ij (1 − A_ij) g_ij     lateral  o_ij = s_ij − d_ij
+
+and `Σ s² = Σ d² + Σ o² + 2 Σ d·o`. The maps exist in float64, one row block of one layer and sequence at a time. A null
+slot (softmax1, sink) has value 0, so it adds nothing to m, and the sums run over the keys alone.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from harness.probe import capture_attention
+from model import GPT, Normalizer, attention_weights
+
+# Elements of one map of a row block: 8 MiB in float64, and some eight maps are alive at once.
+BLOCK_ELEMENTS = 2**20
+
+
+def jacobian_energy(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grad_out: Tensor,
+    normalizer: Normalizer = "softmax",
+    scale: float | None = None,
+    *,
+    null_logit: Tensor | None = None,
+) -> dict[str, Tensor]:
+    """The split of causal attention's score gradient, per head: q, k, v and dL/dO (B, H, T, D) → (H,) float64 each.
+
+    e_full, e_diag, e_lateral, e_cross: energies summed over batch and positions; e_full is the sum of the others.
+    r_diag, r_lateral, r_cross: those over e_full, adding up to 1; r_offdiag = 1 − r_diag.
+    cos_diag, cos_ste: cosine of d, and of g, with s over each sequence's (i, j ≤ i), averaged over the sequences.
+    mean_attention over (i, j ≤ i); entropy in nats, the null slot counted; row_mass `Σ_j A_ij`; and of the Jacobian
+    alone jacobian_diag `Σ A²(1 − A)²` and jacobian_offdiag `(Σ A²)² − Σ A⁴`: means over rows.
+
+    A ratio or cosine with a zero norm is NaN; a sequence without one is left out of the average. `scale` multiplies
+    q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink". ValueError where the arguments do not fit.
+    """
+    shapes = {tuple(x.shape) for x in (q, k, v, grad_out)}
+    if len(shapes) > 1 or q.dim() != 4 or not q.numel():
+        raise ValueError(f"q, k, v and grad_out must share one shape (B, H, T, D), not {sorted(shapes)}")
+    if normalizer not in get_args(Normalizer):
+        raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
+    if (null_logit is not None) != (normalizer == "sink"):
+        raise ValueError("a null_logit, one learned logit a head, goes with normalizer 'sink', and with no other")
+    if normalizer == "softmax1":
+        null_logit = torch.zeros(q.size(1), device=q.device)
+    scale = q.size(-1) ** -0.5 if scale is None else scale
+    return pool([split_of_sequence(*one, null_logit, scale) for one in zip(q, k, v, grad_out, strict=True)])
+
+
+@torch.no_grad()
+def split_of_sequence(q, k, v, grad_out, null_logit: Tensor | None, scale: float) -> dict[str, Tensor]:
+    """What `pool` makes the columns of, for one sequence: q, k, v and dL/dO (H, T, D) → (H,) float64 each."""
+    q, k, v, grad_out = (_float64(x) for x in (q, k, v, grad_out))
+    null_logit = None if null_logit is None else _float64(null_logit)
+    H, T, _ = q.shape
+    sums: dict[str, Tensor] = {}
+    rows = max(1, BLOCK_ELEMENTS // (H * T))
+    for start in range(0, T, rows):
+        end = min(start + rows, T)
+        # (1, H, rows, end): the weights of these queries over all the keys that any of them sees
+        A = attention_weights(q[None, :, start:end], k[None, :, :end], null_logit=null_logit, scale=scale)[0]
+        g = (grad_out[:, start:end] @ v[:, :end].transpose(-2, -1)).tril(start)
+        for name, value in _sums_of_rows(A, g, null_logit is not None).items():
+            sums[name] = sums[name] + value if name in sums else value
+    means = {"mean_attention": T * (T + 1) / 2, "entropy": T, "row_mass": T, "jacobian_diag": T, "jacobian_offdiag": T}
+    return {name: value / means.get(name, 1) for name, value in sums.items()}
+
+
+def _sums_of_rows(A: Tensor, g: Tensor, null_slot: bool) -> dict[str, Tensor]:
+    """Sums over a block of rows, A and g (H, rows, keys) → (H,) each."""
+
+    def total(x: Tensor) -> Tensor:
+        return x.sum((-2, -1))
+
+    s = A * (g - (A * g).sum(-1, keepdim=True))
+    d = A * (1 - A) * g
+    o = s - d
+    row_mass = A.sum(-1)
+    entropy = total(torch.special.entr(A))
+    if null_slot:
+        entropy += torch.special.entr((1 - row_mass).clamp(min=0)).sum(-1)
+    A_squared = A.square()
+    return {
+        "mean_attention": total(A),
+        "entropy": entropy,
+        "row_mass": row_mass.sum(-1),
+        "e_full": total(s.square()),
+        "e_diag": total(d.square()),
+        "e_lateral": total(o.square()),
+        "e_cross": 2 * total(d * o),
+        "e_ste": total(g.square()),
+        "diag_dot_full": total(d * s),
+        "ste_dot_full": total(g * s),
+        "jacobian_diag": total(A_squared * (1 - A).square()),
+        "jacobian_offdiag": (A_squared.sum(-1).square() - A_squared.square().sum(-1)).clamp(min=0).sum(-1),
+    }
+
+
+def pool(splits: list[dict[str, Tensor]], over_heads: bool = False) -> dict[str, Tensor]:
+    """The columns of `jacobian_energy` from any number of sequences' splits: (H,) each, or, over heads (and layers, if
+    the list holds several), scalars. Energies are summed, ratios are ratios of these sums, the rest is averaged."""
+    stacked = {name: torch.stack([split[name] for split in splits]) for name in splits[0]}  # (N, H)
+    if over_heads:
+        stacked = {name: x.flatten() for name, x in stacked.items()}
+    full, diag, ste = (stacked[name].sqrt() for name in ("e_full", "e_diag", "e_ste"))
+    energy = {name: stacked[name].sum(0) for name in ("e_full", "e_diag", "e_lateral", "e_cross")}
+    mean = {name: stacked[name].mean(0) for name in ("mean_attention", "entropy", "row_mass")}
+    ratio = {f"r_{part}": energy[f"e_{part}"] / energy["e_full"] for part in ("diag", "lateral", "cross")}
+    return {
+        **mean,
+        **energy,
+        **ratio,
+        "r_offdiag": 1 - ratio["r_diag"],
+        "cos_diag": _mean_cosine(stacked["diag_dot_full"], diag, full),
+        "cos_ste": _mean_cosine(stacked["ste_dot_full"], ste, full),
+        **{name: stacked[name].mean(0) for name in ("jacobian_diag", "jacobian_offdiag")},
+    }
+
+
+def _mean_cosine(dot: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
+    """Over the first dimension, without those whose norm is zero; a NaN stays one."""
+    exists = (norm_a != 0) & (norm_b != 0)
+    cosine = torch.where(exists, dot / norm_a / norm_b, 0.0)
+    return cosine.sum(0) / exists.sum(0)
+
+
+def _float64(x: Tensor) -> Tensor:
+    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
+
+
+# --- a model on a batch ---------------------------------------------------------------------------------------------
+
+
+def backpropagate(model: GPT, x: Tensor, y: Tensor, splits: list[list[dict[str, Tensor]]] | None = None) -> float:
+    """Add the gradient of the mean loss over the batch x, y (B, T) to the parameters', and return that loss.
+
+    Sequence by sequence, each loss with the weight 1/B, so that the activations of only one are in memory. `splits`, a
+    list for each layer, takes the `split_of_sequence` of every sequence, of that same gradient.
+    """
+    total = 0.0
+    for x_1, y_1 in zip(x.split(1), y.split(1), strict=True):
+        with capture_attention(model) as captured:
+            _, loss = model(x_1, y_1)
+            (loss / len(x)).backward()
+        total += loss.item() / len(x)
+        if splits is not None:
+            for layer, (attn, *tensors) in enumerate(captured):
+                q, k, v, grad_out = (tensor[0] for tensor in tensors)
+                splits[layer].append(split_of_sequence(q, k, v, grad_out, attn.null_logit(), q.size(-1) ** -0.5))
+    return total
+
+
+def take_gradients(model: GPT) -> dict[str, Tensor]:
+    """The gradient of every parameter, by name, out of the model's hands: its own start anew."""
+    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return gradients
+
+
+def dot_products(a: Tensor, b: Tensor) -> Tensor:
+    """(a·b, a·a, b·b) over all elements of two tensors of one shape: (3,) float64, which add up over parameters."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for pieces in zip(a.reshape(-1).split(BLOCK_ELEMENTS), b.reshape(-1).split(BLOCK_ELEMENTS), strict=True):
+        x, y = map(_float64, pieces)
+        total += torch.stack((x @ y, x @ x, y @ y)).cpu()
+    return total
+
+
+def cosine_and_norm_ratio(products: Tensor) -> tuple[float | None, float | None]:
+    """cos(a, b) and |a|/|b| from their `dot_products`; None with a zero norm."""
+    ab, aa, bb = products.tolist()
+    if bb == 0:
+        return None, None
+    return ab / math.sqrt(aa) / math.sqrt(bb) if aa != 0 else None, math.sqrt(aa) / math.sqrt(bb)
+
+
+@contextlib.contextmanager
+def backward_mode(model: GPT, backward: str) -> Iterator[None]:
+    """Within this context gradients flow back through every layer's normaliser as `backward` says."""
+    former = [block.attn.backward_mode for block in model.transformer.h]
+    try:
+        for block in model.transformer.h:
+            block.attn.backward_mode = backward
+        yield
+    finally:
+        for block, mode in zip(model.transformer.h, former, strict=True):
+            block.attn.backward_mode = mode

@@ -1,0 +1,220 @@
+"""How much of the gradient through attention is lateral, per layer and head; and what the parameters' gradients lose
+without it: the split of the softmax Jacobian into its diagonal and the rest, on real batches with the real gradient.
+
+The loss L is each batch's own mean, and energies are summed over the batches: they go with 1 / --batch-size squared,
+ratios and cosines do not. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was
+trained with; then the same weights and batches run again with the diagonal one and with straight-through (ste).
+"""
+
+import math
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from harness.diagnostics import Diagnostic, Result, Subject, run
+from harness.errors import run_cli
+from harness.jacobian import (
+    backpropagate,
+    backward_mode,
+    cosine_and_norm_ratio,
+    dot_products,
+    pool,
+    take_gradients,
+)
+from harness.report import new_figure
+from model import GPT
+
+SPLIT = {
+    "mean_attention": "mean weight A_ij over j ≤ i",
+    "entropy": "of a row of A, in nats, averaged; with softmax1 and sink the null slot counts as one of the row's",
+    "row_mass": "Σ_j A_ij, averaged over rows: 1 under softmax; the rest goes to the null slot",
+    "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA",
+    "e_diag": "Σ d², d_ij = A_ij (1 − A_ij) g_ij: what the Jacobian's diagonal passes on",
+    "e_lateral": "Σ o², o = s − d: what comes from the other entries of the row",
+    "e_cross": "2 Σ d·o; e_full = e_diag + e_lateral + e_cross",
+    "r_diag": "e_diag / e_full; above 1 where diagonal and lateral part cancel",
+    "r_lateral": "e_lateral / e_full",
+    "r_cross": "e_cross / e_full; the three add up to 1",
+    "r_offdiag": "1 − r_diag",
+    "cos_diag": "cosine of d and s over a sequence's (i, j ≤ i), averaged over sequences",
+    "cos_ste": "cosine of g and s, likewise: what straight-through keeps of the direction",
+    "jacobian_diag": "Σ_j A²(1 − A)², averaged over rows: of the Jacobian alone, the squared norm of its diagonal",
+    "jacobian_offdiag": "(Σ_j A²)² − Σ_j A⁴, averaged over rows: that of the rest",
+}
+GRADIENTS = {
+    "parameter": "of the model, by name; the head is the token embedding (tied)",
+    "cos_diagonal": "cosine of its gradient under the diagonal backward with the full one's",
+    "norm_ratio_diagonal": "norm of its gradient under the diagonal backward over the full one's",
+    "cos_ste": "the same cosine, straight through",
+    "norm_ratio_ste": "the same ratio, straight through",
+}
+
+
+PANELS = {
+    "r_diag": "r_diag: diagonal over full energy",
+    "r_lateral": "r_lateral: lateral over full energy",
+    "cos_diag": "cos_diag: cosine of diagonal and full",
+    "cos_ste": "cos_ste: cosine of ste and full",
+}
+MODES = ("diagonal", "ste")
+
+
+def measure(subject: Subject) -> Result:
+    model = subject.model
+    splits, loss, sequences = [[] for _ in model.transformer.h], 0.0, 0
+    with backward_mode(model, "full"):
+        for x, y in subject.batches(what="full backward"):
+            loss += backpropagate(model, x, y, splits) * len(x)
+            sequences += len(x)
+    full = take_gradients(model)
+    products = {}  # mode → parameter → dot products with the full gradient
+    for mode in MODES:
+        with backward_mode(model, mode):
+            for x, y in subject.batches(what=f"{mode} backward"):
+                backpropagate(model, x, y)
+        products[mode] = products_of_parameters(take_gradients(model), full)
+
+    layers = [pool(split) for split in splits]
+    queries_keys = [name for name in products["ste"] if name not in full]
+    summary = {
+        "loss": loss / sequences if math.isfinite(loss) else None,
+        **finite(pool([split for layer in splits for split in layer], over_heads=True)),
+        **{f"gradient_{name}": value for name, value in compare(products, full).items()},
+        **{f"query_key_gradient_{name}": value for name, value in compare(products, queries_keys).items()},
+    }
+    rows = [
+        {"layer": layer, "head": head, **finite({name: column[head] for name, column in columns.items()})}
+        for layer, columns in enumerate(layers)
+        for head in range(model.config.n_head)
+    ]
+    gradients = [{"parameter": name, **compare(products, [name])} for name in full]
+    pooled = [{"layer": layer, **finite(pool(split, over_heads=True))} for layer, split in enumerate(splits)]
+    notes = [
+        f"{sequences} windows of {model.config.block_size} tokens",
+        *nonfinite_weights(model),
+        *findings(layers, loss, full),
+    ]
+    return Result(rows, summary, notes, {"layers": pooled, "gradients": gradients})
+
+
+def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`dot_products` with the full gradient, by parameter; of c_attn also those of its q and k, without v."""
+    products = {}
+    for name, gradient in gradients.items():
+        products[name] = dot_products(gradient, full[name])
+        if ".c_attn." in name:
+            queries_keys = 2 * len(gradient) // 3
+            products[f"{name} q, k"] = dot_products(gradient[:queries_keys], full[name][:queries_keys])
+    return products
+
+
+def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dict[str, float | None]:
+    """Cosine and norm ratio, for each mode, of these parameters' gradients taken as one vector."""
+    values = {}
+    for mode, by_name in products.items():
+        cosine, ratio = cosine_and_norm_ratio(sum(by_name[name] for name in names))
+        values |= {f"cos_{mode}": cosine, f"norm_ratio_{mode}": ratio}
+    return finite(values)
+
+
+def finite(values: dict[str, Tensor | float | None]) -> dict[str, float | None]:
+    """As plain numbers; None where there is none. `findings` says why."""
+    return {k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()}
+
+
+def nonfinite_weights(model: GPT) -> list[str]:
+    counts = {name: int((~p.isfinite()).sum()) for name, p in model.named_parameters()}
+    named = [f"{name} ({count} of {model.get_parameter(name).numel()})" for name, count in counts.items() if count]
+    return [f"weights that are NaN or Inf: {', '.join(named)}"] if named else []
+
+
+def findings(layers: list[dict[str, Tensor]], loss: float, gradients: dict[str, Tensor]) -> list[str]:
+    """Why values are null, by the name of the layer and head or of the parameter."""
+
+    def heads(column: str, condition: Callable[[Tensor], Tensor]) -> str:
+        return ", ".join(
+            f"{layer}.{head}" for layer, x in enumerate(layers) for head in condition(x[column]).nonzero().flatten()
+        )
+
+    notes = []
+    if not math.isfinite(loss):
+        notes.append(f"the loss is {loss}")
+    if named := heads("mean_attention", lambda x: ~x.isfinite()):
+        notes.append(f"attention weights that are NaN or Inf, in layer.head {named}")
+    if named := heads("e_full", lambda x: ~x.isfinite()):
+        notes.append(f"score gradients that are NaN or Inf, so that their columns are null, in layer.head {named}")
+    if named := heads("e_full", lambda x: x == 0):
+        notes.append(f"no gradient reaches the scores, so that ratios and cosines are null, in layer.head {named}")
+    if named := ", ".join(name for name, gradient in gradients.items() if not gradient.isfinite().all()):
+        notes.append(f"gradients that are NaN or Inf: {named}")
+    return notes
+
+
+def draw(result: Result, title: str) -> Figure:
+    figure, axes = new_figure(2, 2)
+    figure.suptitle(title)
+    for ax, (column, label) in zip(axes, PANELS.items(), strict=True):
+        heat_map(ax, result.rows, column)
+        ax.set(title=label, xlabel="head", ylabel="layer")
+    return figure
+
+
+def heat_map(ax: Axes, rows: list[dict], column: str) -> None:
+    """Layer by head, the first layer on top; a cross where there is no value; figures in the cells where they fit."""
+    shape = 1 + rows[-1]["layer"], 1 + rows[-1]["head"]
+    values = np.array([math.nan if row[column] is None else row[column] for row in rows]).reshape(shape)
+    low, high = (min(0, np.nanmin(values, initial=0)), max(1, np.nanmax(values, initial=1)))
+    image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    ax.figure.colorbar(image, ax=ax)
+    ax.grid(False)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    for (layer, head), value in np.ndenumerate(values):
+        if math.isnan(value):
+            ax.plot(head, layer, "x", color="black", markersize=8)
+        elif values.size <= 36:
+            dark = value < (low + high) / 2
+            ax.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
+
+
+DIAGNOSTIC = Diagnostic(
+    name="jacobian_energy",
+    about=__doc__,
+    columns={"layer": "from 0", "head": "from 0", **SPLIT},
+    measure=measure,
+    draw=draw,
+    reading=(
+        "How to read it: cos_diag near 1 says that the diagonal of the softmax Jacobian alone points where the full "
+        "gradient does, so the lateral sum is not needed there; far below 1 says that it is critical. r_diag, "
+        "r_lateral and r_cross add up to 1, but the split is not orthogonal: r_diag above 1 with r_cross far below 0 "
+        "says that diagonal and lateral part cancel. The gradient of the scores is not yet that of the parameters: the "
+        "table gradients, and the summary's gradient_…, say how much of a training step's direction (cos) and length "
+        "(norm_ratio) is left; query_key_gradient_… says it of the rows of c_attn that make q and k, which learn "
+        "through the scores alone. What comes after the last layer's scores does not depend on the backward: cos 1."
+    ),
+    tables={
+        "layers": {
+            "layer": "its heads pooled: energies summed, ratios those of the sums, the rest averaged",
+            **dict.fromkeys(SPLIT, "as above"),
+        },
+        "gradients": GRADIENTS,
+    },
+    batches=2,
+    batch_size=4,
+)
+
+
+def main() -> None:
+    run(DIAGNOSTIC)
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
