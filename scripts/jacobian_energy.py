@@ -100,7 +100,7 @@ def measure(subject: Subject) -> Result:
     notes = [
         f"{sequences} windows of {model.config.block_size} tokens",
         *nonfinite_weights(model),
-        *findings(layers, loss, full),
+        *findings(layers, loss, products),
     ]
     return Result(rows, summary, notes, {"layers": pooled, "gradients": gradients})
 
@@ -136,26 +136,28 @@ def nonfinite_weights(model: GPT) -> list[str]:
     return [f"weights that are NaN or Inf: {', '.join(named)}"] if named else []
 
 
-def findings(layers: list[dict[str, Tensor]], loss: float, gradients: dict[str, Tensor]) -> list[str]:
+def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, dict[str, Tensor]]) -> list[str]:
     """Why values are null, by the name of the layer and head or of the parameter."""
 
-    def heads(column: str, condition: Callable[[Tensor], Tensor]) -> str:
-        return ", ".join(
-            f"{layer}.{head}" for layer, x in enumerate(layers) for head in condition(x[column]).nonzero().flatten()
-        )
+    def heads(column: str, condition: Callable[[Tensor], Tensor]) -> list[str]:
+        found = ((layer, condition(columns[column]).nonzero().flatten()) for layer, columns in enumerate(layers))
+        return [f"{layer}.{head}" for layer, which in found for head in which]
 
-    notes = []
-    if not math.isfinite(loss):
-        notes.append(f"the loss is {loss}")
-    if named := heads("mean_attention", lambda x: ~x.isfinite()):
-        notes.append(f"attention weights that are NaN or Inf, in layer.head {named}")
-    if named := heads("e_full", lambda x: ~x.isfinite()):
-        notes.append(f"score gradients that are NaN or Inf, so that their columns are null, in layer.head {named}")
-    if named := heads("e_full", lambda x: x == 0):
-        notes.append(f"no gradient reaches the scores, so that ratios and cosines are null, in layer.head {named}")
-    if named := ", ".join(name for name, gradient in gradients.items() if not gradient.isfinite().all()):
-        notes.append(f"gradients that are NaN or Inf: {named}")
-    return notes
+    squared_norms = {"full": {name: product[2] for name, product in products[MODES[0]].items()}}
+    squared_norms |= {
+        mode: {name: product[1] for name, product in by_name.items()} for mode, by_name in products.items()
+    }
+    found = {
+        "attention weights that are NaN or Inf, in layer.head": heads("mean_attention", lambda x: ~x.isfinite()),
+        "score gradients that are NaN or Inf, in layer.head": heads("e_full", lambda x: ~x.isfinite()),
+        "no gradient reaches the scores, so no ratio and no cosine, in layer.head": heads("e_full", lambda x: x == 0),
+    }
+    for mode, by_name in squared_norms.items():
+        found[f"{mode} gradients that are NaN or Inf"] = [name for name, x in by_name.items() if not x.isfinite()]
+    for mode, by_name in squared_norms.items():
+        found[f"{mode} gradients that are zero"] = [name for name, x in by_name.items() if x == 0]
+    notes = [] if math.isfinite(loss) else [f"the loss is {loss}"]
+    return notes + [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
 
 
 def draw(result: Result, title: str) -> Figure:
