@@ -170,18 +170,19 @@ def draw(result: Result, title: str) -> Figure:
 
 
 def heat_map(ax: Axes, rows: list[dict], column: str) -> None:
-    """Layer by head, the first layer on top; a cross where there is no value; figures in the cells where they fit."""
+    """Layer by head, the first layer on top; × where there is no value; figures in the cells where they fit."""
     shape = 1 + rows[-1]["layer"], 1 + rows[-1]["head"]
     values = np.array([math.nan if row[column] is None else row[column] for row in rows]).reshape(shape)
-    low, high = (min(0, np.nanmin(values, initial=0)), max(1, np.nanmax(values, initial=1)))
+    least, most = np.nanmin(values, initial=0), np.nanmax(values, initial=1)
+    low, high = least, min(most, 3)  # a head whose parts nearly cancel would take the whole scale
     image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    ax.figure.colorbar(image, ax=ax)
+    ax.figure.colorbar(image, ax=ax, extend="max" if most > high else "neither")
     ax.grid(False)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.yaxis.set_major_locator(MaxNLocator(integer=True))
     for (layer, head), value in np.ndenumerate(values):
         if math.isnan(value):
-            ax.plot(head, layer, "x", color="black", markersize=8)
+            ax.text(head, layer, "×", ha="center", va="center", color="black")
         elif values.size <= 36:
             dark = value < (low + high) / 2
             ax.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
