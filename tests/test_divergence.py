@@ -282,20 +282,21 @@ def test_bad_aggregates():
 
 # --- along a ray ------------------------------------------------------------------------------------------------------
 
-THREE = (
-    torch.softmax(torch.tensor([1, 2, 0.5], dtype=torch.float64), -1),
-    torch.tensor([0.3, -0.5, 0.8], dtype=torch.float64),
-)
 P = (3 + math.sqrt(3)) / 6
-EXTREMUM = torch.tensor([P, 1 - P], dtype=torch.float64), torch.tensor([0.0, 1.0], dtype=torch.float64)
+
+
+def float64(*values: float) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+THREE = float64(1, 2, 0.5).softmax(-1), float64(0.3, -0.5, 0.8)
+EXTREMUM = float64(P, 1 - P), float64(0, 1)
 
 
 def exact_ray(alpha0: torch.Tensor, slopes: torch.Tensor, tau: float) -> dict[str, float]:
     """One row by the definitions, to more digits than any cancellation takes."""
     with mpmath.workdps(80):
-        alpha, a, t = (
-            [mpmath.mpf(v) for v in x.tolist()] for x in (alpha0, slopes, torch.tensor([tau], dtype=torch.float64))
-        )
+        alpha, a, t = ([mpmath.mpf(v) for v in x.tolist()] for x in (alpha0, slopes, float64(tau)))
         alpha, t = [p / mpmath.fsum(alpha) for p in alpha], t[0]
         weights = [p * mpmath.exp(t * s) for p, s in zip(alpha, a, strict=True)]
         moved = [w / mpmath.fsum(weights) for w in weights]
@@ -326,7 +327,7 @@ def test_the_three_way_example():
         1.0: (0.146441804, 0.138151304, 0.125044675, 0.070468808, 0.303640, 0.371984),
         1.5: (0.325806833, 0.316976795, 0.281350520, 0.237832227, 0.186923, 0.299592),
     }
-    ray = kl_along_ray(*THREE, torch.tensor(list(table), dtype=torch.float64))
+    ray = kl_along_ray(*THREE, float64(*table))
     columns = ("reverse", "forward", "quadratic", "bound_reverse", "tightness_reverse", "tightness_forward")
     for i, figures in enumerate(table.values()):
         for column, figure in zip(columns, figures, strict=True):
@@ -424,7 +425,7 @@ def test_no_remainder_exceeds_its_bound():
     st.floats(1e-8, 10),
 )
 def test_no_remainder_of_a_coin_exceeds_its_bound(p, a, b, tau):
-    ray = kl_along_ray(torch.tensor([1 - p, p], dtype=torch.float64), torch.tensor([a, b], dtype=torch.float64), tau)
+    ray = kl_along_ray(float64(1 - p, p), float64(a, b), tau)
     for tightness in (ray.tightness_forward.item(), ray.tightness_reverse.item()):
         assert math.isnan(tightness) if ray.bound_forward == 0 else tightness <= 1 + 1e-9
 
