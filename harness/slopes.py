@@ -1,0 +1,159 @@
+"""How the attention's logits move when all parameters move along a direction, exactly: forward-mode differentiation.
+
+A direction is a dict of tensors, one for each named parameter. Everything here is computed in float64 on a copy of the
+model, `float64_copy`.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.errors import UserError
+from harness.probe import capture_qk
+from model import GPT, materialized_attention
+
+Direction = dict[str, Tensor]
+DIRECTIONS = ("adamw", "gradient", "random")
+LR = 1e-4
+"""the step of gradient and random for a checkpoint that knows no learning rate of its own"""
+
+
+def float64_copy(model: GPT) -> GPT:
+    return copy.deepcopy(model).double().eval()
+
+
+def adamw_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], info: dict[str, Any], path: str) -> Direction:
+    """What the optimizer in a checkpoint's `info` would add to the parameters at its next step.
+
+    PyTorch's AdamW makes that step, at the learning rate, betas and weight decay saved with the state (those of the
+    run's last step), from the mean gradient over `batches` (x, y), as the run's own backward pass gives it and clipped
+    as the run clips. UserError where there is no state, or one that does not fit the model; `path` is for the error.
+    """
+    advice = "take --direction gradient, or random"
+    state = info.get("optimizer", {})
+    if not state.get("state"):
+        raise UserError(f"{path} holds no optimizer state, so there is no next AdamW update: {advice}")
+    optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.0))
+    try:
+        optimizer.load_state_dict(state)
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: its optimizer state does not fit its model ({e}): {advice}") from e
+    for parameter in model.parameters():
+        moments = optimizer.state[parameter]
+        if not all(key in moments and moments[key].shape == parameter.shape for key in ("exp_avg", "exp_avg_sq")):
+            raise UserError(f"{path}: its optimizer state does not fit its model, or is not AdamW's: {advice}")
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _backward(model, batches)
+    if clip := _run_config(info, "grad_clip"):
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    optimizer.step()
+    direction = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    model.load_state_dict(before, strict=False)
+    model.zero_grad()
+    return direction
+
+
+def gradient_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> Direction:
+    """Against the mean gradient over `batches`, as the run's own backward pass gives it; its length as of `scaled`."""
+    _backward(model, batches)
+    direction = {name: -p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    return scaled(direction, lr)
+
+
+def random_direction(model: GPT, lr: float, seed: int) -> Direction:
+    """Gaussian, so that all directions are equally likely; its length as of `scaled`."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = {n: torch.randn(p.shape, generator=generator, dtype=torch.float64) for n, p in model.named_parameters()}
+    return scaled({name: x.to(next(model.parameters()).device) for name, x in drawn.items()}, lr)
+
+
+def scaled(direction: Direction, lr: float) -> Direction:
+    """With a root mean square of `lr` over all parameters: about the length of Adam's steps, which move each parameter
+    by some lr, whatever the gradient's."""
+    norm, count = length(direction), sum(x.numel() for x in direction.values())
+    if not 0 < norm < float("inf"):
+        raise UserError(f"the gradient has the norm {norm}: it gives no direction; take --direction random")
+    return {name: x * (lr * count**0.5 / norm) for name, x in direction.items()}
+
+
+def length(direction: Direction) -> float:
+    """The Euclidean norm over all parameters."""
+    return torch.stack([torch.linalg.vector_norm(x) for x in direction.values()]).norm().item()
+
+
+def learning_rate(info: dict[str, Any]) -> float | None:
+    """Of the run's last step, from its optimizer; else its config's; None where the checkpoint says neither."""
+    groups = info.get("optimizer", {}).get("param_groups", [])
+    return groups[0]["lr"] if groups else _run_config(info, "lr") or _run_config(info, "learning_rate")
+
+
+def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each layer the attention probabilities α⁰ and the slopes a of their logits along `direction`, for one sequence
+    idx (T,): (H, T, n) each, n = T, or T + 1 with the null slot last.
+
+    a is the total derivative of the logits S = QKᵀ/√D, through everything below: `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot
+    has slope 0, a sink's that of its parameter. Where a query cannot see (α⁰ = 0), a is that of its first key, so that
+    it does not count in the spread. One forward pass with its tangents; the forward pass does not depend on `backward`,
+    so neither do the slopes.
+    """
+    former = [block.attn.backward_mode for block in model.transformer.h]
+
+    def queries_and_keys(parameters):
+        with capture_qk(model) as captured, materialized_attention():
+            torch.func.functional_call(_Features(model), {f"model.{n}": p for n, p in parameters.items()}, (idx[None],))
+        return [(q[0], k[0]) for _, q, k in captured]
+
+    try:
+        for block in model.transformer.h:  # the others' slopes are not those of their values
+            block.attn.backward_mode = "full"
+        parameters = {name: p.detach() for name, p in model.named_parameters()}
+        primals, tangents = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
+    finally:
+        for block, backward in zip(model.transformer.h, former, strict=True):
+            block.attn.backward_mode = backward
+
+    H, T, D = primals[0][0].shape
+    visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
+    for layer, ((q, k), (dq, dk)) in enumerate(zip(primals, tangents, strict=True)):
+        logits = (q @ k.mT / D**0.5).masked_fill(~visible, float("-inf"))
+        slopes = (dq @ k.mT + q @ dk.mT) / D**0.5
+        slopes = torch.where(visible, slopes, slopes[..., :1])
+        null_logit = model.transformer.h[layer].attn.null_logit()
+        if null_logit is not None:
+            null_slope = direction.get(f"transformer.h.{layer}.attn.sink", torch.zeros_like(null_logit))
+            logits, slopes = (
+                torch.cat((x, null.detach().to(x).view(H, 1, 1).expand(H, T, 1)), -1)
+                for x, null in ((logits, null_logit), (slopes, null_slope))
+            )
+        yield logits.softmax(-1), slopes
+
+
+class _Features(torch.nn.Module):
+    """The model without its head, whose products with the whole vocabulary no logit of the attention needs."""
+
+    def __init__(self, model: GPT):
+        super().__init__()
+        self.model = model
+
+    def forward(self, idx: Tensor) -> Tensor:
+        return self.model.features(idx)
+
+
+def _backward(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Leave the mean gradient over the batches in the parameters."""
+    count = 0
+    for x, y in batches:
+        model(x, y)[1].backward()
+        count += 1
+    for parameter in model.parameters():
+        parameter.grad /= count
+
+
+def _run_config(info: dict[str, Any], key: str):
+    """Of this project's config, or of nanoGPT's flat one."""
+    config = info.get("config") or {}
+    return config.get("optimizer", config).get(key)
