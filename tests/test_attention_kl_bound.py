@@ -290,7 +290,6 @@ def test_what_a_user_may_get_wrong(run_folder):
     for path, *options, message in (
         ("ckpt.pt", "--tau", "-1", "--tau -1: above 0"),
         ("ckpt.pt", "--tau", "nan", "--tau nan: above 0"),
-        ("ckpt.pt", "--demo", "--demo takes no checkpoint"),
         ("best.pt", "best.pt holds no optimizer state.*--direction gradient"),
         ("none.pt", "no checkpoint"),
     ):

@@ -263,6 +263,18 @@ def test_gradient_is_zero_where_all_divergences_are(how, dtype):
         assert (gradient == 0).all()
 
 
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_in_training_nothing_waits_for_the_device(how):
+    """Whole under torch.compile: no check looks at a value."""
+
+    def penalty(student, reference):
+        return aggregate(kl_divergence(student.log_softmax(-1), reference.log_softmax(-1)), how).sum()
+
+    student, reference = random_logs(2, 5, 7).requires_grad_(), random_logs(2, 5, 7, seed=1)
+    compiled = torch.compile(penalty, fullgraph=True, backend="eager")
+    assert compiled(student, reference).item() == penalty(student, reference).item()
+
+
 def test_p95_of_infinite_and_half_precision_divergences():
     kl = torch.ones(100)
     kl[:10] = math.inf
