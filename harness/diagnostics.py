@@ -53,6 +53,8 @@ class Diagnostic:
     """how to read the table, printed under it"""
     tables: dict[str, dict[str, str]] = field(default_factory=dict)
     """the columns of further tables, by name"""
+    shown: Callable[[dict], bool] = lambda row: True
+    """which rows are printed, where they are too many to read; the JSON has all"""
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     check_arguments: Callable[[argparse.Namespace], None] = lambda args: None
     """raises UserError before anything is loaded"""
@@ -202,7 +204,10 @@ def help_of_columns(diagnostic: Diagnostic) -> str:
 
 
 def print_result(diagnostic: Diagnostic, result: Result) -> None:
-    print_table(result.rows, list(diagnostic.columns))
+    shown = [row for row in result.rows if diagnostic.shown(row)]
+    print_table(shown, list(diagnostic.columns))
+    if len(shown) < len(result.rows):
+        print(f"and {len(result.rows) - len(shown)} rows more in the JSON")
     for name, columns in diagnostic.tables.items():
         if result.tables.get(name):
             print(f"\n{name}:")

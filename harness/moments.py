@@ -1,11 +1,13 @@
 """Central moments of any number of tensors in one pass, exact in float64: mean, variance, skewness, excess kurtosis.
 
 The pairwise update of Chan, Golub & LeVeque (1983), carried to the fourth order by Pébay (2008): the result does not
-depend on how the elements were batched, and equals `scipy.stats.kurtosis` of everything at once.
+depend on how the elements were batched, and equals `scipy.stats.kurtosis` of everything at once. `Moments` takes all
+elements together; `RowMoments` keeps those of every row of a tensor, and pools them when asked.
 """
 
 import math
 import sys
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +16,18 @@ import torch
 # launches.
 CHUNK_CPU = 2**15
 CHUNK_ACCELERATOR = 2**24
+
+COLUMNS = {
+    "count": "how many finite numbers it has; the other columns are theirs",
+    "nonfinite": "how many NaN and ±Inf it has",
+    "mean": "their mean",
+    "std": "their standard deviation σ (of a population: over n, not n − 1)",
+    "skewness": "third central moment / σ³: 0 where both tails are alike",
+    "excess_kurtosis": "fourth central moment / σ⁴ − 3: 0 for a Gaussian, −1.2 for a uniform distribution; large where "
+    "a few numbers lie far out",
+    "max_abs": "the largest |x|",
+    "max_abs_over_std": "the largest |x| in units of σ: a Gaussian has about 5 among a million numbers",
+}
 
 
 class Moments:
@@ -94,6 +108,10 @@ class Moments:
     def max_abs_over_std(self) -> float | None:
         return self.max_abs / self.std if self._has_shape else None
 
+    def row(self) -> dict[str, int | float | None]:
+        """Everything above, named as `COLUMNS`."""
+        return {name: getattr(self, name) for name in COLUMNS}
+
     @property
     def _has_shape(self) -> bool:
         return self.count > 0 and self.variance * self.variance > sys.float_info.min and math.isfinite(self._m4)
@@ -129,3 +147,89 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
     moments._origin, moments._offset = origin, offset
     moments._m2, moments._m3, moments._m4 = m2, m3, m4
     return moments
+
+
+class RowMoments(NamedTuple):
+    """The moments of many rows of numbers at once, each (...,) float64: one entry a row."""
+
+    count: torch.Tensor  # finite elements
+    nonfinite: torch.Tensor  # NaN and ±Inf, counted and left out
+    mean: torch.Tensor
+    m2: torch.Tensor  # Σ (x − mean)^k
+    m3: torch.Tensor
+    m4: torch.Tensor
+    max_abs: torch.Tensor
+
+    @classmethod
+    def of(cls, x: torch.Tensor, visible: torch.Tensor | None = None) -> "RowMoments":
+        """Of the rows, the last dimension, of float64 x (..., n); with `visible`, a mask that broadcasts to it, of
+        those elements alone."""
+        nonfinite = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
+        max_abs = torch.maximum(-x.amin(-1), x.amax(-1))
+        if not max_abs.isfinite().all():  # amin and amax hand on a NaN
+            finite, seen = x.isfinite(), True if visible is None else visible
+            nonfinite += (~finite & seen).sum(-1)
+            visible = finite & seen
+        if visible is None:
+            count = torch.full_like(nonfinite, x.size(-1))
+        else:
+            hidden, count = ~visible, visible.expand_as(x).sum(-1).double()
+            x = x.masked_fill(hidden, 0)
+            max_abs = torch.maximum(-x.amin(-1), x.amax(-1))
+        # From an element of the row first, as in `Moments`: equal numbers then have a variance of exactly 0.
+        origin = x[..., :1]
+        d = x - origin
+        if visible is not None:
+            d.masked_fill_(hidden, 0)
+        offset = d.sum(-1, keepdim=True) / count.clamp(min=1).unsqueeze(-1)
+        d -= offset
+        if visible is not None:
+            d.masked_fill_(hidden, 0)
+        d2 = d * d
+        m2 = d2.sum(-1)
+        m3 = d.mul_(d2).sum(-1)
+        m4 = d2.square_().sum(-1)
+        return cls(count, nonfinite, (origin + offset).squeeze(-1), m2, m3, m4, max_abs)
+
+    def pooled(self) -> "RowMoments":
+        """The rows along the last dimension taken together: Pébay's formulas for many groups at once."""
+        count = self.count.sum(-1)
+        origin = self.mean[..., :1]
+        delta = self.mean - origin
+        offset = (self.count * delta).sum(-1, keepdim=True) / count.clamp(min=1).unsqueeze(-1)
+        delta = delta - offset
+        delta2 = delta * delta
+        return RowMoments(
+            count,
+            self.nonfinite.sum(-1),
+            (origin + offset).squeeze(-1),
+            (self.m2 + self.count * delta2).sum(-1),
+            (self.m3 + delta * (3 * self.m2 + self.count * delta2)).sum(-1),
+            (self.m4 + delta * (4 * self.m3 + delta * (6 * self.m2 + self.count * delta2))).sum(-1),
+            self.max_abs.amax(-1),
+        )
+
+    def with_zeros(self, count: int) -> "RowMoments":
+        """Each row with `count` zeros more."""
+        zero = torch.zeros_like(self.count)
+        zeros = RowMoments(zero + count, *(zero for _ in self[1:]))
+        return RowMoments(*(torch.stack(pair, dim=-1) for pair in zip(self, zeros, strict=True))).pooled()
+
+    @property
+    def excess_kurtosis(self) -> torch.Tensor:
+        """NaN where it does not exist, as in `Moments`."""
+        variance2 = (self.m2 / self.count).square()
+        exists = (variance2 > sys.float_info.min) & self.m4.isfinite()
+        return torch.where(exists, self.m4 / self.count / variance2 - 3, math.nan)
+
+    def moments(self) -> Moments:
+        """All rows taken together."""
+        together = RowMoments(*(field.reshape(-1) for field in self)).pooled()
+        count, nonfinite, mean, m2, m3, m4, max_abs = torch.stack(together).tolist()
+        moments = Moments()
+        moments.nonfinite = int(nonfinite)
+        if count:
+            moments.count, moments._origin = int(count), mean
+            moments._m2, moments._m3, moments._m4 = m2, m3, m4
+            moments._low, moments._high = -max_abs, max_abs
+        return moments

@@ -8,6 +8,7 @@ import matplotlib
 
 matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -78,8 +79,38 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     return path
 
 
+def scale_tails(panel: Axes) -> None:
+    """A y axis, with 0 on it, for what may be small or huge, once it is drawn: linear up to 10, logarithmic beyond
+    where values go there."""
+    if panel.dataLim.y1 > 30:
+        panel.set_yscale("symlog", linthresh=10)
+    panel.axhline(0, color="#777777", linewidth=0.8)
+
+
+def draw_heads(
+    panel: Axes,
+    heads: list[dict],
+    column: str,
+    title: str,
+    label: str,
+    low: float | None = None,
+    high: float | None = None,
+) -> None:
+    """A heat map layer × head of one column of rows with `layer` and `head`; white where there is no value."""
+    grid = np.full((max(h["layer"] for h in heads) + 1, max(h["head"] for h in heads) + 1), np.nan)
+    for h in heads:
+        grid[h["layer"], h["head"]] = np.nan if h[column] is None else h[column]
+    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower")
+    panel.figure.colorbar(image, ax=panel, label=label)
+    panel.grid(False)
+    panel.set(title=title, xlabel="head", ylabel="layer")
+    for axis in (panel.xaxis, panel.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+
+
 def print_table(rows: list[dict], columns: list[str]) -> None:
-    """Print one line a row: text to the left, numbers to the right with four digits, `–` for None and missing keys."""
+    """Print one line a row: text to the left, numbers to the right with four digits, `–` for None and missing keys; of
+    a list no more than four entries."""
     cells = [[_cell(row.get(column)) for column in columns] for row in rows]
     widths = [max(map(len, column)) for column in zip(columns, *cells, strict=True)]
     is_text = [any(isinstance(row.get(column), str) for row in rows) for column in columns]
@@ -91,9 +122,11 @@ def print_table(rows: list[dict], columns: list[str]) -> None:
         print("  ".join(padded).rstrip())
 
 
-def _cell(value: str | int | float | None) -> str:
+def _cell(value: str | int | float | list | None) -> str:
     if value is None:
         return "–"
+    if isinstance(value, list):
+        return " ".join(map(str, value[:4])) + (f" … ({len(value)})" if len(value) > 4 else "")
     if isinstance(value, float) and math.isfinite(value):
         # four digits, but never an exponent where the integer itself is short enough to read
         return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
