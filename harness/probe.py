@@ -1,13 +1,31 @@
 """Look inside a model: statistics of its weights and of what flows through it."""
 
 import contextlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.moments import Moments, excess_kurtosis
 from model import GPT, CausalSelfAttention, attention_weights
+
+# The tensors that `watch` sees, without the layer's number, and what they are.
+TENSORS = {
+    "transformer.drop": "the residual stream after the embedding",
+    "transformer.h": "the residual stream after the block",
+    "ln_1": "the layer norm before the attention",
+    "attn.q": "queries, all heads side by side",
+    "attn.k": "keys",
+    "attn.v": "values",
+    "attn.output": "what the heads read, before the projection",
+    "attn.c_proj": "the attention's projection",
+    "ln_2": "the layer norm before the MLP",
+    "mlp.gelu": "the MLP's hidden layer, after its GELU",
+    "mlp.c_proj": "the MLP's output",
+    "transformer.ln_f": "the final layer norm",
+    "lm_head": "the logits",
+}
 
 
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
@@ -37,9 +55,8 @@ def capture_qk(model: GPT):
 
     def hook_for(attn):
         def hook(_module, _inputs, qkv):
-            B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-            q, k, _ = (z.view(B, T, attn.n_head, C // attn.n_head).transpose(1, 2) for z in qkv.split(C, dim=2))
-            captured.append((attn, q, k))
+            q, k, _ = qkv.chunk(3, dim=2)
+            captured.append((attn, heads_of(q, attn.n_head), heads_of(k, attn.n_head)))
 
         return hook
 
@@ -87,6 +104,56 @@ def capture_attention(model: GPT):
         watch(block.attn)
     try:
         yield captured
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def heads_of(x: Tensor, n_head: int) -> Tensor:
+    """(B, T, C) → (B, H, T, D)"""
+    return x.unflatten(2, (n_head, -1)).transpose(1, 2)
+
+
+@contextlib.contextmanager
+def watch(
+    model: GPT,
+    on_tensor: Callable[[str, Tensor], None],
+    on_attention: Callable[[int, CausalSelfAttention, Tensor, Tensor], None],
+):
+    """While the model runs, call on_tensor(name, x) for every tensor on its way, as soon as it is there: x (B, T, C) of
+    each of `TENSORS`, and call on_attention(layer, attn, q, k) for each attention: q and k (B, H, T, D)."""
+    handles = []
+
+    def outputs(module: nn.Module, name: str) -> None:
+        def hook(_module, _inputs, out):
+            on_tensor(name, out)
+
+        handles.append(module.register_forward_hook(hook))
+
+    def attention(attn: CausalSelfAttention, name: str, layer: int) -> None:
+        def after_qkv(_module, _inputs, qkv):
+            q, k, v = qkv.chunk(3, dim=2)
+            for part, x in (("q", q), ("k", k), ("v", v)):
+                on_tensor(f"{name}.{part}", x)
+            on_attention(layer, attn, heads_of(q, attn.n_head), heads_of(k, attn.n_head))
+
+        def before_projection(_module, inputs):
+            on_tensor(f"{name}.output", inputs[0])
+
+        handles.append(attn.c_attn.register_forward_hook(after_qkv))
+        handles.append(attn.c_proj.register_forward_pre_hook(before_projection))
+
+    try:
+        outputs(model.transformer.drop, "transformer.drop")
+        for layer, block in enumerate(model.transformer.h):
+            name = f"transformer.h.{layer}"
+            attention(block.attn, f"{name}.attn", layer)
+            for part in ("ln_1", "attn.c_proj", "ln_2", "mlp.gelu", "mlp.c_proj"):
+                outputs(block.get_submodule(part), f"{name}.{part}")
+            outputs(block, name)
+        outputs(model.transformer.ln_f, "transformer.ln_f")
+        outputs(model.lm_head, "lm_head")
+        yield
     finally:
         for handle in handles:
             handle.remove()

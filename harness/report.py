@@ -88,22 +88,19 @@ def scale_tails(panel: Axes) -> None:
 
 
 def draw_heads(
-    panel: Axes,
-    heads: list[dict],
-    column: str,
-    title: str,
-    label: str,
-    low: float | None = None,
-    high: float | None = None,
+    panel: Axes, heads: list[dict], column: str, label: str, low: float | None = None, high: float | None = None
 ) -> None:
-    """A heat map layer × head of one column of rows with `layer` and `head`; white where there is no value."""
+    """A heat map of one column of rows with `layer` and `head`, the first layer on top; × where there is no value."""
     grid = np.full((max(h["layer"] for h in heads) + 1, max(h["head"] for h in heads) + 1), np.nan)
     for h in heads:
-        grid[h["layer"], h["head"]] = np.nan if h[column] is None else h[column]
-    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto", origin="lower")
+        if h[column] is None or np.isnan(h[column]):
+            panel.text(h["head"], h["layer"], "×", ha="center", va="center")
+        else:
+            grid[h["layer"], h["head"]] = h[column]
+    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     panel.figure.colorbar(image, ax=panel, label=label)
     panel.grid(False)
-    panel.set(title=title, xlabel="head", ylabel="layer")
+    panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):
         axis.get_major_locator().set_params(integer=True)
 

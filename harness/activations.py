@@ -1,0 +1,242 @@
+"""What flows through a model, in one streaming pass: moments by element, token, channel and sequence; heads that sink.
+
+Each tensor is read once, while the forward pass has it at hand, and nothing of its size is kept: memory is that of a
+few numbers a channel and a sequence.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from harness.moments import CHUNK_ACCELERATOR, Moments, RowMoments
+from harness.probe import watch
+from model import GPT, attention_weights
+
+OUTLIER_RMS = 6.0
+"""A channel is an outlier where its root mean square exceeds this many times the median channel's."""
+SINK = 0.3
+"""A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
+QUERIES = 128
+"""As many rows of a layer's T × T attention are in memory at once."""
+CHUNK_CPU = 2**17
+"""As many elements are read at once: enough to amortise some thirty calls, few enough for a cache."""
+
+
+class Activations:
+    """Statistics of everything on the way through `model`, over all the batches given to `update`."""
+
+    def __init__(self, model: GPT):
+        self.model = model
+        self.tensors: dict[str, TensorStatistics] = {}
+        self.attention: dict[int, AttentionStatistics] = {}
+
+    @torch.no_grad()
+    def update(self, idx: Tensor) -> "Activations":
+        """Run the model on idx (B, T) int64, watching; all batches must have the same T."""
+        with watch(self.model, self._see_tensor, self._see_attention):
+            self.model(idx)
+        return self
+
+    def _see_tensor(self, name: str, x: Tensor) -> None:
+        self.tensors.setdefault(name, TensorStatistics()).update(x)
+
+    def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor) -> None:
+        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, attn.null_logit())
+
+
+class TensorStatistics:
+    """Of one tensor (B, T, C): `all` its tokens, the `first` of each sequence, and the `others`."""
+
+    def __init__(self):
+        self.all, self.first, self.others = TokenStatistics(), TokenStatistics(), TokenStatistics()
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> "TensorStatistics":
+        tokens, first, others = _read(x)
+        self.first.update(RowMoments(*(field[:, :1] for field in tokens)), first)
+        if x.size(1) > 1:
+            self.others.update(RowMoments(*(field[:, 1:] for field in tokens)), others)
+        self.all.update(tokens, first + others)
+        return self
+
+
+class SequenceStatistics:
+    """Of all elements together, and of each sequence by itself. A statistic that does not exist is None, and so is
+    every one but `moments` where a number is NaN or infinite."""
+
+    def __init__(self):
+        self.moments = Moments()
+        self._kurtosis: list[float] = []
+        self._max_abs: list[float] = []
+
+    def update(self, sequences: RowMoments) -> None:
+        """sequences (B,)"""
+        self.moments.merge(sequences.moments())
+        self._kurtosis += (sequences.excess_kurtosis + 3).tolist()
+        self._max_abs += sequences.max_abs.tolist()
+
+    @property
+    def per_sequence_kurtosis(self) -> float | None:
+        """Of the elements of a sequence, averaged over the sequences: *not* excess, a Gaussian gives 3 (Bondarenko et
+        al. 2023; they add 1e-6 to σ⁴, which swamps small activations, and take σ² over n − 1)."""
+        return self._mean(self._kurtosis)
+
+    @property
+    def per_sequence_max_abs(self) -> float | None:
+        """The infinity norm of a sequence, averaged over the sequences (Bondarenko et al. 2023)."""
+        return self._mean(self._max_abs)
+
+    def _mean(self, values: list[float]) -> float | None:
+        mean = math.fsum(values) / len(values) if values and not self.moments.nonfinite else math.nan
+        return mean if math.isfinite(mean) else None
+
+    def row(self) -> dict:
+        names = ("per_sequence_kurtosis", "per_sequence_max_abs")
+        return self.moments.row() | {name: getattr(self, name) for name in names}
+
+
+class TokenStatistics(SequenceStatistics):
+    """Of some of a tensor's tokens: also of each token, and of each channel over all of them."""
+
+    def __init__(self):
+        super().__init__()
+        self._tokens, self._squares = 0, torch.zeros(())
+        self._token_kurtosis, self._token_count = 0.0, 0
+
+    def update(self, tokens: RowMoments, squares: Tensor) -> None:
+        """tokens (B, T), each the moments over the channels of one; squares (C,), summed over all of them."""
+        super().update(tokens.pooled())
+        self._tokens += tokens.count.numel()
+        self._squares = self._squares.to(squares.device) + squares
+        kurtosis = tokens.excess_kurtosis
+        self._token_kurtosis += kurtosis.nansum().item()
+        self._token_count += int((~kurtosis.isnan()).sum())
+
+    @property
+    def per_token_kurtosis(self) -> float | None:
+        """Excess, over the channels of each token, averaged over the tokens that vary (Kaul et al. 2025)."""
+        exists = self._token_count > 0 and not self.moments.nonfinite
+        return self._token_kurtosis / self._token_count if exists else None
+
+    @property
+    def channel_rms(self) -> Tensor | None:
+        """The root mean square of each channel (C,), float64."""
+        return (self._squares / self._tokens).sqrt() if self._tokens and not self.moments.nonfinite else None
+
+    @property
+    def channel_rms_kurtosis(self) -> float | None:
+        """E[s⁴]/E[s²]² over the channels' root mean squares s: 1 where all are alike, C where one has everything
+        (He et al. 2024)."""
+        if self.channel_rms is None or not self._squares.any():
+            return None
+        return (self._squares / self._squares.mean()).square().mean().item()
+
+    @property
+    def outlier_channels(self) -> dict[int, float] | None:
+        """Channel → its root mean square over the median channel's, where that exceeds `OUTLIER_RMS`; largest first."""
+        if (rms := self.channel_rms) is None:
+            return None
+        median = rms.quantile(0.5)
+        channels = (rms > OUTLIER_RMS * median).nonzero().flatten()
+        ratios = zip(channels.tolist(), (rms[channels] / median).tolist(), strict=True)
+        return dict(sorted(ratios, key=lambda item: -item[1]))
+
+    def row(self) -> dict:
+        outliers = self.outlier_channels
+        return super().row() | {
+            "per_token_kurtosis": self.per_token_kurtosis,
+            "channel_rms_kurtosis": self.channel_rms_kurtosis,
+            "outlier_channels": None if outliers is None else list(outliers),
+        }
+
+
+def _stack(parts: list[RowMoments], dim: int = 0) -> RowMoments:
+    return RowMoments(*(torch.stack(field, dim) for field in zip(*parts, strict=True)))
+
+
+def _read(x: Tensor) -> tuple[RowMoments, Tensor, Tensor]:
+    """The moments over the channels of each token of x (B, T, C), (B, T), and the sum of squares of each channel (C,)
+    over the first tokens and over the others: in float64, a few tokens at a time."""
+    B, T, C = x.shape
+    step = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_ACCELERATOR) // C)
+    device = "cpu" if x.device.type == "mps" else x.device  # MPS has no float64
+    # One piece of memory for all results: small ones left between large short-lived ones would fragment the heap.
+    tokens = torch.empty(len(RowMoments._fields), B, T, dtype=torch.float64, device=device)
+    squares = torch.zeros(2, C, dtype=torch.float64, device=device)
+    for b, sequence in enumerate(x):
+        for start in range(0, T, step):
+            chunk = sequence[start : start + step].to(device).double()
+            tokens[:, b, start : start + step] = torch.stack(RowMoments.of(chunk))
+            chunk_squares = chunk * chunk
+            if start == 0:
+                squares[0] += chunk_squares[0]
+                chunk_squares = chunk_squares[1:]
+            squares[1] += chunk_squares.sum(0)
+    return RowMoments(*tokens), *squares
+
+
+class AttentionStatistics:
+    """Of one layer's attention probabilities P (B, H, T, T), a few rows of one sequence at a time.
+
+    `visible` holds the probabilities on and below the diagonal, `all` the zeros above it too: the quantity that
+    quietGPT logs. The figures of a head are (H,) float64.
+    """
+
+    def __init__(self):
+        self.all, self.visible = SequenceStatistics(), SequenceStatistics()
+        self.sequences = 0
+        self._row_mass = self._entropy = self._sinks = 0.0
+
+    @torch.no_grad()
+    def update(self, q: Tensor, k: Tensor, null_logit: Tensor | None) -> "AttentionStatistics":
+        """q and k (B, H, T, D); null_logit (H,), or None where there is no null slot."""
+        for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):
+            self._update_sequence(q_1, k_1, null_logit)
+        return self
+
+    def _update_sequence(self, q: Tensor, k: Tensor, null_logit: Tensor | None) -> None:
+        _, H, T, D = q.shape
+        blocks, entropy, first_key = [], 0.0, 0.0
+        for start in range(0, T, QUERIES):
+            end = min(start + QUERIES, T)
+            P = attention_weights(q[:, :, start:end], k[:, :, :end], null_logit=null_logit, scale=D**-0.5)[0]
+            P = P.cpu() if P.device.type == "mps" else P  # MPS has no float64
+            # Before the block all keys are visible; within it a query sees those up to its own.
+            visible = torch.ones(end - start, end - start, dtype=torch.bool, device=P.device).tril()
+            rows = RowMoments.of(P[:, :, start:].double(), visible)  # (H, end − start)
+            if start:  # a head at a time, for the cache's sake
+                before = _stack([RowMoments.of(head[:, :start].double()) for head in P])
+                rows = _stack([before, rows], dim=-1).pooled()
+            row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
+            log_P = P.clamp(min=torch.finfo(P.dtype).tiny).log()  # so that 0 log 0 = 0; torch.special.entr is slow
+            entropy -= (P * log_P).sum(-1).double().sum(-1)
+            if null_logit is not None:
+                entropy += torch.special.entr((1 - row_mass).clamp(min=0)).sum(-1)
+            first_key += P[:, :, 0].double().sum(-1)
+            self._row_mass = self._row_mass + row_mass.sum(-1) / T
+            blocks.append(rows)
+        rows = RowMoments(*(torch.cat(field, dim=-1).flatten() for field in zip(*blocks, strict=True)))
+        self._entropy = self._entropy + entropy / T
+        # a comparison with NaN is false, and "no sink" would be a claim
+        sinks = torch.where(first_key.isnan(), math.nan, (first_key / T > SINK).double())
+        self._sinks = self._sinks + sinks
+        self.sequences += 1
+        sequence = RowMoments(*(field.unsqueeze(0) for field in rows.pooled()))
+        self.visible.update(sequence)
+        self.all.update(sequence.with_zeros(H * T * (T - 1) // 2))
+
+    @property
+    def sink_rate(self) -> Tensor:
+        """The share of sequences in which the first key's attention, averaged over all queries, exceeds `SINK`."""
+        return self._sinks / self.sequences
+
+    @property
+    def row_mass(self) -> Tensor:
+        """What a query gives to keys, Σ_j P_ij, averaged over queries: 1 under softmax."""
+        return self._row_mass / self.sequences
+
+    @property
+    def entropy(self) -> Tensor:
+        """In nats, averaged over queries; the null slot, where there is one, is part of the distribution."""
+        return self._entropy / self.sequences
