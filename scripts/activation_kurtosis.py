@@ -168,7 +168,7 @@ def draw(result: Result, title: str) -> Figure:
         panel.set_xlabel("layer")
         panel.xaxis.get_major_locator().set_params(integer=True)
     heads = result.tables["heads"]
-    draw_heads(panels[3], heads, "sink_rate", f"share of sequences above {SINK}", 0, 1)
+    draw_heads(panels[3], heads, "sink_rate", f"share of sequences > {SINK}", 0, 1)
     panels[3].set(title="Sink rate")
     draw_heads(panels[4], heads, "row_mass", "attention given to keys", 0, 1)
     panels[4].set(title="Row mass")
