@@ -25,7 +25,7 @@ from harness.device import choose_device
 from harness.errors import UserError
 from harness.report import print_table, save_figure
 from harness.runfolder import write_text
-from harness.tracking import log_diagnostic
+from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
 
@@ -123,6 +123,8 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_arguments(args)
     diagnostic.check_arguments(args)
+    for path in args.checkpoints if args.wandb else ():
+        wandb_run(Path(path).parent)  # a run that is not there shows before hours are spent
     results = {}
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         subject = Subject(path, args)
@@ -240,7 +242,7 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
 def _finite(value, where: str, notes: list[str]):
     if isinstance(value, dict):
         label = value.get("name", "")
-        return {k: _finite(v, f"{where}{' ' + label if label else ''}: {k}", notes) for k, v in value.items()}
+        return {k: _finite(v, f"{where}{f' {label}' if label else ''}: {k}", notes) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v, where, notes) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

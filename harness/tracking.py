@@ -1,6 +1,7 @@
 """Curves: metrics.jsonl always, wandb beside it, and the progress that a person watches."""
 
 import json
+import math
 import os
 import secrets
 import sys
@@ -9,7 +10,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from harness.config import load_config
+from harness.config import Config, load_config
 from harness.errors import UserError
 from harness.runfolder import write_text
 
@@ -98,19 +99,24 @@ def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
     return run
 
 
-def log_diagnostic(folder: Path, name: str, summary: dict[str, float | None], picture: Path) -> None:
-    """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
+def wandb_run(folder: Path) -> tuple[str, Config]:
+    """The id and the config of the run that trained the checkpoint in `folder`; UserError where there is none."""
     state = folder / "wandb" / "run.json"
     if not state.exists():
-        raise UserError(f"--wandb: {folder} has no wandb/run.json, so its run on wandb is not known")
-    run_id = json.loads(state.read_text())["id"]
-    config = load_config([str(folder / "config.yaml")])
+        raise UserError(f"--wandb: {folder} has no wandb/run.json, so its run on wandb is not known; leave --wandb out")
+    return json.loads(state.read_text())["id"], load_config([str(folder / "config.yaml")])
+
+
+def log_diagnostic(folder: Path, name: str, summary: dict[str, float | None], picture: Path) -> None:
+    """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
+    run_id, config = wandb_run(folder)
     run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
     if run is None:
         raise UserError(f"--wandb: {folder}/config.yaml or WANDB_MODE disables wandb")
     import wandb
 
-    run.summary.update({f"{name}/{key}": value for key, value in summary.items() if value is not None})
+    finite = {key: value for key, value in summary.items() if value is not None and math.isfinite(value)}
+    run.summary.update({f"{name}/{key}": value for key, value in finite.items()})
     run.summary[f"{name}/picture"] = wandb.Image(str(picture))
     run.finish()
 
