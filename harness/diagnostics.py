@@ -58,8 +58,8 @@ class Diagnostic:
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     check_arguments: Callable[[argparse.Namespace], None] = lambda args: None
     """raises UserError before anything is loaded"""
-    batches: int = 8
-    """default of --batches"""
+    batches: int | None = 8
+    """default of --batches; None is the whole split"""
     batch_size: int = 4
     """default of --batch-size"""
 
@@ -108,7 +108,8 @@ class Subject:
         """(x, y), (B, T) int64 each, under a progress bar: --batches of --batch-size windows, spread evenly over the
         split, or the windows at `offsets`."""
         args, split = self.args, split or self.args.split
-        offsets = self.offsets(split, args.batches * args.batch_size) if offsets is None else offsets
+        if offsets is None:
+            offsets = self.offsets(split, args.batches and args.batches * args.batch_size)
         tokens, block_size = self.corpus.tokens[split], self.model.config.block_size
         starts = range(0, len(offsets), args.batch_size)
         for start in tqdm(starts, desc=what, leave=False, disable=None):
@@ -143,7 +144,7 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     print("\nwritten: " + ", ".join(map(str, written)))
 
 
-def argument_parser(name: str, about: str, batches: int, batch_size: int) -> argparse.ArgumentParser:
+def argument_parser(name: str, about: str, batches: int | None, batch_size: int) -> argparse.ArgumentParser:
     """The arguments that every diagnostic takes."""
     parser = argparse.ArgumentParser(
         prog=f"scripts/{name}.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -151,7 +152,9 @@ def argument_parser(name: str, about: str, batches: int, batch_size: int) -> arg
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ckpt.pt, or hf:NAME_OR_FOLDER of a GPT-2")
     parser.add_argument("--data", metavar="DIR", help="the corpus; default: the one the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
-    parser.add_argument("--batches", type=int, default=batches, metavar="N", help=f"default: {batches}")
+    parser.add_argument(
+        "--batches", type=int, default=batches, metavar="N", help=f"default: {batches or 'the whole split'}"
+    )
     parser.add_argument("--batch-size", type=int, default=batch_size, metavar="B", help=f"default: {batch_size}")
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
@@ -164,7 +167,7 @@ def argument_parser(name: str, about: str, batches: int, batch_size: int) -> arg
 
 def check_arguments(args: argparse.Namespace) -> None:
     for name in ("batches", "batch_size"):
-        if getattr(args, name) < 1:
+        if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if not 0 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
