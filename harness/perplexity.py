@@ -11,6 +11,8 @@ from torch.nn import functional as F
 
 from model import GPT
 
+_ROWS = 2048  # tokens whose logits are held at a time: 400 MB with GPT-2's vocabulary
+
 
 class Scores(NamedTuple):
     """The scored targets of a text, all arrays (n,)."""
@@ -57,9 +59,12 @@ def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndar
 def token_losses(model: GPT, x: Tensor, y: Tensor) -> Tensor:
     """The loss, in nats, of each target of y (B, T) that is not −1: (n,), row by row. Only these pass the head."""
     scored = y >= 0
-    logits = model.lm_head(model.features(x)[scored])
-    exact = torch.promote_types(logits.dtype, torch.float32)
-    return F.cross_entropy(logits.to(exact), y[scored], reduction="none")
+    losses = []
+    for features, targets in zip(model.features(x)[scored].split(_ROWS), y[scored].split(_ROWS), strict=True):
+        logits = model.lm_head(features)
+        exact = torch.promote_types(logits.dtype, torch.float32)
+        losses.append(F.cross_entropy(logits.to(exact), targets, reduction="none"))
+    return torch.cat(losses)
 
 
 def standard_error(losses: np.ndarray, clusters: np.ndarray) -> float | None:

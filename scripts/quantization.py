@@ -50,7 +50,7 @@ COLUMNS = {
 }
 WORST_FIRST, WITHOUT_OUTLIERS = "W8A8 min-max", "W8A8 per token"
 LAYERS = {
-    "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream",
+    "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream (`site` in the JSON)",
     "layer": "the block it is in; – for the embedding and the head",
     **{
         scheme.name: "signal-to-noise ratio in dB, this tensor (and the linear layer's weight) alone quantized: of the "
@@ -126,7 +126,7 @@ def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
             (row for row in rows if row["scheme"].startswith(f"A{bits} only")), key=lambda r: r["perplexity_rise"]
         )
         site, rise = worst["scheme"].removeprefix(f"A{bits} only "), worst["perplexity_rise"]
-        notes.append(f"of the activations alone at {bits} bits, {site} raises the perplexity most, by {rise:.3g}")
+        notes.append(f"largest rise from activations of one kind alone, at {bits} bits: {site}, {rise:.3g}")
     worst = layers[0]
     if worst[WORST_FIRST] is not None:
         notes.append(f"lowest signal-to-noise ratio under {WORST_FIRST}: {worst['name']}, {worst[WORST_FIRST]:.1f} dB")
@@ -208,7 +208,11 @@ def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: f
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--head", action="store_true", help="quantize lm_head too: its weight and its input")
+    parser.add_argument(
+        "--head",
+        action="store_true",
+        help="quantize lm_head too, its weight and its input; holds a batch's logits several times over",
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="calibration draws; default: 3")
     parser.add_argument("--calibration", type=int, default=32, metavar="N", help="training windows a draw; default: 32")
     parser.add_argument(
@@ -236,7 +240,8 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
-    "range and take the resolution from all others: outliers. The 'only' rows say which kind of activation suffers, "
+    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed, that most are "
+    "small). The 'only' rows say which kind of activation suffers, "
     "the layers (worst first; 6 dB are one bit) where. A loss_rise of less than two standard errors may be none.",
     add_arguments=add_arguments,
     check_arguments=check_arguments,

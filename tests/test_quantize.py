@@ -339,7 +339,7 @@ def test_a_planted_outlier_channel_is_found_and_named(tmp_path, corpus, capsys):
     ratios = [row["W8A8 min-max"] for row in written["layers"]]
     assert ratios == sorted(ratios)
     assert written["layers"][0]["name"] == "h.1.attn.c_attn"
-    assert "at 8 bits, attn.c_attn input raises the perplexity most" in "; ".join(written["notes"])
+    assert "one kind alone, at 8 bits: attn.c_attn input" in "; ".join(written["notes"])
     out = capsys.readouterr().out
     assert "lowest signal-to-noise ratio under W8A8 min-max: h.1.attn.c_attn" in out
     assert "How to read it" in out
