@@ -22,6 +22,7 @@ from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
+from harness.kl_training import Reference
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
@@ -94,6 +95,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         say(f"the whole validation set: {describe(validation_metrics(evaluate(every_window), corpus))}")
         return 0
 
+    reference = Reference(config, raw_model.config, corpus, device, use_compile) if config.kl.reference else None
+    if reference:
+        say(reference.describe())
     optimizer = torch.optim.AdamW(
         raw_model.parameter_groups(config.optimizer.weight_decay),
         lr=config.optimizer.lr,
@@ -110,7 +114,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         "torch": str(torch.__version__),
     }
     if resumed:
-        check_resume(config, checkpoint, corpus, machine, say)
+        check_resume(config, checkpoint, corpus, reference, machine, say)
         # The state alone: the hyperparameters are the config's, which may have changed.
         groups = optimizer.state_dict()["param_groups"]
         optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
@@ -144,6 +148,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "best_val_loss": best_val_loss,
             "config": config.to_dict(),
             "corpus": corpus_entry | {"folder": config.data.corpus, "sha256": corpus.sha256},
+            "reference": reference and reference.identity,
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
@@ -176,13 +181,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     stop = StopSignals(ranks.is_main)
     batches = training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
-    unchecked = []  # (step, loss, gradient norm) since the last look: looking waits for the device
+    unchecked = []  # (step, metrics, gradient norm) since the last look: looking waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        loss = torch.zeros((), device=device)
+        means = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
             x, y = next(batches)
             if raw_model.config.dropout:
@@ -190,15 +195,17 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             last = micro_step == micro_steps - 1  # gradients are averaged over the ranks once a step
             with contextlib.nullcontext() if ranks.size == 1 or last else wrapped.no_sync():
                 with autocast:
-                    _, micro_loss = wrapped(x, y)
-                scaler.scale(micro_loss / micro_steps).backward()
-            loss += micro_loss.detach() / micro_steps
+                    logits, loss = wrapped(x, y)
+                    penalty, kl = reference.penalty(x, logits) if reference else (0.0, {})
+                scaler.scale((loss + penalty) / micro_steps).backward()
+            for name, value in {"train/loss": loss.detach(), **kl}.items():
+                means[name] = means.get(name, 0.0) + value / micro_steps
         scaler.unscale_(optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.optimizer.grad_clip or math.inf)
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        unchecked.append((step, loss, grad_norm))
+        unchecked.append((step, means, grad_norm))
 
         stopping = ranks.max(stop.requested)
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
@@ -209,19 +216,18 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if not (logging or saving):
             continue
 
-        loss, best = check_finite(unchecked, ranks, scaler.is_enabled()), False
+        metrics, best = check_finite(unchecked, ranks, scaler.is_enabled()), False
         if logging:
             seconds = (now(device) - clock) / (step - clock_step)
             tokens_per_second = c.batch_size * block_size / seconds
-            metrics = {
-                "train/loss": loss,
+            metrics |= {
                 "train/lr": lr,
                 "train/grad_norm": grad_norm.item(),
                 "train/tokens_per_second": tokens_per_second,
                 "train/mfu": raw_model.flops_per_token() * tokens_per_second / (peak * ranks.size),
             }
             if ranks.is_main:
-                progress.report(step, loss, tokens_per_second, seconds)
+                progress.report(step, metrics["train/loss"], tokens_per_second, seconds)
             if evaluating:
                 measured, best = measure(step)
                 metrics |= measured
@@ -323,8 +329,8 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
             raise config.error("model.block_size", problem)
 
 
-def check_resume(config: Config, checkpoint: dict, corpus: Corpus, machine: dict, say) -> None:
-    """Say where the run goes on and what differs from then. UserError if that is the corpus."""
+def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
+    """Say where the run goes on and what differs from then. UserError if that is the corpus or the reference."""
     if checkpoint["corpus"]["sha256"] != corpus.sha256:
         problem = (
             f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "
@@ -332,6 +338,14 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, machine: dict
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("data.corpus", problem)
+    before, here = checkpoint.get("reference"), reference and reference.identity
+    if (before and before["sha256"]) != (here and here["sha256"]):
+        then, today = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (before, here))
+        problem = (
+            f"{config.folder}/ckpt.pt was trained beside {then}, not {today}: start a run of another name, "
+            "with --training.init_from if its weights are to be kept"
+        )
+        raise config.error("kl.reference", problem)
     say(f"resuming {config.folder} from step {checkpoint['step']}")
     former, changed = checkpoint["config"], []
     for section, entries in config.to_dict().items():
@@ -368,21 +382,23 @@ def training_batches(config, corpus, block_size, start, ranks, micro_steps, micr
             yield gather(tokens, own, block_size, ranks.device)
 
 
-def check_finite(unchecked: list, ranks, scaled: bool) -> float:
-    """The latest step's loss, averaged over the ranks. UserError names the first step that was not finite."""
-    steps = [step for step, _, _ in unchecked]
-    losses, norms = torch.stack([torch.stack([loss, norm.float()]) for _, loss, norm in unchecked]).cpu().unbind(1)
-    losses = ranks.sum(losses) / ranks.size
+def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
+    """The latest step's metrics, averaged over the ranks. UserError names the first step that was not finite."""
+    steps, names = [step for step, _, _ in unchecked], list(unchecked[0][1])
+    table = [torch.stack([*means.values(), norm.float()]) for _, means, norm in unchecked]
+    *columns, norms = torch.stack(table).cpu().unbind(1)
+    values = ranks.sum(torch.stack(columns, 1)) / ranks.size  # (steps, metrics)
     # With a float16 scaler an infinite gradient is a step skipped, not a model lost.
-    good = losses.isfinite() & (norms.isfinite() | scaled)
+    good = values.isfinite().all(1) & (norms.isfinite() | scaled)
     unchecked.clear()
     if not good.all():
         i = int(good.long().argmin())
+        found = ", ".join(f"{name} {v:g}" for name, v in zip(names, values[i].tolist(), strict=True))
         raise UserError(
-            f"step {steps[i]}: loss {losses[i].item()}, gradient norm {norms[i].item()}: not finite; stopped, and the "
+            f"step {steps[i]}: {found}, gradient norm {norms[i].item():g}: not finite; stopped, and the "
             "last checkpoint is kept. A lower optimizer.lr or a longer warm-up may help"
         )
-    return losses[-1].item()
+    return dict(zip(names, values[-1].tolist(), strict=True))
 
 
 def kurtosis_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:

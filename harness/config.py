@@ -106,6 +106,26 @@ class TrainingConfig:
 
 
 @dataclass
+class KLConfig:
+    """A penalty on the KL divergence from a reference model: a barrier to fine-tune within, or distillation"""
+
+    reference: str | None = None
+    """a checkpoint or hf:NAME_OR_FOLDER, of the same vocabulary; null: no penalty, and the keys below do nothing"""
+    mode: Literal["barrier", "distill"] = "barrier"
+    """adds to the loss weight · mean over sequences of relu(aggregate KL − tau), or weight · temperature² · mean KL"""
+    direction: Literal["forward", "reverse"] | None = None
+    """forward: KL(reference‖model); reverse: KL(model‖reference); null: reverse for the barrier, forward to distill"""
+    aggregate: Literal["mean", "rmse", "p95", "max"] = "mean"
+    """barrier: of the KL over the positions of each sequence"""
+    tau: NonNegativeFloat = 0.0
+    """barrier: the aggregate, in nats a token, up to which nothing is added"""
+    weight: NonNegativeFloat = 1.0
+    """of the penalty in the loss; 0 logs the KL and leaves training alone"""
+    temperature: PositiveFloat = 1.0
+    """distill: what both models' logits are divided by"""
+
+
+@dataclass
 class EvaluationConfig:
     """Validation: the same windows every time; the last evaluation always takes the whole set"""
 
@@ -138,6 +158,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    kl: KLConfig = field(default_factory=KLConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
