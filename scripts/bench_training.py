@@ -2,8 +2,8 @@
 
 All configs run side by side, each in a process of its own, a step of each in turn, so that a machine whose speed drifts
 is fair to all; medians over the steps. Columns: tokens/s; milliseconds a step, and of them in data (the gather),
-forward, backward and optimizer (clipping included); MFU against the device's peak rate; peak memory; speed, the first
-row's time over this row's.
+forward, kl (the forward pass of `kl.reference` and the penalty; 0 where there is none), backward and optimizer
+(clipping included); MFU against the device's peak rate; peak memory; speed, the first row's time over this row's.
 
 --baseline adds, in front, the first config's model as plain PyTorch steps it: eager float32 and unfused AdamW.
 --steps N (default 20) steps a config, after a warm-up; --out FILE writes the numbers as JSON.
@@ -29,12 +29,13 @@ from harness.config import Config, load_config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.errors import UserError, run_cli
+from harness.kl_training import Reference
 from harness.report import print_table
 from harness.runfolder import write_text
 from model import GPT, GPTConfig
 
 WARMUP = 3
-PHASES = ("data", "forward", "backward", "optimizer")
+PHASES = ("data", "forward", "kl", "backward", "optimizer")
 
 
 def main() -> None:
@@ -114,6 +115,9 @@ class Bench:
         self.raw_model.to(self.device)
         use_compile = not baseline and choose_compile(c.compile, self.device)
         self.model = torch.compile(self.raw_model) if use_compile else self.raw_model
+        self.reference = None
+        if config.kl.reference:
+            self.reference = Reference(config, self.raw_model.config, self.corpus, self.device, use_compile)
         how = {"fused": False, "foreach": False} if baseline else {"fused": True}
         self.optimizer = torch.optim.AdamW(self.raw_model.parameter_groups(config.optimizer.weight_decay), **how)
         most = min(c.micro_batch_size or c.batch_size, c.batch_size)
@@ -128,11 +132,12 @@ class Bench:
         for own in offsets.reshape(-1, self.micro_batch_size):
             with self._timed(seconds, "data"):
                 x, y = gather(tokens, own, block_size, self.device)
-            with (
-                self._timed(seconds, "forward"),
-                torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32),
-            ):
-                _, loss = self.model(x, y)
+            autocast = torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+            with self._timed(seconds, "forward"), autocast:
+                logits, loss = self.model(x, y)
+            if self.reference:
+                with self._timed(seconds, "kl"), autocast:
+                    loss = loss + self.reference.penalty(x, logits)[0]
             with self._timed(seconds, "backward"):
                 (loss * len(own) / len(offsets)).backward()
         with self._timed(seconds, "optimizer"):
