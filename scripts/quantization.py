@@ -240,8 +240,8 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
-    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed, that most are "
-    "small). The 'only' rows say which kind of activation suffers, "
+    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed, that most "
+    "are small). The 'only' rows say which kind of activation suffers, "
     "the layers (worst first; 6 dB are one bit) where. A loss_rise of less than two standard errors may be none.",
     add_arguments=add_arguments,
     check_arguments=check_arguments,
