@@ -89,13 +89,12 @@ def test_float32_neighbours_where_kl_div_has_no_digit_left():
     assert abs(F.kl_div(log_q, log_p, log_target=True, reduction="sum").item() - expected) > 0.1 * expected
 
 
-@pytest.mark.parametrize("gap", [50.0, 200.0, 5000.0])
+@pytest.mark.parametrize("gap", [50.0, 95.0, 200.0, 5000.0])
 def test_far_apart_and_peaked_does_not_overflow(gap):
     log_p, log_q = (torch.log_softmax(torch.tensor(x, requires_grad=True), -1) for x in ([0.0, gap], [gap, 0.0]))
-    for kl, other in ((kl_divergence(log_p, log_q), log_q), (kl_divergence(log_q, log_p), log_p)):
+    for kl in (kl_divergence(log_p, log_q), kl_divergence(log_q, log_p)):
         assert kl.item() == pytest.approx(gap, rel=1e-6)
-        (gradient,) = torch.autograd.grad(kl, other, retain_graph=True)
-        assert gradient.isfinite().all()
+        assert all(g.isfinite().all() for g in torch.autograd.grad(kl, (log_p, log_q), retain_graph=True))
 
 
 def test_zero_probabilities():
@@ -381,7 +380,7 @@ def test_the_bernoulli_extremum_down_to_steps_where_subtraction_loses_all_digits
         assert ray.tightness_forward.item() == pytest.approx(1 - 0.05 * tau**2, abs=20 * EPS)
 
 
-@pytest.mark.parametrize("tau", [1e-8, 1e-4, 0.1, 0.7, 0.9999, 1.0, 1.3, 4.0, 10.0, 300.0, 3000.0])
+@pytest.mark.parametrize("tau", [1e-8, 1e-4, 0.003, 0.1, 0.7, 0.9999, 1.0, 1.3, 4.0, 10.0, 300.0, 3000.0])
 def test_every_field_against_many_digits(tau):
     """Around the switch (τΔ = 1) and the overflow (τΔ ≈ 700) as well as far from them."""
     generator = torch.Generator().manual_seed(0)
