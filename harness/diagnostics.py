@@ -102,7 +102,8 @@ class Subject:
             )
         if count is None:
             return validation_offsets(tokens, block_size)
-        return validation_offsets(tokens - tokens % block_size, block_size, count)  # whole windows only
+        whole = (tokens - 1) // block_size * block_size + 1  # of a window with all its targets, no shorter one
+        return validation_offsets(whole, block_size, count)
 
     def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y), (B, T) int64 each, under a progress bar: --batches of --batch-size windows, spread evenly over the
