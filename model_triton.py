@@ -1,0 +1,226 @@
+"""The backward pass of attention's `diagonal` and `ste` in one pass over the scores, for NVIDIA GPUs, in Triton.
+
+PyTorch's fused kernels give the diagonal backward in two calls (see FusedAttention in model.py) and compute dQ and dK
+for STE only to drop them. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal), `P = exp(S − lse)` and
+`dP = g Vᵀ`:
+
+    diagonal_backward: dS = P∘(1 − P)∘dP,   dQ = scale·dS K,   dK = scale·dSᵀ Q,   dV = Pᵀ g
+    value_gradient:    dV = Pᵀ g
+
+as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel owns blocks of keys (dK, dV)
+and one blocks of queries (dQ), so that nothing is added atomically and the result is the same every time.
+
+The logsumexp is given, so a null logit (softmax1, a sink) needs nothing here: it is in `lse` already.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# --- kernels --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load_rows(tensor, strides, batch, head, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The given rows of one head, (rows, BLOCK_D); zero beyond T and D."""
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    rows = rows[:, None]
+    place = tensor + batch * strides[0] + head * strides[1] + rows * strides[2] + columns * strides[3]
+    return tl.load(place, mask=(rows < T) & (columns < D), other=0.0)
+
+
+@triton.jit
+def _store_rows(tensor, strides, batch, head, rows, T, D: tl.constexpr, BLOCK_D: tl.constexpr, values):
+    columns = tl.arange(0, BLOCK_D)[None, :]
+    rows = rows[:, None]
+    place = tensor + batch * strides[0] + head * strides[1] + rows * strides[2] + columns * strides[3]
+    tl.store(place, values.to(tensor.dtype.element_ty), mask=(rows < T) & (columns < D))
+
+
+@triton.jit
+def _load_lse(lse, strides, batch, head, queries, T):
+    """+∞ beyond T: such a query has P = 0 everywhere."""
+    place = lse + batch * strides[0] + head * strides[1] + queries * strides[2]
+    return tl.load(place, mask=queries < T, other=float("inf"))
+
+
+@triton.jit
+def _one_minus_exp(x, exp_x, FLOAT32: tl.constexpr):
+    """`1 − P = −expm1(x)` for x ≤ 0, P = exp(x): near 0, where 1 − P would cancel, by the series of expm1.
+
+    Relative error, for an exp that is good to 2⁻²²: in float32 the series to x⁸ leaves |x|⁸/9! < 2⁻²⁵ at |x| ≤ 1/2, and
+    1 − P beyond, where it is above 0.39, is good to 2⁻²¹. For half types, whose own rounding is 2⁻¹¹ at best, the
+    series to x² leaves x²/6 < 2⁻¹⁴ at |x| ≤ 1/64, and 1 − P beyond is good to 2⁻¹⁶.
+    """
+    if FLOAT32:
+        series = 1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8))))))
+        return tl.where(x > -1 / 2, -x * series, 1 - exp_x)
+    return tl.where(x > -1 / 64, -x * (1 + x / 2), 1 - exp_x)
+
+
+@triton.jit
+def _log_weights(products, lse, queries, keys, scale, MASKED: tl.constexpr):
+    """`S − lse` from QKᵀ (or KQᵀ, with the indices turned likewise): at most 0, which rounding may break; −∞ ahead."""
+    x = tl.minimum(products * scale - lse, 0.0)
+    return tl.where(queries >= keys, x, float("-inf")) if MASKED else x
+
+
+@triton.jit
+def _keys_kernel(
+    q, k, v, g, lse, dk, dv,
+    q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
+    scale, T,
+    DIAGONAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """dV, and dK if DIAGONAL, of a block of keys: goes through the queries that see them. (keys, queries) throughout."""
+    first, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
+    keys = first + tl.arange(0, KEYS)
+    k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
+    dv_block = tl.zeros((KEYS, BLOCK_D), tl.float32)
+    if DIAGONAL:
+        v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
+        dk_block = tl.zeros((KEYS, BLOCK_D), tl.float32)
+
+    for below in tl.static_range(2):  # first the queries along the diagonal, then those that see all of these keys
+        start = first + KEYS if below else first
+        end = T if below else tl.minimum(first + KEYS, T)
+        for query in range(start, end, QUERIES):
+            queries = query + tl.arange(0, QUERIES)
+            q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
+            g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
+            lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+            products = tl.dot(k_block, tl.trans(q_block), input_precision="ieee")
+            x = _log_weights(products, lse_block[None, :], queries[None, :], keys[:, None], scale, not below)
+            p = tl.exp(x)
+            dv_block = tl.dot(p.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
+            if DIAGONAL:
+                dp = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
+                ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+                dk_block = tl.dot(ds.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
+
+    _store_rows(dv, out_strides, batch, head, keys, T, D, BLOCK_D, dv_block)
+    if DIAGONAL:
+        _store_rows(dk, out_strides, batch, head, keys, T, D, BLOCK_D, scale * dk_block)
+
+
+@triton.jit
+def _queries_kernel(
+    q, k, v, g, lse, dq,
+    q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
+    scale, T,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """dQ of a block of queries: goes through the keys that they see. (queries, keys) throughout."""
+    # The last queries see the most keys: they start first, so that no long block is left over at the end.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
+    queries = first + tl.arange(0, QUERIES)
+    q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
+    g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
+    lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+    dq_block = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+
+    for diagonal in tl.static_range(2):  # first the keys that all of these queries see, then those along the diagonal
+        start = first if diagonal else 0
+        end = tl.minimum(first + QUERIES, T) if diagonal else first
+        for key in range(start, end, KEYS):
+            keys = key + tl.arange(0, KEYS)
+            k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
+            v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
+            products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
+            x = _log_weights(products, lse_block[:, None], queries[:, None], keys[None, :], scale, diagonal)
+            p = tl.exp(x)
+            dp = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
+            ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+            dq_block = tl.dot(ds.to(k_block.dtype), k_block, dq_block, input_precision="ieee")
+
+    _store_rows(dq, out_strides, batch, head, queries, T, D, BLOCK_D, scale * dq_block)
+
+
+# --- operators ------------------------------------------------------------------------------------------------------
+# Opaque to torch.compile, which so keeps one graph and does not generate Triton code of its own from these kernels.
+
+
+@torch.library.custom_op("offbyone::diagonal_backward", mutates_args=())
+def diagonal_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV) of causal attention through the diagonal of its normalizer's Jacobian: `dS = P∘(1 − P)∘dP`.
+
+    grad (dL/dO), q, k and v: (B, H, T, D) of one dtype, float16, bfloat16 or float32 (products without TF32), any
+    strides. lse (B, H, T), float32: of the scaled scores and of the null logit where there is one; it may be padded
+    beyond T. The gradients have q's dtype and lie in memory as (B, T, H, D), the order of a projection's output.
+    """
+    dq, dk, dv = _empty_gradients(q, 3)
+    wide, narrow, options = _block_sizes(q)
+    arguments = _arguments(q, k, v, grad, lse, dq, scale)
+    with torch.cuda.device_of(q):
+        _keys_kernel[_grid(q, wide)](
+            q, k, v, grad, lse, dk, dv, **arguments, DIAGONAL=True, KEYS=wide, QUERIES=narrow, **options
+        )
+        _queries_kernel[_grid(q, wide)](q, k, v, grad, lse, dq, **arguments, KEYS=narrow, QUERIES=wide, **options)
+    return dq, dk, dv
+
+
+@torch.library.custom_op("offbyone::value_gradient", mutates_args=())
+def value_gradient(grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
+    """`dV = Pᵀ g` of causal attention, alone; the arguments and the result are those of `diagonal_backward`."""
+    (dv,) = _empty_gradients(q, 1)
+    wide, narrow, options = _block_sizes(q)
+    with torch.cuda.device_of(q):
+        _keys_kernel[_grid(q, wide)](
+            q, k, None, grad, lse, None, dv,
+            **_arguments(q, k, None, grad, lse, dv, scale), DIAGONAL=False, KEYS=wide, QUERIES=narrow, **options,
+        )  # fmt: skip
+    return dv
+
+
+@diagonal_backward.register_fake
+def _(grad, q, k, v, lse, scale):
+    return _empty_gradients(q, 3)
+
+
+@value_gradient.register_fake
+def _(grad, q, k, lse, scale):
+    return _empty_gradients(q, 1)[0]
+
+
+def _empty_gradients(q: Tensor, count: int) -> tuple[Tensor, ...]:
+    B, H, T, D = q.shape
+    return tuple(q.new_empty(B, T, H, D).transpose(1, 2) for _ in range(count))
+
+
+def _arguments(q, k, v, grad, lse, out, scale: float) -> dict:
+    T, D = q.shape[-2:]
+    return {
+        "q_strides": q.stride(),
+        "k_strides": k.stride(),
+        "v_strides": None if v is None else v.stride(),
+        "g_strides": grad.stride(),
+        "lse_strides": lse.stride(),
+        "out_strides": out.stride(),
+        "scale": scale,
+        "T": T,
+        "D": D,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot wants a power of two, 16 at least
+    }
+
+
+def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
+    B, H, T, _ = q.shape
+    return triton.cdiv(T, block), H, B
+
+
+def _block_sizes(q: Tensor) -> tuple[int, int, dict[str, int]]:
+    """Rows of the block that a program owns, rows of a step of its loop, and the launch options.
+
+    Not tuned for these kernels: the sizes PyTorch 2.13 gives the backward of FlexAttention, whose loops are like these.
+    """
+    if q.dtype == torch.float32:  # no tensor cores without TF32: larger blocks do not fit into registers
+        return 16, 16, {"num_warps": 4, "num_stages": 1}
+    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
+        return 64, 64, {"num_warps": 4, "num_stages": 2}  # no more than some 100 KB of shared memory on many of these
+    return 128, 64, {"num_warps": 8, "num_stages": 3 if q.size(-1) <= 64 else 2}
