@@ -61,8 +61,8 @@ def _one_minus_exp(x, exp_x, FLOAT32: tl.constexpr):
 
 @triton.jit
 def _log_weights(products, lse, queries, keys, scale, MASKED: tl.constexpr):
-    """`S − lse` from QKᵀ (or KQᵀ, with the indices turned likewise): at most 0, which rounding may break; −∞ ahead."""
-    x = tl.minimum(products * scale - lse, 0.0)
+    """`S − lse` from QKᵀ or KQᵀ; −∞ for keys ahead. Held at 0, which the rounding of large scores may exceed."""
+    x = tl.minimum(products * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(queries >= keys, x, float("-inf")) if MASKED else x
 
 
@@ -73,7 +73,7 @@ def _keys_kernel(
     scale, T,
     DIAGONAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dV, and dK if DIAGONAL, of a block of keys: goes through the queries that see them. (keys, queries) throughout."""
+    """dV, and dK if DIAGONAL, of a block of keys, through the queries that see them. Matrices are (keys, queries)."""
     first, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
@@ -112,7 +112,7 @@ def _queries_kernel(
     scale, T,
     D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries: goes through the keys that they see. (queries, keys) throughout."""
+    """dQ of a block of queries, through the keys that they see. Matrices are (queries, keys)."""
     # The last queries see the most keys: they start first, so that no long block is left over at the end.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -219,8 +219,8 @@ def _block_sizes(q: Tensor) -> tuple[int, int, dict[str, int]]:
 
     Not tuned for these kernels: the sizes PyTorch 2.13 gives the backward of FlexAttention, whose loops are like these.
     """
-    if q.dtype == torch.float32:  # no tensor cores without TF32: larger blocks do not fit into registers
-        return 16, 16, {"num_warps": 4, "num_stages": 1}
+    if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
+        return 32, 32, {"num_warps": 8, "num_stages": 1}
     if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
-        return 64, 64, {"num_warps": 4, "num_stages": 2}  # no more than some 100 KB of shared memory on many of these
-    return 128, 64, {"num_warps": 8, "num_stages": 3 if q.size(-1) <= 64 else 2}
+        return 64, 64, {"num_warps": 4, "num_stages": 2}  # many of these have 100 KB of shared memory, not 228
+    return 128, 64, {"num_warps": 8, "num_stages": 3}
