@@ -8,7 +8,9 @@
 """
 
 import contextlib
+import importlib.util
 import math
+import os
 import warnings
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -122,8 +124,11 @@ class FusedAttention(torch.autograd.Function):
             rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * row_mean).sum((0, 2))
 
+        one_pass = backward != "full" and _one_pass(backend, q.size(-1), dropout_p)
         if backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
+        elif backward == "diagonal" and one_pass:
+            grad_q, grad_k, grad_v = torch.ops.offbyone.diagonal_backward(grad, q, k, v, lse, scale)
         elif backward == "diagonal":
             # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
             zero = torch.zeros_like(out)
@@ -133,10 +138,24 @@ class FusedAttention(torch.autograd.Function):
         else:
             if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
                 grad_v = value_gradient(q, k, grad, lse, scale)
+            elif one_pass:
+                grad_v = torch.ops.offbyone.value_gradient(grad, q, k, lse, scale)
             else:
                 _, _, grad_v = kernel(out, lse, scale)
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+TRITON = importlib.util.find_spec("triton") is not None
+
+
+def _one_pass(backend, D: int, dropout_p: float) -> bool:
+    """Is `diagonal`, and STE's dV, for model_triton.py? Then its operators are there, in torch.ops.offbyone."""
+    if backend != "cuda_flash" or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
+        return False
+    import model_triton  # noqa: F401
+
+    return True
 
 
 def value_gradient(q, k, grad, lse, scale: float) -> Tensor:

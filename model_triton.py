@@ -78,10 +78,11 @@ def _keys_kernel(
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
     k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
-    dv_block = tl.zeros((KEYS, BLOCK_D), tl.float32)
+    # tl.zeros is itself a compiled function: the interpreter cannot call it where it was switched on late.
+    dv_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
     if DIAGONAL:
         v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
-        dk_block = tl.zeros((KEYS, BLOCK_D), tl.float32)
+        dk_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
 
     for below in tl.static_range(2):  # first the queries along the diagonal, then those that see all of these keys
         start = first + KEYS if below else first
@@ -121,7 +122,7 @@ def _queries_kernel(
     q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
     g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
     lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
-    dq_block = tl.zeros((QUERIES, BLOCK_D), tl.float32)
+    dq_block = tl.full((QUERIES, BLOCK_D), 0.0, tl.float32)
 
     for diagonal in tl.static_range(2):  # first the keys that all of these queries see, then those along the diagonal
         start = first if diagonal else 0
@@ -217,7 +218,7 @@ def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
 def _block_sizes(q: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows of the block that a program owns, rows of a step of its loop, and the launch options.
 
-    Not tuned for these kernels: the sizes PyTorch 2.13 gives the backward of FlexAttention, whose loops are like these.
+    Those of FlexAttention's backward in PyTorch 2.13, whose loops are like these: here neither timed nor tuned.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
         return 32, 32, {"num_warps": 8, "num_stages": 1}

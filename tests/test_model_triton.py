@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import model
+from model import attention, materialized_attention, use_backend
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 with pytest.MonkeyPatch.context() as _environment:
     if DEVICE == "cpu":
@@ -179,15 +182,78 @@ model_triton.diagonal_backward(x, x, x, x, lse, 0.125)
 model_triton.value_gradient(x, x, x, lse, 0.125)
 for kernel in compiled:
     ptx = kernel.asm["ptx"]
-    print(kernel.name, "wgmma" in ptx, "cp.async.cg.shared.global" in ptx, kernel.metadata.shared <= 227 * 1024)
+    print(kernel.name, "wgmma" in ptx, "cp.async.cg.shared.global" in ptx, "min.NaN.f32" in ptx)
+    assert kernel.metadata.shared <= 227 * 1024
 """
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter takes more than the compiler does. On Hopper: tensor cores, asynchronous copies of 16 bytes."""
+    """The interpreter takes more than the compiler does. On Hopper: tensor cores, copies of 16 bytes, NaNs kept."""
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", HOPPER]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     kernels = ("_keys_kernel", "_queries_kernel", "_keys_kernel")
     assert done.stdout.splitlines() == [f"{name} True True True" for name in kernels]
+
+
+# --- in attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """What `attention` does on a GPU in half types; without one, with the CPU's flash kernel in place of CUDA's."""
+    calls = []
+    for name in ("_kernel_forward", "_kernel_backward"):
+        kernel = getattr(model, name)
+
+        def counted(backend, *arguments, name=name, kernel=kernel):
+            calls.append(name)
+            return kernel("cpu_flash" if DEVICE == "cpu" else backend, *arguments)
+
+        monkeypatch.setattr(model, name, counted)
+    with use_backend("cuda_flash"):
+        yield calls
+
+
+def attention_gradients(q, k, v, g, sink, backward, function=attention):
+    q, k, v, sink = (x.detach().requires_grad_() for x in (q, k, v, sink))
+    out = function(q, k, v, normalizer="sink", null_logit=sink, backward=backward)
+    return torch.autograd.grad(out, (q, k, v, sink), g)
+
+
+@pytest.mark.parametrize("backward", ["diagonal", "ste"])
+def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, monkeypatch):
+    q, k, v, g = inputs(2, 33, 16, torch.float16)
+    sink = torch.tensor([-1.0, 0.5], device=DEVICE)
+    gradients = {}
+    for setting, calls in (("1", 0), ("0", 2 if backward == "diagonal" else 1)):
+        flash.clear()
+        monkeypatch.setenv("OFFBYONE_TRITON", setting)
+        gradients[setting] = attention_gradients(q, k, v, g, sink, backward)
+        assert flash.count("_kernel_backward") == calls
+    with materialized_attention():
+        expected = attention_gradients(*(x.double() for x in (q, k, v, g, sink)), backward)
+    for one_pass, two_calls, exact in zip(gradients["1"], gradients["0"], expected, strict=True):
+        # Half rounds P or dS and the result, here and there; the two calls of diagonal each their own.
+        assert (one_pass - exact).norm() < 4 * 2**-11 * exact.norm()
+        assert (one_pass - two_calls).norm() < 8 * 2**-11 * exact.norm()
+
+
+@pytest.mark.parametrize("backward", ["diagonal", "ste"])
+def test_one_graph_under_torch_compile(backward, flash):
+    arguments = (*inputs(2, 17, 16, torch.float16), torch.zeros(2, device=DEVICE), backward)
+    eager = attention_gradients(*arguments)
+    compiled = attention_gradients(*arguments, torch.compile(attention, fullgraph=True, backend="aot_eager"))
+    assert all(map(torch.equal, compiled, eager))
+
+
+def test_what_one_pass_is_for(monkeypatch):
+    monkeypatch.delenv("OFFBYONE_TRITON", raising=False)
+    assert model.TRITON
+    assert model._one_pass("cuda_flash", 128, 0.0)
+    assert not model._one_pass("cuda_flash", 136, 0.0)
+    assert not model._one_pass("cuda_flash", 64, 0.1)
+    assert not model._one_pass("cuda_efficient", 64, 0.0)
+    monkeypatch.setattr(model, "TRITON", False)
+    assert not model._one_pass("cuda_flash", 64, 0.0)
