@@ -1,0 +1,280 @@
+"""Verify the theory that the other diagnostics rest on, and draw it: `python scripts/kl_theory.py [--out DIR]`.
+
+17 sections, from coding to DPO. Each check is a line: PASS or FAIL, section, statement, the figure found and the figure
+due, with the tolerance where they are to be equal. Of a statement about many cases the one furthest off is shown. Then
+ten pictures, and kl_theory.json with the checks. Needs no checkpoint and no data. Exit status 1 if a check fails.
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+from tqdm import tqdm
+
+from harness import kl_theory as theory
+from harness.diagnostics import Result, entry, write_json
+from harness.divergence import jensen_shannon, kl_divergence, renyi, total_variation
+from harness.errors import run_cli
+from harness.kl_theory import Check, bernoulli
+from harness.report import RUN_STYLES, new_figure, save_figure
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="scripts/kl_theory.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("out/kl_theory"), metavar="DIR", help="default: %(default)s")
+    args = parser.parse_args(argv)
+    rows = []
+    for section, check_section in enumerate(theory.SECTIONS, 1):
+        print(f"\n§{section} {check_section.__doc__}")
+        for check in check_section():
+            print(line(section, check))
+            rows.append({"section": section, **check._asdict(), "passed": check.passed})
+    failed = sum(not row["passed"] for row in rows)
+    summary = {"checks": len(rows), "passed": len(rows) - failed, "failed": failed}
+    print(f"\n{len(rows)} checks in {len(theory.SECTIONS)} sections: {failed} failed")
+    written = [write_json(args.out / "kl_theory.json", [entry("kl_theory", None, Result(rows, summary))])]
+    for name, draw in tqdm(PANELS.items(), desc="pictures", leave=False, disable=None):
+        written.append(save_figure(draw(), args.out / f"{name}.png"))
+    print(f"written to {args.out}: " + ", ".join(path.name for path in written))
+    return 1 if failed else 0
+
+
+def line(section: int, check: Check) -> str:
+    """PASS or FAIL, the section, the statement, what was found and what is due."""
+    found, due = (" ".join(f"{number:.8g}" for number in numbers) for numbers in (check.found, check.due))
+    due = f"{due} ± {max(check.tolerance):.0e}" if check.relation == "=" else f"{check.relation} {due}"
+    return f"{'PASS' if check.passed else 'FAIL'}  §{section:<2}  {check.name:<58}  found {found}  due {due}"
+
+
+# --- pictures -------------------------------------------------------------------------------------------------------
+
+
+def curve(axes: Axes, x: Tensor, y: Tensor, style: int, label: str) -> None:
+    """One of several curves in a panel: told apart by colour, dash and marker."""
+    every = max(1, len(x) // 7)
+    axes.plot(x, y, **RUN_STYLES[style], markevery=(style * every // 5, every), label=label)
+
+
+def level(axes: Axes, y: float, label: str, x: float = 0.02, rise: float = 2) -> None:
+    """A thin horizontal line with its name at the share `x` of the width, `rise` points above it."""
+    axes.axhline(y, color="#555555", linewidth=0.9, zorder=1)
+    axes.annotate(label, (x, y), (0, rise), xycoords=("axes fraction", "data"), textcoords="offset points", fontsize=8)
+
+
+def draw_gibbs() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    t = torch.linspace(0.05, 4, 200)
+    curve(left, t, t - 1, 0, "t − 1")
+    curve(left, t, t.log(), 1, "ln t")
+    left.fill_between(t, t.log(), t - 1, color="#DDDDDD", label="gap, never negative", zorder=0)
+    left.set(title="ln t ≤ t − 1, equal at t = 1", xlabel="t")
+    left.legend()
+    pairs = theory.dirichlet(42, 5, 20_000)
+    kl = kl_divergence(pairs[0::2], pairs[1::2])
+    right.hist(kl.numpy(), bins=60, color="#0072B2")
+    right.axvline(kl.mean(), color="black", linestyle="--", linewidth=1.2, label=f"mean {kl.mean():.3f}")
+    right.axvline(kl.min(), color="black", linestyle=":", linewidth=1.2, label=f"least {kl.min():.4f}")
+    right.set(title="KL ≥ 0", xlabel="KL(p‖q) of a random pair, nats", ylabel="pairs out of 10,000", yscale="log")
+    right.legend()
+    return figure
+
+
+def draw_asymmetry() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    theta = torch.linspace(0.005, 0.995, 199, dtype=torch.float64)
+    p, fair = bernoulli(theta), bernoulli(torch.full_like(theta, 0.5))
+    forward, reverse = kl_divergence(p, fair), kl_divergence(fair, p)
+    curve(left, theta, forward, 0, "KL(θ‖½)")
+    curve(left, theta, reverse, 1, "KL(½‖θ)")
+    curve(left, theta, jensen_shannon(p, fair), 2, "Jensen-Shannon")
+    level(left, math.log(2), "ln 2", x=0.45)
+    left.set(title="Bernoulli(θ) against a fair coin", xlabel="θ", ylabel="nats", ylim=(0, 1.5))
+    left.legend(loc="upper center")
+    curve(right, theta, reverse - forward, 0, "KL(½‖θ) − KL(θ‖½)")
+    curve(right, theta, (2 * theta - 1) ** 4 / 6, 1, "(2θ − 1)⁴/6")
+    right.set(title="The asymmetry, and its least", xlabel="θ", ylabel="nats", ylim=(0, 1))
+    right.legend(loc="upper center")
+    return figure
+
+
+def draw_two_fits() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    target = theory.on_grid(theory.MIXTURE.log_prob(theory.GRID))
+    covering = theory.fit_gaussian(theory.kl_to(target), 1, 1)
+    seeking, stuck = (theory.fit_gaussian(theory.kl_from(target), start, 1) for start in (3, 0))
+    x = torch.linspace(-9, 9, 361, dtype=torch.float64)
+    left.fill_between(x, theory.MIXTURE.log_prob(x).exp(), color="#CCCCCC", label="mixture", zorder=0)
+    fits = {"covers: least KL(mixture‖fit)": covering, "seeks, from 3: least KL(fit‖mixture)": seeking}
+    for i, (label, (mean, std, _)) in enumerate({**fits, "the same from 0: stays there": stuck}.items()):
+        curve(left, x, torch.distributions.Normal(mean, std).log_prob(x).exp(), i, label)
+    left.set(title="A Gaussian fitted to two", xlabel="x", ylabel="density", ylim=(0, 0.66))
+    left.legend(loc="upper left", fontsize=8)
+    means = torch.linspace(-4, 4, 81, dtype=torch.float64)
+    stds = torch.linspace(0.6, 4.2, 61, dtype=torch.float64)
+    kl = torch.stack([theory.kl_from(target)(torch.stack([m, s])) for s in stds for m in means]).view(61, 81)
+    filled = right.contourf(means, stds, kl, levels=torch.linspace(0.6, 2, 15), cmap="viridis", extend="max")
+    figure.colorbar(filled, label="KL(fit‖mixture), nats")
+    mirrored, saddle = (-seeking[0], seeking[1]), theory.stationary_point(theory.kl_from(target), 1.5, 2)
+    kinds = {"minimum": ("o", [seeking, mirrored, stuck]), "saddle": ("X", [saddle, (-saddle[0], saddle[1])])}
+    for label, (marker, points) in kinds.items():
+        xs, ys = zip(*((point[0], point[1]) for point in points), strict=True)
+        right.plot(xs, ys, marker, color="white", markersize=8, markeredgecolor="black", label=label)
+    right.set(title="Why it stays: three minima", xlabel="μ", ylabel="σ")
+    right.legend(loc="lower center", frameon=True)
+    return figure
+
+
+def draw_vae() -> Figure:
+    figure, (surface, means, stds) = new_figure(1, 3)
+    mean, std = torch.linspace(-3, 3, 121), torch.linspace(0.15, 3, 115)
+    kl = theory.vae_kl(mean, std[:, None] ** 2)
+    filled = surface.contourf(mean, std, kl, levels=16, cmap="viridis")
+    figure.colorbar(filled, label="KL, nats")
+    surface.plot(0, 1, "o", color="white", markeredgecolor="black", markersize=7)
+    surface.annotate("0 at μ = 0, σ = 1", (0, 1), (0, 8), textcoords="offset points", color="white", ha="center")
+    surface.set(title="KL(N(μ,σ²)‖N(0,1))", xlabel="μ", ylabel="σ")
+    for i, value in enumerate((1, 0.5, 0.2)):
+        curve(means, mean, theory.vae_kl(mean, value**2), i, f"σ = {value}")
+    means.set(title="Slices along μ", xlabel="μ", ylabel="KL, nats", ylim=(0, 7.5))
+    means.legend(loc="upper center")
+    for i, value in enumerate((0, 1, 2)):
+        curve(stds, std, theory.vae_kl(value, std**2), i, f"μ = {value}")
+    stds.set(title="Slices along σ", xlabel="σ", ylabel="KL, nats", ylim=(0, 7.5))
+    stds.legend(loc="upper center")
+    return figure
+
+
+def draw_f_divergences() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    theta = torch.linspace(0.01, 0.99, 197, dtype=torch.float64)
+    p, fair = bernoulli(theta), bernoulli(torch.full_like(theta, 0.5))
+    for i, (name, f) in enumerate(theory.F_FAMILY.items()):
+        curve(left, theta, theory.f_divergence(f, p, fair), i, name)
+    left.set(title="One family: Σ q f(p/q), θ against ½", xlabel="θ", ylabel="divergence", ylim=(0, 1.6))
+    left.legend(ncols=2, loc="upper center", fontsize=8)
+    curve(right, theta, kl_divergence(p, fair) / 2, 0, "½ KL")
+    curve(right, theta, total_variation(p, fair) ** 2, 1, "TV²")
+    curve(right, theta, kl_divergence(p, fair) / 2 - total_variation(p, fair) ** 2, 2, "gap")
+    right.set(title="Pinsker: TV² ≤ ½ KL", xlabel="θ", ylabel="nats", ylim=(0, None))
+    right.legend(loc="upper center")
+    return figure
+
+
+def draw_rlhf() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    task = theory.REFERENCE_POLICY, theory.REWARDS
+    beta = torch.logspace(-1.5, 1.5, 200, dtype=torch.float64)
+    reward, kl = theory.reward_and_kl(theory.optimal_policy(*task, beta), *task)
+    curve(left, beta, reward, 0, "reward E[r]")
+    curve(left, beta, reward - beta * kl, 1, "value E[r] − βKL = β ln Z")
+    curve(left, beta, kl, 2, "KL(π*‖π_ref), nats")
+    left.set(title="The best policy at a price β", xlabel="β, reward a nat", ylabel="reward, or nats", xscale="log")
+    left.set_ylim(top=4.1)
+    left.legend(fontsize=8)
+    right.plot(kl, reward, color="#0072B2")
+    for value, style in ((1, RUN_STYLES[1]), (0.5, RUN_STYLES[2])):
+        at_reward, at_kl = theory.reward_and_kl(theory.optimal_policy(*task, value), *task)
+        right.plot(at_kl, at_reward, **style | {"linestyle": ""}, markersize=8, label=f"β = {value}: slope {value}")
+        tangent = torch.tensor([at_kl - 0.25, at_kl + 0.25])
+        right.plot(tangent, at_reward + value * (tangent - at_kl), color="black", linewidth=1, linestyle=":")
+    right.axvline(-math.log(0.12), color="#555555", linewidth=0.9)
+    right.annotate("−ln .12", (-math.log(0.12), 1.3), (-4, 0), textcoords="offset points", ha="right", fontsize=8)
+    right.set(title="The frontier", xlabel="KL(π*‖π_ref), nats", ylabel="reward E[r]")
+    right.legend(loc="lower center")
+    return figure
+
+
+def draw_distillation() -> Figure:
+    figure, (labels, entropies, kls) = new_figure(1, 3)
+    tau = torch.logspace(-0.5, 2, 200, dtype=torch.float64)
+    teacher, student = theory.soften(theory.TEACHER, tau), theory.soften(theory.STUDENT, tau)
+    for i, probability in enumerate(teacher.exp().T):
+        curve(labels, tau, probability, i, f"z = {theory.TEACHER[i]:g}")
+    labels.set(title="Soft labels of the teacher", xlabel="temperature τ", ylabel="probability", xscale="log")
+    labels.legend(fontsize=8)
+    curve(entropies, tau, theory.entropy(teacher), 0, "teacher")
+    level(entropies, math.log(5), "ln 5, the uniform distribution's")
+    entropies.set(title="Their entropy", xlabel="temperature τ", ylabel="nats", xscale="log", ylim=(0, 1.8))
+    curve(kls, tau, tau**2 * kl_divergence(teacher, student), 0, "τ² KL(teacher‖student)")
+    curve(kls, tau, tau**2 * kl_divergence(student, teacher), 1, "τ² KL(student‖teacher)")
+    level(kls, theory.hot_limit(theory.TEACHER, theory.STUDENT), "½ Var(z_T − z_S)", x=0.6, rise=-10)
+    kls.set(title="What the student is asked for", xlabel="temperature τ", ylabel="nats", xscale="log", ylim=(0, None))
+    kls.legend(loc="lower right")
+    return figure
+
+
+def draw_elbo() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    alpha = torch.linspace(0, 1.6, 161, dtype=torch.float64)
+    reconstruction, kl = theory.elbo_parts(alpha)
+    curve(left, alpha, reconstruction, 0, "reconstruction E[ln p(x|z)]")
+    curve(left, alpha, -kl, 1, "−KL(q‖prior)")
+    curve(left, alpha, reconstruction - kl, 2, "ELBO, their sum")
+    level(left, theory.log_evidence(), "ln p(x)")
+    left.set(title="The ELBO's parts", xlabel="α of the encoder N(αx, ½)", ylabel="nats", ylim=(-10, 0))
+    left.legend(loc="lower center", fontsize=8)
+    curve(right, alpha, theory.log_evidence() - (reconstruction - kl), 0, "ln p(x) − ELBO")
+    curve(right, alpha, theory.elbo_gap(alpha), 1, "KL(q‖posterior)")
+    right.axvline(0.8, color="#555555", linewidth=0.9, linestyle="--", label="α = .8, the best")
+    right.set(title="Its gap is a KL", xlabel="α", ylabel="nats", ylim=(0, 7))
+    right.legend(loc="upper center")
+    return figure
+
+
+def draw_renyi() -> Figure:
+    figure, (axes,) = new_figure()
+    orders = torch.linspace(0.01, 6, 150, dtype=torch.float64)
+    for i, theta in enumerate((0.95, 0.8, 0.6)):
+        p, q = bernoulli(theta), bernoulli(0.5)
+        curve(axes, orders, torch.stack([renyi(p, q, order) for order in orders.tolist()]), i, f"θ = {theta}")
+        axes.plot(1, kl_divergence(p, q), "*", color="black", markersize=11, label="KL, at α = 1" if i == 2 else None)
+    axes.set(title="Rényi: Bernoulli(θ) against ½", xlabel="order α", ylabel="nats", ylim=(0, 0.85))
+    axes.legend(ncols=2, loc="upper left", fontsize=8)
+    return figure
+
+
+def draw_collapse() -> Figure:
+    figure, (left, right) = new_figure(1, 2)
+    beta = torch.logspace(-1, 1, 200, dtype=torch.float64)
+    for i, (v, variance) in enumerate(((1, 0.25), (1, 0.9), (4, 0.25))):
+        curve(left, beta, theory.collapse_rate(v, variance, beta), i, f"v = {v}, σ² = {variance}")
+        at = torch.logspace(-0.9, 0.9, 7, dtype=torch.float64).tolist()
+        found = [theory.best_rate(v, variance, b) for b in at]
+        label = "an optimiser's" if i == 2 else None
+        left.plot(at, found, "o", markerfacecolor="none", markeredgecolor="black", markersize=9, label=label)
+    left.set(title="What the code keeps: ½ ln(v/βσ²), or 0", xlabel="β", ylabel="KL, nats", xscale="log")
+    left.legend(fontsize=8)
+    steps = torch.arange(150)
+    curve(right, steps, theory.descend(theory.ANNEALED, 1, 0.9), 0, "β up from 0 until step 75")
+    curve(right, steps, theory.descend(torch.ones(150), 1, 0.9), 1, "β = 1 from the start")
+    level(right, theory.collapse_rate(1, 0.9, 1), "½ ln(v/σ²)")
+    right.set(title="Annealing β: v = 1, σ² = .9", xlabel="step of gradient descent", ylabel="KL, nats")
+    right.legend(loc="upper right", fontsize=8)
+    return figure
+
+
+PANELS: dict[str, Callable[[], Figure]] = {
+    "gibbs": draw_gibbs,
+    "asymmetry": draw_asymmetry,
+    "two_fits": draw_two_fits,
+    "vae": draw_vae,
+    "f_divergences": draw_f_divergences,
+    "rlhf": draw_rlhf,
+    "distillation": draw_distillation,
+    "elbo": draw_elbo,
+    "renyi": draw_renyi,
+    "collapse": draw_collapse,
+}
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
