@@ -134,8 +134,8 @@ def test_every_check_notices_and_no_function_goes_unnoticed(section, monkeypatch
                 break
         assert fails, f"no check notices {name}"
         unmoved -= fails
-    for name in sorted(called):
-        for how in OTHERS:
+    for how in OTHERS:
+        for name in sorted(called):
             if unmoved:
                 unmoved -= broken(section, monkeypatch, name, perturbed(FUNCTIONS[name], how))
     if unmoved and "jensen_shannon" in called:
