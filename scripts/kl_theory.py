@@ -258,11 +258,11 @@ def draw_collapse() -> Figure:
     left.set(title="What the code keeps: ½ ln(v/βσ²), or 0", xlabel="β", ylabel="KL, nats", xscale="log")
     left.legend(fontsize=8)
     steps = torch.arange(100)
-    curve(right, steps, theory.descend(theory.ANNEALED, 1, 0.85), 0, "β up from 0 until step 50")
+    curve(right, steps, theory.descend(theory.ANNEALED, 1, 0.85), 0, "β from 0, 1 at step 50")
     curve(right, steps, theory.descend(torch.ones(100), 1, 0.85), 1, "β = 1 from the start")
     level(right, theory.collapse_rate(1, 0.85, 1), "½ ln(v/σ²)")
     right.set(title="Annealing β: v = 1, σ² = .85", xlabel="step of gradient descent", ylabel="KL, nats")
-    right.legend(loc="center right", fontsize=8)
+    right.legend(loc="center right", fontsize=8, handlelength=2.5)
     return figure
 
 
