@@ -16,6 +16,10 @@ The schemes:
 The calibration windows are drawn at random from the training split, --seeds times. The attention probabilities need no
 calibration, their static range is [0, 1].
 
+The layers' signal-to-noise ratio is 10 log₁₀ Σy² / Σ(ŷ − y)², where ŷ is computed from the quantized tensor (and linear
+layer's weight) alone and y without: y is the linear layer's output, P v for the attention probabilities P, and the next
+layer norm's output for the residual stream. In the tensor itself, one outlier channel would pass for a strong signal.
+
 The summary: the float model's loss and perplexity, and the perplexity_rise of each scheme with weights.
 """
 
@@ -53,8 +57,7 @@ LAYERS = {
     "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream (`site` in the JSON)",
     "layer": "the block it is in; – for the embedding and the head",
     **{
-        scheme.name: "signal-to-noise ratio in dB, this tensor (and the linear layer's weight) alone quantized: of the "
-        "linear layer's output, of P v for the probabilities P, of the next layer norm's output for the residual stream"
+        scheme.name: f"its signal-to-noise ratio under {scheme.name}, in dB"
         for scheme in schemes()
         if scheme.weight_bits
     },
@@ -240,9 +243,9 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
-    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed, that most "
-    "are small). The 'only' rows say which kind of activation suffers, "
-    "the layers (worst first; 6 dB are one bit) where. A loss_rise of less than two standard errors may be none.",
+    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed: that most "
+    "are small). The 'only' rows say which kind of activation suffers, the layers (worst first; 6 dB are one bit) "
+    "where. A loss_rise of less than two standard errors may be none.",
     add_arguments=add_arguments,
     check_arguments=check_arguments,
     batches=8,
