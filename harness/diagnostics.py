@@ -145,18 +145,18 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     print("\nwritten: " + ", ".join(map(str, written)))
 
 
-def argument_parser(name: str, about: str, batches: int | None, batch_size: int) -> argparse.ArgumentParser:
-    """The arguments that every diagnostic takes."""
+def argument_parser(
+    name: str, about: str, batches: int | None, batch_size: int | None, otherwise: str = "the whole split"
+) -> argparse.ArgumentParser:
+    """The arguments that every diagnostic takes; `otherwise` is what --help says of a default that is None."""
     parser = argparse.ArgumentParser(
         prog=f"scripts/{name}.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ckpt.pt, or hf:NAME_OR_FOLDER of a GPT-2")
     parser.add_argument("--data", metavar="DIR", help="the corpus; default: the one the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
-    parser.add_argument(
-        "--batches", type=int, default=batches, metavar="N", help=f"default: {batches or 'the whole split'}"
-    )
-    parser.add_argument("--batch-size", type=int, default=batch_size, metavar="B", help=f"default: {batch_size}")
+    for option, letter, default in (("--batches", "N", batches), ("--batch-size", "B", batch_size)):
+        parser.add_argument(option, type=int, default=default, metavar=letter, help=f"default: {default or otherwise}")
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
     parser.add_argument(

@@ -1,0 +1,129 @@
+"""Several checkpoints side by side: runs diagnostics over each of them, and puts their summaries in one table and one
+picture. `python scripts/NAME.py --help` explains each diagnostic's values; its options have their defaults here.
+"""
+
+import argparse
+import importlib
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from harness.diagnostics import (
+    Diagnostic,
+    Subject,
+    argument_parser,
+    check_arguments,
+    entry,
+    labels,
+    output_folder,
+    write_json,
+)
+from harness.errors import UserError, run_cli
+from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.tracking import log_diagnostic, wandb_run
+
+NAME = "compare_checkpoints"
+SCRIPTS = Path(__file__).parent
+DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
+"""Those that need no more than a checkpoint and its corpus."""
+PANELS_A_ROW = 4
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argument_parser(NAME, __doc__, None, None, otherwise="each diagnostic's own")
+    parser.add_argument(
+        "--diagnostics",
+        nargs="+",
+        default=DIAGNOSTICS,
+        metavar="NAME",
+        help=f"scripts that take a checkpoint; default: {' '.join(DIAGNOSTICS)}",
+    )
+    parser.epilog = textwrap.fill(
+        "The table has a line a value and a column a checkpoint; – where a value does not exist. The JSON has, under "
+        "rows, a row a checkpoint, and under checkpoints what each script would have written. The picture leaves out "
+        "what is the same for all.",
+        100,
+    )
+    args = parser.parse_args(argv)
+    if len(args.checkpoints) < 2:
+        raise UserError(f"{args.checkpoints[0]} alone: name at least two checkpoints to compare")
+    names = labels(args.checkpoints)
+    diagnostics = [find_diagnostic(name) for name in args.diagnostics]
+    arguments = [arguments_of(diagnostic, args) for diagnostic in diagnostics]
+    for path in args.checkpoints if args.wandb else ():
+        wandb_run(Path(path).parent)
+
+    rows = [{"checkpoint": name} for name in names]
+    entries = []
+    pairs = [(c, d) for c in range(len(rows)) for d in range(len(diagnostics))]
+    for c, d in tqdm(pairs, desc="comparing", leave=False, disable=None):
+        subject = Subject(args.checkpoints[c], arguments[d])
+        found = entry(diagnostics[d].name, subject, diagnostics[d].measure(subject))
+        rows[c]["step"] = subject.step
+        rows[c] |= {f"{diagnostics[d].name}/{name}": value for name, value in found["summary"].items()}
+        entries.append(found)
+
+    values = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "checkpoint"]
+    print_table([{"value": v} | {row["checkpoint"]: row.get(v) for row in rows} for v in values], ["value", *names])
+    if notes := sum(len(found["notes"]) for found in entries):
+        print(f"\n{notes} notes are in the JSON")
+    folder = output_folder(NAME, args)
+    written = [
+        write_json(folder / f"{NAME}.json", [{"script": NAME, "rows": rows, "checkpoints": entries}]),
+        save_figure(draw(rows, values), folder / f"{NAME}.png"),
+    ]
+    for path, row in zip(args.checkpoints, rows, strict=True) if args.wandb else ():
+        log_diagnostic(Path(path).parent, NAME, {v: row.get(v) for v in values}, written[-1])
+    print("\nwritten: " + ", ".join(map(str, written)))
+
+
+def find_diagnostic(name: str) -> Diagnostic:
+    if not (SCRIPTS / f"{name}.py").is_file():
+        raise UserError(f"--diagnostics {name}: there is no scripts/{name}.py; choose from {', '.join(DIAGNOSTICS)}")
+    diagnostic = getattr(importlib.import_module(f"scripts.{name}"), "DIAGNOSTIC", None)
+    if diagnostic is None:
+        raise UserError(f"--diagnostics {name}: it takes more than checkpoints; choose from {', '.join(DIAGNOSTICS)}")
+    return diagnostic
+
+
+def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
+    """The diagnostic's own defaults, and over them what was given here."""
+    parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
+    diagnostic.add_arguments(parser)
+    own = parser.parse_args(args.checkpoints)
+    vars(own).update({name: value for name, value in vars(args).items() if value is not None})
+    check_arguments(own)
+    diagnostic.check_arguments(own)
+    return own
+
+
+def draw(rows: list[dict], values: Sequence[str]) -> Figure:
+    """A panel a value, a marker a checkpoint; a value that is the same for all has none."""
+    values = [v for v in values if len({row.get(v) for row in rows}) > 1] or values
+    columns = min(PANELS_A_ROW, len(values))
+    figure, panels = new_figure(-(-len(values) // columns), columns)
+    for panel, value in zip(panels, values, strict=False):
+        for y, (row, style) in enumerate(zip(rows, RUN_STYLES * (len(rows) // len(RUN_STYLES) + 1), strict=False)):
+            x = np.nan if row.get(value) is None else row[value]
+            marker = {"color": style["color"], "marker": style["marker"], "linestyle": "none", "markersize": 8}
+            panel.plot([x], [-y], label=row["checkpoint"], **marker)
+        name, _, statistic = value.partition("/")
+        panel.set_title(statistic or name)
+        panel.set(xlabel=name if statistic else None, yticks=[], ylim=(0.5 - len(rows), 0.5))
+        panel.margins(x=0.2)
+        panel.locator_params(axis="x", nbins=4)
+    for panel in panels[len(values) :]:
+        panel.set_axis_off()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
+    return figure
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
