@@ -1,0 +1,169 @@
+"""What the diagnostics cost: `python scripts/bench_diagnostics.py [--config FILE] [--model.key value …]`.
+
+On a GPT with random weights: GPT-2's 124M without a config. Each diagnostic runs in a process of its own over the same
+sequences of random tokens, one at a time, and in turn with the bare forward passes, so that a machine whose speed
+drifts is fair to both; medians over the repetitions.
+
+Columns: seconds of the diagnostic, loading not counted; those of the bare forward passes; ratio, the one over the
+other; peak MiB of the process; added MiB, how far that lies above the peak of the model with its forward passes.
+jacobian_energy is the full backward pass with the split of every layer; the script itself adds two backward passes.
+"""
+
+import argparse
+import dataclasses
+import json
+import multiprocessing
+import platform
+import resource
+import statistics
+import sys
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from harness.activations import Activations
+from harness.config import load_config
+from harness.device import choose_device, now
+from harness.errors import UserError, run_cli
+from harness.jacobian import backpropagate, take_gradients
+from harness.perplexity import score
+from harness.report import print_table
+from harness.runfolder import write_text
+from model import GPT, GPTConfig
+from scripts import weight_kurtosis
+
+GPT2_VOCABULARY = 50257
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--config", metavar="FILE", help="a YAML config, of which `model` counts; default: GPT-2's 124M"
+    )
+    parser.add_argument("--sequences", type=int, default=8, help="default: 8")
+    parser.add_argument("--repeat", type=int, default=3, help="default: 3")
+    parser.add_argument(
+        "--only", nargs="+", choices=DIAGNOSTICS, default=list(DIAGNOSTICS), help="default: all of them"
+    )
+    parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write the numbers as JSON")
+    args, overrides = parser.parse_known_args()
+    for name in ("sequences", "repeat"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    choose_device(args.device)
+    config = shape(args.config, overrides)
+
+    rows = []
+    context = multiprocessing.get_context("spawn")  # each has its memory to itself
+    for name in tqdm(args.only, leave=False, disable=None):
+        with ProcessPoolExecutor(1, context) as pool:
+            rows.append(pool.submit(bench, name, config, args.sequences, args.repeat, args.device).result())
+    threads = torch.get_num_threads()
+    print(
+        f"{platform.processor() or platform.machine()}, {threads} threads, PyTorch {torch.__version__}; "
+        f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {args.sequences} sequences of "
+        f"{config.block_size} tokens"
+    )
+    print_table(rows, list(rows[0]))
+    if args.out:
+        content = {"script": "bench_diagnostics", "config": vars(config), "rows": rows}
+        write_text(args.out, json.dumps(content, indent=1))
+
+
+def shape(path: str | None, overrides: list[str]) -> GPTConfig:
+    """The model of a config, or GPT-2's 124M, with what the command line changes."""
+    default = Path(__file__).resolve().parents[1] / "configs" / "gpt2_124m_softmax.yaml"
+    model = load_config([str(path or default), *overrides]).model
+    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(GPTConfig)}
+    return GPTConfig(**fields | {"vocab_size": model.vocab_size or GPT2_VOCABULARY})
+
+
+def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device: str) -> dict:
+    """One row: the diagnostic and the bare forward passes in turn, `repeat` times after a warm-up."""
+    torch.manual_seed(0)
+    device = choose_device(device)
+    model = GPT(config).to(device).eval()
+    idx = torch.randint(config.vocab_size, (sequences, config.block_size), device=device)
+    diagnostic, compared = DIAGNOSTICS[name]
+
+    def seconds_of(work: Callable[[GPT, Tensor], None]) -> float:
+        start = now(device)
+        work(model, idx)
+        return now(device) - start
+
+    bare = []
+    if compared:
+        forward_passes(model, idx)
+        bare.append(seconds_of(forward_passes))
+    before = peak_memory(device)
+    measured = []
+    for _ in range(repeat):
+        measured.append(seconds_of(diagnostic))
+        if compared:
+            bare.append(seconds_of(forward_passes))
+    peak = peak_memory(device)
+    seconds = statistics.median(measured)
+    forward = statistics.median(bare) if bare else None
+    return {
+        "diagnostic": name,
+        "seconds": seconds,
+        "forward passes": forward,
+        "ratio": seconds / forward if forward else None,
+        "peak MiB": peak / 2**20,
+        "added MiB": (peak - before) / 2**20,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """In bytes, since the process began: of the GPU's memory, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+@torch.no_grad()
+def forward_passes(model: GPT, idx: Tensor) -> None:
+    for x in idx.split(1):
+        model(x)
+
+
+def weights(model: GPT, idx: Tensor) -> None:
+    weight_kurtosis.measure(SimpleNamespace(model=model))
+
+
+def activations(model: GPT, idx: Tensor) -> None:
+    watched = Activations(model)
+    for x in idx.split(1):
+        watched.update(x)
+
+
+@torch.no_grad()
+def perplexity(model: GPT, idx: Tensor) -> None:
+    T = idx.size(1)
+    score(model, ((x, x) for x in idx.split(1)), np.arange(len(idx)) * T, T)
+
+
+def jacobian(model: GPT, idx: Tensor) -> None:
+    backpropagate(model, idx, idx, [[] for _ in model.transformer.h])
+    take_gradients(model)
+
+
+DIAGNOSTICS = {
+    "weight_kurtosis": (weights, False),
+    "activation_kurtosis": (activations, True),
+    "perplexity": (perplexity, True),
+    "jacobian_energy": (jacobian, True),
+}
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
