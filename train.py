@@ -26,7 +26,7 @@ from harness.kl_training import Reference
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
-from model import GPT, GPTConfig
+from model import GPT, GPTConfig, attention_backend
 
 
 def main() -> int:
@@ -66,7 +66,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     a = raw_model.config
     say(
         f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
-        f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward\n"
+        f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward, "
+        f"by the {attention_kernel(raw_model, device, dtype)} kernel\n"
         f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
         f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"
     )
@@ -317,6 +318,14 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
     rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
     rebuilt.load_state_dict(model.state_dict(), strict=False)  # sinks come and go with the normalizer, and start at 0
     return rebuilt
+
+
+def attention_kernel(model: GPT, device, dtype) -> str:
+    """Which backend computes a training step's attention; see attention_backend."""
+    c = model.config
+    q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype)
+    stock = c.normalizer == "softmax" and c.backward == "full"
+    return attention_backend(q, q, c.dropout, stock)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

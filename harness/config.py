@@ -190,7 +190,7 @@ def load_config(arguments: list[str]) -> Config:
         raise UserError("no config given: python train.py CONFIG [--section.key value …]; --help lists the keys")
     path, overrides = Path(arguments[0]), arguments[1:]
     values, sources = _read_file(path, ())
-    for key, value in _parse_overrides(overrides):
+    for key, value in parse_overrides(overrides):
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value
         sources[key] = "command line"
@@ -350,7 +350,7 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
     return values, sources
 
 
-def _parse_overrides(arguments: list[str]):
+def parse_overrides(arguments: list[str]):
     """`--section.key value` or `--section.key=value` → (key, value), in order; the parser converts the strings."""
     rest = list(arguments)
     while rest:

@@ -127,21 +127,21 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     diagnostic.check_arguments(args)
     for path in args.checkpoints if args.wandb else ():
         wandb_run(Path(path).parent)  # a run that is not there shows before hours are spent
-    results = {}
+    results, entries = {}, []
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
-        subject = Subject(path, args)
-        results[label] = (subject, measured := diagnostic.measure(subject))
+        subject = Subject(path, args)  # one model in memory at a time
+        results[label] = diagnostic.measure(subject)
+        entries.append(entry(diagnostic.name, subject, results[label]))
         print(f"{label}, step {subject.step}" if subject.step is not None else label)
-        print_result(diagnostic, measured)
+        print_result(diagnostic, results[label])
     folder = output_folder(diagnostic.name, args)
-    entries = [entry(diagnostic.name, subject, result) for subject, result in results.values()]
     written = [write_json(folder / f"{diagnostic.name}.json", entries)]
-    for label, (subject, result) in results.items():
+    for path, (label, result) in zip(args.checkpoints, results.items(), strict=True):
         suffix = f"_{label.replace('/', '_')}" if len(results) > 1 else ""
         figure = diagnostic.draw(result, label)
         written.append(save_figure(figure, folder / f"{diagnostic.name}{suffix}.png"))
         if args.wandb:
-            log_diagnostic(Path(subject.path).parent, diagnostic.name, result.summary, written[-1])
+            log_diagnostic(Path(path).parent, diagnostic.name, result.summary, written[-1])
     print("\nwritten: " + ", ".join(map(str, written)))
 
 

@@ -1,6 +1,7 @@
 """`./run_training.sh` once the environment stands: prepare the corpus if need be, train, say what to do next."""
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from harness.config import Config, main_config
+from harness.config import Config, main_config, parse_overrides
 from harness.errors import UserError, run_cli
 
 
@@ -32,7 +33,7 @@ def main() -> int:
         if checkpoint.stat().st_mtime_ns != before:
             print("\na sample:", flush=True)
             run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
-        print(next_steps(config, arguments[0]))
+        print(next_steps(config, arguments))
     return status
 
 
@@ -59,9 +60,13 @@ def run(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def next_steps(config: Config, path: str) -> str:
-    folder, more = config.folder, 2 * config.training.max_steps
-    path = os.path.relpath(path)
+def next_steps(config: Config, arguments: list[str]) -> str:
+    folder, changed = config.folder, dict(parse_overrides(arguments[1:]))
+    changed |= {"training.max_steps": 2 * config.training.max_steps}
+    kept = [
+        f"--{k} {shlex.quote(str(v))}" for k, v in changed.items() if k not in ("training.resume", "training.overwrite")
+    ]
+    again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
@@ -70,7 +75,8 @@ next:
   python scripts/plot_metrics.py {folder}      # the curves, as a PNG
   wandb leet {folder}/wandb                    # the curves, in the terminal
   python scripts/sample.py {folder}/ckpt.pt    # text from the model
-  ./run_training.sh {path} --training.max_steps {more}    # train on, at the schedule's last learning rate"""
+  python scripts/activation_kurtosis.py {folder}/ckpt.pt    # the outliers; the README has the other diagnostics
+  {again}    # train on, at the schedule's last learning rate"""
 
 
 if __name__ == "__main__":

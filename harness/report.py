@@ -90,7 +90,8 @@ def scale_tails(panel: Axes) -> None:
 def draw_heads(
     panel: Axes, heads: list[dict], column: str, label: str, low: float | None = None, high: float | None = None
 ) -> None:
-    """A heat map of one column of rows with `layer` and `head`, the first layer on top; × where there is no value."""
+    """A heat map of one column of rows with `layer` and `head`, the first layer on top; × where there is no value, and
+    figures in the cells where they fit."""
     grid = np.full((max(h["layer"] for h in heads) + 1, max(h["head"] for h in heads) + 1), np.nan)
     for h in heads:
         if h[column] is None or np.isnan(h[column]):
@@ -98,7 +99,12 @@ def draw_heads(
         else:
             grid[h["layer"], h["head"]] = h[column]
     image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    panel.figure.colorbar(image, ax=panel, label=label)
+    low, high = image.get_clim()
+    panel.figure.colorbar(image, ax=panel, label=label, extend="max" if np.nanmax(grid, initial=high) > high else None)
+    for (layer, head), value in np.ndenumerate(grid) if grid.size <= 36 else ():
+        if not np.isnan(value):
+            color = "white" if value < (low + high) / 2 else "black"
+            panel.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
     panel.grid(False)
     panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):

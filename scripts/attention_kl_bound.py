@@ -22,7 +22,7 @@ from torch import Tensor
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
 from harness.divergence import Ray, kl_along_ray
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.report import RUN_STYLES, draw_heads, new_figure, print_table, save_figure
 from harness.slopes import (
     DIRECTIONS,
     LR,
@@ -228,17 +228,11 @@ def draw(result: Result, title: str) -> Figure:
     lines(remainder, bounds)
     remainder.set(title="what the model leaves, and its bound", ylabel="nats, median over rows")
 
-    layers, heads = (1 + max(row[k] for row in result.rows) for k in ("layer", "head"))
-    ratio = np.full((layers, heads), np.nan)
-    for row in result.rows:
-        if row["radius"]:
-            ratio[row["layer"], row["head"]] = math.log10(tau / row["radius"])
-    image = heat.imshow(ratio, cmap="cividis", aspect="auto")
-    heat.grid(False)
-    heat.set(title="log₁₀ of τ over the radius π/Δ", xlabel="head", ylabel="layer")
-    heat.set_xticks(range(0, heads, math.ceil(heads / 12)))
-    heat.set_yticks(range(0, layers, math.ceil(layers / 12)))
-    figure.colorbar(image, ax=heat, label="0: the step is at the radius")
+    steps = [
+        {**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows
+    ]  # in radii
+    draw_heads(heat, steps, "log10", "0: the step is at the radius")
+    heat.set_title("log₁₀ of τ over the radius π/Δ")
     return figure
 
 

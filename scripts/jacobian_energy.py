@@ -13,10 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
@@ -29,7 +26,7 @@ from harness.jacobian import (
     pool,
     take_gradients,
 )
-from harness.report import new_figure
+from harness.report import draw_heads, new_figure
 from model import GPT
 
 SPLIT = {
@@ -164,28 +161,12 @@ def draw(result: Result, title: str) -> Figure:
     figure, axes = new_figure(2, 2)
     figure.suptitle(title)
     for ax, (column, label) in zip(axes, PANELS.items(), strict=True):
-        heat_map(ax, result.rows, column)
-        ax.set(title=label, xlabel="head", ylabel="layer")
+        values = [row[column] for row in result.rows if row[column] is not None]
+        # from 0 to 1 at least; a head whose parts nearly cancel would take the whole scale
+        low, high = min([0, *values]), min(max([1, *values]), 3)
+        draw_heads(ax, result.rows, column, "", low, high)
+        ax.set(title=label)
     return figure
-
-
-def heat_map(ax: Axes, rows: list[dict], column: str) -> None:
-    """Layer by head, the first layer on top; × where there is no value; figures in the cells where they fit."""
-    shape = 1 + rows[-1]["layer"], 1 + rows[-1]["head"]
-    values = np.array([math.nan if row[column] is None else row[column] for row in rows]).reshape(shape)
-    least, most = np.nanmin(values, initial=0), np.nanmax(values, initial=1)
-    low, high = least, min(most, 3)  # a head whose parts nearly cancel would take the whole scale
-    image = ax.imshow(values, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    ax.figure.colorbar(image, ax=ax, extend="max" if most > high else "neither")
-    ax.grid(False)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-    ax.yaxis.set_major_locator(MaxNLocator(integer=True))
-    for (layer, head), value in np.ndenumerate(values):
-        if math.isnan(value):
-            ax.text(head, layer, "×", ha="center", va="center", color="black")
-        elif values.size <= 36:
-            dark = value < (low + high) / 2
-            ax.text(head, layer, f"{value:.2f}", ha="center", va="center", color="white" if dark else "black")
 
 
 DIAGNOSTIC = Diagnostic(
