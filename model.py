@@ -131,7 +131,8 @@ class FusedAttention(torch.autograd.Function):
             grad_q, grad_k, grad_v = torch.ops.offbyone.diagonal_backward(grad, q, k, v, lse, scale)
         elif backward == "diagonal":
             # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
-            zero = torch.zeros_like(out)
+            # (CUDA's kernels read a whole tensor of zeros, the CPU's is content with one row of them.)
+            zero = out.new_zeros(out.size(-1)).expand_as(out) if backend == "cpu_flash" else torch.zeros_like(out)
             grad_q, grad_k, grad_v = kernel(zero, lse, scale)
             grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
             grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
