@@ -62,18 +62,15 @@ def attention(
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
     `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
     """
-    _check_attention_arguments(q, k, v, normalizer, backward, null_logit)
+    _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     null_logit = torch.zeros(q.size(1), device=q.device) if normalizer == "softmax1" else null_logit
     backend = attention_backend(q, k, dropout_p, stock=backward == "full" and null_logit is None)
     if backend == "materialized":
-        weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale)
-        dropped = F.dropout(weights, dropout_p)
-        if backward == "ste":  # straight through the dropout too: its mask is in dV alone
-            dropped = weights + (dropped - weights).detach()
-        return dropped.to(v.dtype) @ v
+        weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale, dropout_p=dropout_p)
+        return weights.to(v.dtype) @ v
     # The kernels align the causal mask at its start, so fewer queries than keys get empty ones in front; and those of
     # CUDA want D in eights.
     D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
@@ -138,7 +135,7 @@ class FusedAttention(torch.autograd.Function):
             grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
         else:
             if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
-                grad_v = value_gradient(q, k, grad, lse, scale)
+                grad_v = value_gradient_on_cpu(grad, q, k, lse, scale)
             elif one_pass:
                 grad_v = torch.ops.offbyone.value_gradient(grad, q, k, lse, scale)
             else:
@@ -159,7 +156,7 @@ def _one_pass(backend, D: int, dropout_p: float) -> bool:
     return True
 
 
-def value_gradient(q, k, grad, lse, scale: float) -> Tensor:
+def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
     """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
 
     Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
@@ -223,21 +220,20 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         return _backend_in_use
     if q.size(-2) != k.size(-2) and q.size(-2) <= SHORT:
         return "materialized"
-    if stock:
-        return "stock"
-    if q.device.type == "cpu" and dropout_p == 0:
+    if q.device.type == "cpu" and dropout_p == 0 and not stock:
         return "cpu_flash"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
         if half and ampere and q.size(-1) <= 256:
-            return "cuda_flash"
+            return "stock" if stock else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
-            return "cuda_efficient"
+            return "stock" if stock else "cuda_efficient"
         warnings.warn(f"no fused attention for {q.dtype} on {q.device}: O(T²) memory", stacklevel=3)
-    return "materialized"
+    return "stock" if stock else "materialized"
 
 
+BACKENDS = ("stock", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn", "materialized")
 _backend_in_use: str | None = None
 
 
@@ -245,6 +241,8 @@ _backend_in_use: str | None = None
 def use_backend(name: str):
     """Within this context `attention` takes the backend `name` (see `attention_backend`), whatever suits its inputs."""
     global _backend_in_use
+    if name not in BACKENDS:
+        raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
     former, _backend_in_use = _backend_in_use, name
     try:
         yield
@@ -295,7 +293,9 @@ def materialized_attention():
     return use_backend("materialized")
 
 
-def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", scale: float) -> Tensor:
+def attention_weights(
+    q, k, *, null_logit=None, backward: Backward = "full", scale: float, dropout_p: float = 0.0
+) -> Tensor:
     """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32.
 
     The normalizer's Jacobian in a row is `∂P/∂S = diag(P) − P Pᵀ`: local on its diagonal, `P(1 − P)`, lateral off it.
@@ -311,10 +311,11 @@ def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", sca
         null_logit = null_logit.to(exact).view(-1, 1, 1)
         lse = torch.logaddexp(lse, null_logit)
     log_weights = masked - lse
-    weights = log_weights.exp()
+    weights = F.dropout(log_weights.exp(), dropout_p)
     if backward == "full":
         return weights
     # The same weights as constants, with a slope along each score (and along the null logit the exact one, −P P_null).
+    # ste goes straight through the dropout as well.
     slope = weights * -torch.expm1(log_weights) if backward == "diagonal" else visible.to(exact)
     out = weights.detach() + slope.detach() * (scores - scores.detach())
     if null_logit is not None:
@@ -322,11 +323,15 @@ def attention_weights(q, k, *, null_logit=None, backward: Backward = "full", sca
     return out
 
 
-def _check_attention_arguments(q, k, v, normalizer, backward, null_logit) -> None:
+def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale) -> None:
     if normalizer not in get_args(Normalizer):
         raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"scale is {scale}, but must be positive (the kernels' masks need it)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
     if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"

@@ -218,7 +218,8 @@ def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
 def _block_sizes(q: Tensor) -> tuple[int, int, dict[str, int]]:
     """Rows of the block that a program owns, rows of a step of its loop, and the launch options.
 
-    Those of FlexAttention's backward in PyTorch 2.13, whose loops are like these: here neither timed nor tuned.
+    In half types about those of FlexAttention's backward in PyTorch 2.13, whose loops are like these; neither timed nor
+    tuned here.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
         return 32, 32, {"num_warps": 8, "num_stages": 1}

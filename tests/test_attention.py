@@ -1,5 +1,6 @@
 """softmax1, and causal attention with a choice of normaliser and of backward pass."""
 
+import argparse
 import contextlib
 import itertools
 import math
@@ -10,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from model import FusedAttention, attention, attention_backend, materialized_attention, softmax1, use_backend
+from model import (
+    FusedAttention,
+    attention,
+    attention_backend,
+    materialized_attention,
+    softmax1,
+    straight_through_gradients,
+    use_backend,
+)
+from scripts.bench_attention import STOCK, peak_memory
 
 B, H, D = 2, 2, 4
 BACKWARDS = ("full", "diagonal", "ste")
@@ -290,6 +300,24 @@ def test_dropout_takes_a_weight_whole_and_scales_the_rest(variant, backward):
         assert (gradient[dropped] == 0).all()  # the backward sees the forward's mask
 
 
+@every_backward
+def test_the_null_logits_gradient_is_that_of_what_dropout_leaves(backward):
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.rand(64, H, 1, D, generator=generator, dtype=torch.float64) for _ in range(3))
+    b = torch.tensor([-1.0, 0.5]).double().requires_grad_()
+    torch.manual_seed(0)
+    out = attention(q, k, v, normalizer="sink", null_logit=b, backward=backward, dropout_p=0.25)
+    (grad,) = torch.autograd.grad(out.sum(), b)
+    scores = (q * k).sum(-1) / 2  # over √D; (64, H, 1)
+    null = torch.sigmoid(b.detach().view(1, H, 1) - scores)
+    torch.testing.assert_close(grad, -(null * out.detach().sum(-1)).sum((0, 2)), **FLOAT64)
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match=r"'flash'.*cpu_flash"), use_backend("flash"):
+        pass
+
+
 # --- attention: fused kernels ---------------------------------------------------------------------------------------
 
 
@@ -428,8 +456,10 @@ def reference(q, k, v, g, null_logit, backward):
     }
 
 
-def tolerance_of(q, k, dtype) -> float:
-    """Beside the digits: a score is a float32 (or float64) sum of D rounded products, a weight its exponential."""
+def tolerance_of(kind, q, k, dtype) -> float:
+    """The digits and, beyond ordinary logits, that a weight is the exponential of a sum of D rounded products."""
+    if kind == "ordinary" and dtype != torch.float64:
+        return DIGITS[dtype]
     eps = torch.finfo(torch.promote_types(dtype, torch.float32)).eps
     largest = (q.double().abs() @ k.double().abs().mT).max().item() / math.sqrt(q.size(-1))
     return DIGITS[dtype] + math.expm1(4 * eps * largest)
@@ -453,7 +483,7 @@ def test_values_and_gradients_have_the_digits_of_their_dtype(variant, backward, 
         out = attention(*inputs, backward=backward, **arguments | learned)
         gradients = torch.autograd.grad(out, [*inputs, *learned.values()], g)
         expected = reference(*(x.detach() for x in inputs), g, null_logit, backward)
-        tolerance = tolerance_of(q.detach(), k.detach(), dtype)
+        tolerance = tolerance_of(kind, q.detach(), k.detach(), dtype)
         for name, value in zip(expected, (out, *gradients), strict=False):
             exact, magnitude = expected[name]
             if magnitude.max() > torch.finfo(dtype).max / 2:  # float16 ends at 65,504, and diagonal halves a sum
@@ -514,10 +544,13 @@ def test_softmax1_becomes_softmax_as_logits_grow(T, seed):
         torch.cat((x, torch.full((B, H, T, 1), math.sqrt(40 * math.sqrt(D)))), -1) for x in (q, k)
     )  # scores + 40·√(4/5)
     v = torch.nn.functional.pad(v, (0, 1))
+
     # The null slot's share is at most e^−(largest score), and the least of these is above 30 − 10
-    difference = attention(q, k, v, normalizer="softmax1") - attention(q, k, v)
-    assert difference.abs().max() <= math.exp(-20) * v.abs().max()
-    assert (attention(q, k, v) - attention(q * 0, k, v, normalizer="softmax1")).abs().max() > 1e-3
+    def difference(q):
+        return (attention(q, k, v, normalizer="softmax1") - attention(q, k, v)).abs().max() / v.abs().max()
+
+    assert difference(q) <= math.exp(-20)
+    assert difference(q / 100) > 1e-3
 
 
 # --- attention: where it is used --------------------------------------------------------------------------------------
@@ -539,6 +572,33 @@ def test_the_last_queries_alone_give_the_last_rows(variant, backward, T_q, T_k):
     torch.testing.assert_close(rows[1], whole[1][:, :, -T_q:], **long)
     for a, b in zip(rows[2:], whole[2:], strict=True):
         torch.testing.assert_close(a, b, **long)
+
+
+@pytest.mark.parametrize(("dtype", "digits"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
+@pytest.mark.parametrize("T", [200, 2100])  # beyond the first chunk, and beyond two segments
+def test_linear_attention_is_the_triangle_of_its_products(T, dtype, digits):
+    q, k, v, g = (x.to(dtype) for x in logits_of("ordinary", T, 16, torch.float64))
+    q_, k_, v_, g_ = (x.double() for x in (q, k, v, g))
+    grad_q, grad_k = straight_through_gradients(q, k, v, g, 0.25)
+    assert grad_q.dtype == dtype
+    for value, exact in ((grad_q, 0.25 * (g_ @ v_.mT).tril() @ k_), (grad_k, 0.25 * (g_ @ v_.mT).tril().mT @ q_)):
+        assert (value.double() - exact).norm() <= digits * exact.norm()  # one rounding: the sums are float32's
+
+
+@pytest.mark.parametrize("normalizer", ["sink"])  # which adds the null logit's own gradient
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(normalizer, backward, stock_peak, bench_arguments):
+    assert peak_memory(f"{normalizer}/{backward}", 8192, bench_arguments) <= 1.5 * stock_peak
+
+
+@pytest.fixture(scope="module")
+def bench_arguments():
+    return argparse.Namespace(B=1, H=4, D=64, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def stock_peak(bench_arguments) -> float:
+    return peak_memory(STOCK, 8192, bench_arguments)
 
 
 @every_backward
@@ -573,8 +633,9 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(variant, b
 
 @pytest.mark.parametrize("backend", ["cuda_flash", "cuda_efficient", "cuda_cudnn"])
 @pytest.mark.parametrize("backward", ["full", "diagonal"])
-def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, backward):
+def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, backward, monkeypatch):
     """Shapes and signatures alone, on tensors without data; the numbers need a GPU."""
+    monkeypatch.setenv("OFFBYONE_TRITON", "0")
     q, k, v = (torch.empty(B, H, 70, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
     b = torch.empty(H, device="meta", requires_grad=True)
     out = FusedAttention.apply(q, k, v, b, backward, 0.0, 0.125, backend)
@@ -601,7 +662,7 @@ def test_cuda_has_the_digits_of_its_dtype(backend, dtype):
             with use_backend(backend):
                 on_gpu = [x.cuda().requires_grad_() for x in (q, k, v)]
                 values = value_and_gradients(*on_gpu, g.cuda(), backward=backward, **arguments)
-            tolerance, expected = tolerance_of(q, k, dtype), reference(q, k, v, g, null_logit, backward)
+            tolerance, expected = tolerance_of(kind, q, k, dtype), reference(q, k, v, g, null_logit, backward)
             for name, value in zip(("out", "dQ", "dK", "dV"), values, strict=True):
                 exact, magnitude = expected[name]
                 if magnitude.max() > torch.finfo(dtype).max / 2:
@@ -651,6 +712,8 @@ SOME = torch.zeros(1, 2, 3, 4)
         (SOME, SOME[:, :, :2], SOME[:, :, :2], {}, ("(1, 2, 3, 4)", "(1, 2, 2, 4)", "more queries than keys")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(3)}, ("null_logit", "(3,)", "(2,)")),
         (SOME, SOME, SOME, {"normalizer": "sink"}, ("sink", "null_logit")),
+        (SOME, SOME, SOME, {"scale": 0.0}, ("scale", "0.0", "positive")),
+        (SOME, SOME, SOME, {"dropout_p": 1.0}, ("dropout_p", "1.0", "[0, 1)")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(2), "normalizer": "softmax1"}, ("null_logit", "softmax1")),
     ],
 )
