@@ -73,7 +73,9 @@ class Reference:
 
 def position_kl(logits: Tensor, reference_logits: Tensor, direction: str, temperature: float = 1.0) -> Tensor:
     """The KL divergence, in nats, of the next-token distributions at a temperature: twice (…, V) → (…), in float32 at
-    least. forward is KL(reference‖model), reverse KL(model‖reference)."""
+    least. forward is KL(reference‖model), reverse KL(model‖reference); ValueError for any other direction."""
+    if direction not in ("forward", "reverse"):
+        raise ValueError(f"unknown direction {direction!r}: choose forward or reverse")
     log_p, log_q = (
         F.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)) / temperature, dim=-1)
         for x in (logits, reference_logits)

@@ -162,6 +162,17 @@ def test_the_kl_is_in_float32_whatever_the_logits():
     assert exact.dtype == torch.float64
 
 
+def test_the_kl_has_two_directions_and_no_third():
+    logits, reference_logits = torch.tensor([0.0, 0.0]), torch.tensor([0.0, 3.0]).log_softmax(-1)
+    q = reference_logits.exp()
+    found = {way: position_kl(logits, reference_logits, way).item() for way in ("forward", "reverse")}
+    expected = {"forward": (q * (2 * q).log()).sum().item(), "reverse": -(2 * q).log().mean().item()}
+    assert found == pytest.approx(expected, rel=1e-6)  # sums of two terms in float32
+    for wrong in ("Forward", "backward", ""):
+        with pytest.raises(ValueError, match=f"unknown direction '{wrong}': choose forward or reverse"):
+            position_kl(logits, reference_logits, wrong)
+
+
 def test_the_compiler_takes_the_kl_whole():
     logits, reference_logits = (new_model(seed)(tokens())[0].detach() for seed in (2, 1))
     compiled = torch.compile(position_kl, fullgraph=True, backend="aot_eager")
