@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.errors import UserError
+from harness.jacobian import backward_mode
 from harness.probe import capture_qk
 from model import GPT, materialized_attention
 
@@ -100,21 +101,15 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     it does not count in the spread. One forward pass with its tangents; the forward pass does not depend on `backward`,
     so neither do the slopes.
     """
-    former = [block.attn.backward_mode for block in model.transformer.h]
 
     def queries_and_keys(parameters):
         with capture_qk(model) as captured, materialized_attention():
             torch.func.functional_call(_Features(model), {f"model.{n}": p for n, p in parameters.items()}, (idx[None],))
         return [(q[0], k[0]) for _, q, k in captured]
 
-    try:
-        for block in model.transformer.h:  # the others' slopes are not those of their values
-            block.attn.backward_mode = "full"
-        parameters = {name: p.detach() for name, p in model.named_parameters()}
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    with backward_mode(model, "full"):  # the others' slopes are not those of their values
         primals, tangents = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
-    finally:
-        for block, backward in zip(model.transformer.h, former, strict=True):
-            block.attn.backward_mode = backward
 
     H, T, D = primals[0][0].shape
     visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
