@@ -286,6 +286,13 @@ def test_the_columns_are_those_of_the_rows(run_folder):
             assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6)
 
 
+@pytest.mark.parametrize("n", [1, 4, 5, 2**24 + 2])
+def test_the_median_of_any_number_of_rows(n):
+    """More than torch.quantile takes: 2²⁴ rows of a head are 16,384 windows of 1,024 tokens."""
+    shuffled = (torch.arange(n) * 5 + 1).remainder(n) if n % 5 else torch.arange(n)  # coprime to n: a permutation
+    assert attention_kl_bound.median(shuffled.double()) == (n - 1) / 2
+
+
 def test_what_a_user_may_get_wrong(run_folder):
     for path, *options, message in (
         ("ckpt.pt", "--tau", "-1", "--tau -1: above 0"),
