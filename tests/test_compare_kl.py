@@ -74,7 +74,7 @@ def plain(folder, models) -> dict:
 def expected_divergences(reference: GPT, other: GPT, T: int) -> dict[str, np.ndarray]:
     """(windows, T) each, of six windows spread evenly over the split, all at once."""
     tokens = torch.from_numpy(np.frombuffer(TEXT[:1000], dtype=np.uint8).astype(np.int64))
-    starts = np.arange(0, (1000 - 1000 % T) - 1, T)
+    starts = np.arange(0, 999 // T * T, T)  # the last token is a target only
     starts = starts[np.linspace(0, len(starts) - 1, 6).astype(int)]
     x = torch.stack([tokens[s : s + T] for s in starts])
     with torch.no_grad():
