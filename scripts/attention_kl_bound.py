@@ -22,6 +22,7 @@ from torch import Tensor
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
 from harness.divergence import Ray, kl_along_ray
 from harness.errors import UserError, run_cli
+from harness.perplexity import nonfinite
 from harness.report import RUN_STYLES, draw_heads, new_figure, print_table, save_figure
 from harness.slopes import (
     DIRECTIONS,
@@ -82,6 +83,10 @@ EXTREMES = {
         for end, what in (("min", "least"), ("max", "largest"))
     },
 }
+CURVE = {
+    "tau": "in steps, evenly spaced in log τ: from --tau/100 to thrice --tau or the heads' typical radius",
+    **{c: f"median at that τ, over some {CURVE_ROWS:,} rows of all heads" for c in FIELDS if c not in CONSTANT},
+}
 READING = (
     "How to read it: KL close to quadratic means that the head moves as the quadratic model says; then a step in "
     "parameter space has a well-defined size in attention space. beyond_radius near 0 says that the step is small for "
@@ -112,6 +117,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 def measure(subject: Subject) -> Result:
     model = float64_copy(subject.model.cpu() if subject.device.type == "mps" else subject.model)  # MPS has no float64
     device = next(model.parameters()).device
+    for idx, _ in subject.batches(subject.offsets(count=1), what="weights"):
+        if findings := nonfinite(model, idx.to(device)):
+            raise UserError(f"{subject.path} has no attention to measure: {'; '.join(findings)}")
     direction, notes = direction_of(subject, model, device)
     tau, rays, drawn = subject.args.tau, [[] for _ in model.transformer.h], []
     generator = torch.Generator().manual_seed(subject.args.seed)
@@ -368,7 +376,7 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading=READING,
-    tables={"extremes": EXTREMES},
+    tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},  # not under its own name, and so not printed
     add_arguments=add_arguments,
     check_arguments=check_arguments,
     batches=2,

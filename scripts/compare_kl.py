@@ -2,8 +2,8 @@
 
 Divergences of the next-token distributions of a reference and of each other checkpoint, on the same windows of text,
 over all positions as mean, rmse, p95 and max: the mean hides a few positions where a model broke, the others do not.
-*forward* is KL(reference‖other), *reverse* KL(other‖reference). In float64. `--demo` shows on 60 made-up positions why
-the mean is blind, and needs no checkpoint.
+*forward* is KL(reference‖other), *reverse* KL(other‖reference). The models compute their logits in float32, all that
+follows is in float64. `--demo` shows on 60 made-up positions why the mean is blind, and needs no checkpoint.
 """
 
 import argparse
@@ -30,6 +30,7 @@ from harness.divergence import (
     total_variation,
 )
 from harness.errors import UserError, run_cli
+from harness.perplexity import nonfinite
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
 from harness.tokenizer import Tokenizer
 
@@ -59,6 +60,14 @@ WORST = {
     "reference": "the reference's likeliest token, and its probability",
     "other": "the other's likeliest token, and its probability",
 }
+BY_POSITION = {
+    "position": "in the window, from 0",
+    "divergence, mean, rmse, p95, max": "as above, over the windows at this position",
+}
+HISTOGRAM = {
+    "from, to": "a bin of nats, four to the decade; the first also takes what is below, the last what is above",
+    "kl_forward, kl_reverse": "positions whose KL is in it",
+}
 HINGE = {
     "divergence": "as above",
     **{how: f"whether relu({how} − T) is above 0, T = --tau" for how in AGGREGATES},
@@ -73,7 +82,12 @@ READING = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = f"{parser.prog} REFERENCE CKPT [CKPT …] [options]\n       {parser.prog} --demo [--tau T] [--out DIR]"
     parser.add_argument(
-        "--tau", type=float, metavar="T", help="say which aggregates exceed it: a hinge there would fire"
+        "--tau",
+        type=float,
+        metavar="T",
+        help="say which aggregates exceed it: a hinge there would fire. The aggregates are over all positions at once; "
+        "the barrier of training takes that of each sequence and averages the hinges, so it may fire where this does "
+        "not",
     )
     parser.add_argument("--order", type=float, default=0.5, metavar="α", help="of Rényi's divergence; default: 0.5")
     parser.add_argument("--worst", type=int, default=8, metavar="N", help="positions shown with their text; default: 8")
@@ -112,8 +126,7 @@ def measure(other: Subject) -> Result:
 
     found, worst, start = [], [], 0
     for x, y in shorter.batches(offsets, what="positions"):
-        with torch.no_grad():
-            logits = [subject.model(x)[0].flatten(0, 1) for subject in (reference, other)]  # (B·T, V) each
+        logits = [logits_of(subject, x) for subject in (reference, other)]  # (B·T, V) each
         values, likeliest = divergences(*logits, args.order)
         found.append(values.view(len(DIVERGENCES), *x.shape))
         reverse = values[list(DIVERGENCES).index("kl_reverse")]
@@ -139,6 +152,16 @@ def measure(other: Subject) -> Result:
     summary = {"positions": per_position[0].numel()} | ({} if args.tau is None else {"tau": args.tau})
     summary |= {f"{row['divergence']}_{how}": row[how] for row in rows[:2] for how in AGGREGATES}  # for --wandb
     return Result(rows, summary, notes, tables)
+
+
+@torch.no_grad()
+def logits_of(subject: Subject, idx: Tensor) -> Tensor:
+    """(B, T) → (B·T, V). UserError where they are not finite, which says where that comes from."""
+    logits, _ = subject.model(idx)
+    if not logits.isfinite().all():
+        findings = "; ".join(nonfinite(subject.model, idx))
+        raise UserError(f"{subject.path} predicts no distribution to compare: {findings}")
+    return logits.flatten(0, 1)
 
 
 def check_vocabularies(reference: Subject, other: Subject) -> None:
@@ -312,7 +335,13 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading=READING,
-    tables={"hinge": HINGE, "worst": WORST},
+    tables={
+        "hinge": HINGE,
+        "worst": WORST,
+        # too long to print, and so not under their own names
+        "by_position, in the JSON": BY_POSITION,
+        "histogram, in the JSON": HISTOGRAM,
+    },
     add_arguments=add_arguments,
     check_arguments=check_arguments,
 )

@@ -4,6 +4,7 @@ import argparse
 import copy
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -17,7 +18,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Subject
 from harness.divergence import kl_divergence
-from harness.errors import UserError
+from harness.errors import UserError, run_cli
 from harness.probe import capture_qk
 from harness.slopes import (
     adamw_direction,
@@ -284,6 +285,29 @@ def test_the_columns_are_those_of_the_rows(run_folder):
                 "beyond_radius": np.mean(50 * spread > np.pi),
             }
             assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["adamw", "gradient", "random"])
+def test_a_model_without_attention_is_one_line_that_names_the_weight(run_folder, capsys, direction):
+    broken = torch.load(run_folder / "softmax" / "ckpt.pt", weights_only=True)
+    broken["model"]["transformer.h.1.attn.c_attn.weight"][3, 5] = torch.nan
+    save_checkpoint(run_folder / "softmax" / "broken.pt", broken)
+    out = run_folder / "nothing"
+    argv = [str(run_folder / "softmax" / "broken.pt"), "--direction", direction, "--out", str(out)]
+    assert run_cli(lambda: attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, argv)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "transformer.h.1.attn.c_attn.weight holds 1 of 192 weights that are NaN or Inf" in error
+    assert not out.exists()
+
+
+def test_help_explains_every_column(run_folder, capsys):
+    found = measure(run_folder / "softmax" / "ckpt.pt", direction="random")
+    with pytest.raises(SystemExit):
+        attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, ["--help"])
+    columns, extremes, curve = re.split(r"extremes:\n|curve, in the JSON:\n", capsys.readouterr().out)
+    for rows, shown in ((found.rows, columns), (found.tables["extremes"], extremes), (found.tables["curve"], curve)):
+        assert all(re.search(rf"\b{column}\b", shown) for column in rows[0])
 
 
 @pytest.mark.parametrize("n", [1, 4, 5, 2**24 + 2])

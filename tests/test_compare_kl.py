@@ -1,6 +1,7 @@
 """Divergences of two models against a plain float64 computation, and the demonstration against its known figures."""
 
 import json
+import re
 import subprocess
 import sys
 from ast import literal_eval
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import argument_parser
-from harness.errors import UserError
+from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes, Chars
 from model import GPT, GPTConfig
 from scripts import compare_kl
@@ -206,18 +207,40 @@ def test_what_a_user_may_get_wrong(folder, models):
         assert not (folder / "_".join(["out", *names, *options])).exists()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_model_without_distributions_is_one_line_that_names_the_weight(folder, models, capsys, value):
+    broken = torch.load(folder / "base" / "ckpt.pt", weights_only=True)
+    broken["model"]["transformer.h.0.mlp.c_fc.weight"][3, 5] = value
+    name = f"broken_{value}"
+    (folder / name).mkdir()
+    save_checkpoint(folder / name / "ckpt.pt", broken)
+    for names in (("base", name), (name, "base")):
+        assert run_cli(lambda names=names: compare(folder, *names)) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert f"{name}/ckpt.pt predicts no distribution" in error
+        assert "transformer.h.0.mlp.c_fc.weight holds 1 of 256 weights that are NaN or Inf" in error
+        assert not (folder / "_".join(["out", *names])).exists()
+
+
 def test_padding_of_the_vocabulary_is_no_text():
     assert compare_kl.as_text(Bytes(), [104, 10]) == r"'h\n'"
     assert compare_kl.as_text(Bytes(), [300]) == "<300>"
 
 
-def test_help_explains_every_column(capsys):
+def test_help_explains_every_column(plain, capsys):
     with pytest.raises(SystemExit):
         compare_kl.run(compare_kl.DIAGNOSTIC, ["--help"])
     shown = capsys.readouterr().out
     assert "REFERENCE CKPT" in shown
     columns = {**compare_kl.COLUMNS, **compare_kl.WORST, **compare_kl.DIVERGENCES}
     assert all(column in shown for column in columns)
+    for table in ("by_position", "histogram"):
+        of_table = shown.partition(f"{table}, in the JSON:\n")[2]
+        assert all(re.search(rf"\b{column}\b", of_table) for column in plain[table][0])
+    shown = " ".join(shown.split())
+    assert "that of each sequence and averages the hinges" in shown
+    assert "The models compute their logits in float32" in shown
     assert argument_parser("compare_kl", "", 1, 1).prog in shown
 
 
