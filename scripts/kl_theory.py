@@ -3,13 +3,14 @@
 17 sections, from coding to DPO. Each check is a line: PASS or FAIL, section, statement, the figure found and the figure
 due, with the tolerance where they are to be equal. Of a statement about many cases the one furthest off is shown. Then
 ten pictures, and kl_theory.json with a row a check: section, name, found, relation (=, ≤ or ≥), due, tolerance, passed.
-Needs no checkpoint and no data. Exit status 1 if a check fails.
+An exception is a FAIL that ends its section (`error` in the JSON); the others go on. Needs no checkpoint and no data.
+Exit status 1 if a check fails.
 """
 
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,9 +38,9 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     for section, check_section in enumerate(theory.SECTIONS, 1):
         print(f"\n§{section} {check_section.__doc__}")
-        for check in check_section():
-            print(line(section, check))
-            rows.append({"section": section, **check._asdict(), "passed": check.passed})
+        for row in outcomes(section, check_section):
+            print(line(row))
+            rows.append(row)
     failed = sum(not row["passed"] for row in rows)
     summary = {"checks": len(rows), "passed": len(rows) - failed, "failed": failed}
     print(f"\n{len(rows)} checks in {len(theory.SECTIONS)} sections: {failed} failed")
@@ -50,11 +51,31 @@ def main(argv: list[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def line(section: int, check: Check) -> str:
-    """PASS or FAIL, the section, the statement, what was found and what is due."""
-    found, due = (" ".join(f"{number:.8g}" for number in numbers) for numbers in (check.found, check.due))
-    due = f"{due} ± {max(check.tolerance):.0e}" if check.relation == "=" else f"{check.relation} {due}"
-    return f"{'PASS' if check.passed else 'FAIL'}  §{section:<2}  {check.name:<58}  found {found}  due {due}"
+def outcomes(section: int, check_section: Callable[[], Iterator[Check]]) -> Iterator[dict]:
+    """A row a check. An exception is one that failed, and the section's last: what comes after it cannot be known."""
+    where = "its first check"
+    try:
+        for check in check_section():
+            yield {"section": section, **check._asdict(), "passed": check.passed}
+            where = f"what follows “{check.name}”"
+    except Exception as error:
+        stopped = {"found": [], "relation": "=", "due": [], "tolerance": [], "passed": False}
+        yield {
+            "section": section,
+            "name": where,
+            **stopped,
+            "error": " ".join(f"{type(error).__name__}: {error}".split()),
+        }
+
+
+def line(row: dict) -> str:
+    """PASS or FAIL, the section, the statement, what was found and what is due; or the exception that came instead."""
+    start = f"{'PASS' if row['passed'] else 'FAIL'}  §{row['section']:<2}  {row['name']:<58}  "
+    if "error" in row:
+        return f"{start}stopped by {row['error']}"
+    found, due = (" ".join(f"{number:.8g}" for number in row[key]) for key in ("found", "due"))
+    due = f"{due} ± {max(row['tolerance']):.0e}" if row["relation"] == "=" else f"{row['relation']} {due}"
+    return f"{start}found {found}  due {due}"
 
 
 # --- pictures -------------------------------------------------------------------------------------------------------

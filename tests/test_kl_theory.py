@@ -97,6 +97,37 @@ def test_a_false_statement_is_a_fail_and_exit_status_1(monkeypatch, tmp_path, ca
     assert summary["passed"] == 2
 
 
+def test_an_exception_is_a_fail_and_the_next_section_goes_on(monkeypatch, tmp_path, capsys):
+    def stops():
+        """Stops after its first check"""
+        yield equal("one is one", 1, 1)
+        raise ZeroDivisionError("no\nrest")
+
+    def never():
+        """Has figures that are too few"""
+        yield figures("two figures of three", [1, 2, 3], "1 2")
+
+    def holds():
+        """Holds"""
+        yield equal("two is two", 2, 2)
+
+    monkeypatch.setattr(kl_theory, "SECTIONS", (stops, never, holds))
+    monkeypatch.setattr(script, "PANELS", {})
+    assert run_cli(lambda: script.main(["--out", str(tmp_path)])) == 1
+    lines = re.findall(r"^(PASS|FAIL)  §(\d) +(.*?)  +(.*)", capsys.readouterr().out, re.MULTILINE)
+    assert [(status, section, name) for status, section, name, _ in lines] == [
+        ("PASS", "1", "one is one"),
+        ("FAIL", "1", "what follows “one is one”"),
+        ("FAIL", "2", "its first check"),
+        ("PASS", "3", "two is two"),
+    ]
+    assert lines[1][3] == "stopped by ZeroDivisionError: no rest"
+    assert "stopped by ValueError: zip()" in lines[2][3]
+    entry = json.loads((tmp_path / "kl_theory.json").read_text())
+    assert entry["summary"] == {"checks": 4, "passed": 2, "failed": 2}
+    assert entry["rows"][1]["error"] == "ZeroDivisionError: no rest"
+
+
 def test_a_file_in_the_way_is_one_line(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(kl_theory, "SECTIONS", kl_theory.SECTIONS[:1])
     (tmp_path / "file").write_text("")
