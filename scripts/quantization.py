@@ -82,7 +82,8 @@ def measure(subject: Subject) -> Result:
             ranges = calibrate(model, windows, args.batch_size, args.percentile, args.head)
             if layers is None:
                 compared = [scheme for scheme in found if scheme.weight_bits]
-                layers = signal_to_noise(model, [x for x, _ in batches], compared, ranges, args.head)
+                reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
+                layers = signal_to_noise(model, reading, compared, ranges, args.head)
             for scheme, losses in found.items():
                 if scheme.calibrated or not losses:
                     with quantized(model, scheme, ranges, args.head):
