@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from harness.batches import gather
+from harness.batches import gather, training_offsets
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import run
@@ -179,10 +179,11 @@ def test_each_kind_of_site_alone(kind):
         torch.testing.assert_close(model(IDX)[0], expected)
 
 
+@pytest.mark.parametrize("how", ["min-max", "percentile"])
 @torch.no_grad()
-def test_static_ranges_are_those_of_the_site():
+def test_static_ranges_are_those_of_the_site(how):
     model = random_gpt().double()
-    scheme = Scheme("", None, False, 6, "min-max", ("mlp.c_proj input", PROBABILITIES))
+    scheme = Scheme("", None, False, 6, how, ("mlp.c_proj input", PROBABILITIES))
     hidden = []
 
     def activation(kind, x):
@@ -190,7 +191,9 @@ def test_static_ranges_are_those_of_the_site():
             return quantize_range(x, torch.tensor(0.0), torch.tensor(1.0), 6)
         if kind != "mlp.c_proj input":
             return x
-        low, high = ranges[f"h.{len(hidden)}.mlp.c_proj"][:2]
+        found = ranges[f"h.{len(hidden)}.mlp.c_proj"]
+        low, high = (found.low, found.high) if how == "min-max" else (found.percentile_low, found.percentile_high)
+        assert low < found.percentile_high < found.high  # so that the other's would not do
         hidden.append(x)
         return quantize_range(x, low, high, 6)
 
@@ -345,6 +348,20 @@ def test_a_planted_outlier_channel_is_found_and_named(tmp_path, corpus, capsys):
     assert "How to read it" in out
 
 
+def draw_losses(model: GPT, scheme: Scheme, corpus: Path, offsets: np.ndarray) -> list[float]:
+    """The mean loss over the windows at `offsets`, with the ranges of each of two calibration draws."""
+    train, val = (np.fromfile(corpus / f"{split}.bin", dtype=np.uint16).astype(np.int64) for split in ("train", "val"))
+    x, y = (torch.from_numpy(np.stack([val[i + shift :][:T] for i in offsets])) for shift in (0, 1))
+    losses = []
+    for draw in range(2):
+        starts = training_offsets(1337, draw, len(train), T, 32)
+        windows = torch.from_numpy(np.stack([train[i : i + T] for i in starts]))
+        ranges = calibrate(model, windows, 32, 99.99)
+        with torch.no_grad(), quantized(model, scheme, ranges):
+            losses.append(model(x, y)[1].item())
+    return losses
+
+
 def test_the_report(tmp_path, corpus):
     model = random_gpt()
     save(model, tmp_path / "ckpt.pt", corpus)
@@ -366,6 +383,23 @@ def test_the_report(tmp_path, corpus):
         assert row["loss_rise"] == pytest.approx(row["loss"] - first["loss"], abs=1e-9)
         assert (row["spread"] is not None) == scheme.calibrated
         assert row["standard_error"] > 0
+    by_name = {row["scheme"]: row for row in rows}
+    for name, scheme in {
+        "W4 per channel": Scheme("", 4, True),
+        "W6A6 percentile": Scheme("", 6, False, 6, "percentile"),
+        "W6A6 min-max": Scheme("", 6, False, 6, "min-max"),
+        "A6 only residual stream": Scheme("", activation_bits=6, kinds=(RESIDUAL,)),
+    }.items():
+        losses = draw_losses(model, scheme, corpus, offsets)
+        perplexities, row = np.exp(losses), by_name[name]
+        close = 1e-5  # of a mean of float32 losses in batches of another shape; of their perplexity as a share
+        assert row["loss"] == pytest.approx(np.mean(losses), rel=close)
+        assert row["perplexity"] == pytest.approx(np.mean(perplexities), rel=close)
+        if scheme.calibrated:
+            spread, close = abs(perplexities[1] - perplexities[0]) / 2**0.5, 2 * close * perplexities[0]
+            assert row["spread"] == pytest.approx(spread, abs=close)
+            assert spread > 10 * close
+    assert abs(by_name["W6A6 percentile"]["loss"] - by_name["W6A6 min-max"]["loss"]) > 1e-3
     assert {"name", "site", "layer", *LAYERS} == set(written["layers"][0])
     assert (tmp_path / "diagnostics" / "quantization.png").stat().st_size > 0
 
