@@ -18,6 +18,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from harness.device import float64
 from harness.probe import capture_attention
 from model import GPT, Normalizer, attention_weights
 
@@ -63,8 +64,8 @@ def jacobian_energy(
 @torch.no_grad()
 def split_of_sequence(q, k, v, grad_out, null_logit: Tensor | None, scale: float) -> dict[str, Tensor]:
     """What `pool` makes the columns of, for one sequence: q, k, v and dL/dO (H, T, D) → (H,) float64 each."""
-    q, k, v, grad_out = (_float64(x) for x in (q, k, v, grad_out))
-    null_logit = None if null_logit is None else _float64(null_logit)
+    q, k, v, grad_out = (float64(x) for x in (q, k, v, grad_out))
+    null_logit = None if null_logit is None else float64(null_logit)
     H, T, _ = q.shape
     sums: dict[str, Tensor] = {}
     rows = max(1, BLOCK_ELEMENTS // (H * T))
@@ -137,10 +138,6 @@ def _mean_cosine(dot: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
     return cosine.sum(0) / exists.sum(0)
 
 
-def _float64(x: Tensor) -> Tensor:
-    return (x.cpu() if x.device.type == "mps" else x).double()  # MPS has no float64
-
-
 # --- a model on a batch ---------------------------------------------------------------------------------------------
 
 
@@ -174,7 +171,7 @@ def dot_products(a: Tensor, b: Tensor) -> Tensor:
     """(a·b, a·a, b·b) over all elements of two tensors of one shape: (3,) float64, which add up over parameters."""
     total = torch.zeros(3, dtype=torch.float64)
     for pieces in zip(a.reshape(-1).split(BLOCK_ELEMENTS), b.reshape(-1).split(BLOCK_ELEMENTS), strict=True):
-        x, y = map(_float64, pieces)
+        x, y = map(float64, pieces)
         total += torch.stack((x @ y, x @ x, y @ y)).cpu()
     return total
 

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import torch
 
+from harness.device import float64
+
 # A chunk is read about ten times. On a CPU it should stay in the cache, and PyTorch runs up to 2^15 elements in the
 # calling thread: waking others for so little costs seconds when the cores are busy. Elsewhere it should amortise the
 # launches.
@@ -127,8 +129,7 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
     moments = Moments()
     if chunk.numel() == 0:
         return moments
-    # MPS has no float64
-    x = (chunk.cpu() if chunk.device.type == "mps" else chunk).double()
+    x = float64(chunk)
     d = x - x[0]
     offset = d.mean()
     d -= offset
