@@ -124,14 +124,21 @@ def perplexity(loss: float) -> float:
 
 
 @torch.no_grad()
+def nonfinite_weights(model: GPT) -> list[str]:
+    """A line for each parameter that holds NaN or Inf."""
+    counts = {name: int((~parameter.isfinite()).sum()) for name, parameter in model.named_parameters()}
+    return [
+        f"{name} holds {count} of {model.get_parameter(name).numel()} weights that are NaN or Inf"
+        for name, count in counts.items()
+        if count
+    ]
+
+
+@torch.no_grad()
 def nonfinite(model: GPT, idx: Tensor) -> list[str]:
     """Where NaN and Inf come from on idx (B, T): the parameters that hold some, by name; where none does, the first
     module whose output does. Empty if the logits are finite."""
-    findings = []
-    for name, parameter in model.named_parameters():
-        if count := parameter.numel() - int(parameter.isfinite().sum()):
-            findings.append(f"{name} holds {count} of {parameter.numel()} weights that are NaN or Inf")
-    if findings:
+    if findings := nonfinite_weights(model):
         return findings
 
     def look(name: str):

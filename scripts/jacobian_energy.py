@@ -26,8 +26,8 @@ from harness.jacobian import (
     pool,
     take_gradients,
 )
+from harness.perplexity import nonfinite_weights
 from harness.report import draw_heads, new_figure
-from model import GPT
 
 SPLIT = {
     "mean_attention": "mean weight A_ij over j ≤ i",
@@ -125,12 +125,6 @@ def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dic
 def finite(values: dict[str, Tensor | float | None]) -> dict[str, float | None]:
     """As plain numbers; None where there is none. `findings` says why."""
     return {k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()}
-
-
-def nonfinite_weights(model: GPT) -> list[str]:
-    counts = {name: int((~p.isfinite()).sum()) for name, p in model.named_parameters()}
-    named = [f"{name} ({count} of {model.get_parameter(name).numel()})" for name, count in counts.items() if count]
-    return [f"weights that are NaN or Inf: {', '.join(named)}"] if named else []
 
 
 def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, dict[str, Tensor]]) -> list[str]:

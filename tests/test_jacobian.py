@@ -532,7 +532,7 @@ def test_nan_weights_are_named_and_what_they_spoil_is_null(folder, capsys):
     assert main("ckpt.pt") == 0
     report = read("diagnostics/jacobian_energy.json")
     notes = "\n".join(report["notes"])
-    assert "weights that are NaN or Inf: transformer.h.1.attn.c_attn.weight (3 of 192)" in notes
+    assert "transformer.h.1.attn.c_attn.weight holds 3 of 192 weights that are NaN or Inf" in notes
     assert "the loss is nan" in notes
     assert "attention weights that are NaN or Inf, in layer.head: 1.0\n" in notes
     assert "score gradients that are NaN or Inf, in layer.head: 0.0, 0.1, 1.0, 1.1\n" in notes
