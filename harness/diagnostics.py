@@ -25,6 +25,7 @@ from harness.device import choose_device
 from harness.errors import UserError
 from harness.report import print_table, save_figure
 from harness.runfolder import write_text
+from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
@@ -89,6 +90,12 @@ class Subject:
             raise UserError(
                 f"{folder} has {corpus.vocab_size} token ids, {self.path} only {self.model.config.vocab_size}: "
                 "give the corpus it was trained on with --data"
+            )
+        if differ := different_tokenizers(self.info.get("corpus", {}), corpus.meta):
+            theirs, ours = differ
+            raise UserError(
+                f"{self.path} was trained with tokenizer {theirs}, {folder} has {ours}: "
+                "give a corpus of the same tokens with --data"
             )
         return corpus
 

@@ -17,6 +17,7 @@ from harness.config import Config
 from harness.corpus import Corpus
 from harness.divergence import AGGREGATES, aggregate, kl_divergence
 from harness.errors import UserError
+from harness.tokenizer import different_tokenizers
 from model import GPT, GPTConfig
 
 
@@ -89,10 +90,9 @@ def mismatch(reference: GPTConfig, model: GPTConfig, trained_on: dict, corpus: C
         return f"has {reference.vocab_size} token ids and the model {model.vocab_size}: a KL needs equal vocabularies"
     if reference.block_size < model.block_size:
         return f"has a context of {reference.block_size} tokens, shorter than the model's {model.block_size}"
-    theirs, ours = ([meta.get(k) for k in ("tokenizer", "vocabulary")] for meta in (trained_on, corpus.meta))
-    if theirs[0] and theirs != ours:
-        which = "the same tokenizer with other characters" if theirs[0] == ours[0] else f"the tokenizer '{theirs[0]}'"
-        return f"was trained with {which}, {corpus.folder} is in '{ours[0]}': a KL needs equal vocabularies"
+    if differ := different_tokenizers(trained_on, corpus.meta):
+        theirs, ours = differ
+        return f"was trained with tokenizer {theirs}, {corpus.folder} has {ours}: a KL needs equal vocabularies"
     return None
 
 

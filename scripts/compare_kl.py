@@ -32,7 +32,7 @@ from harness.divergence import (
 from harness.errors import UserError, run_cli
 from harness.perplexity import nonfinite
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
-from harness.tokenizer import Tokenizer
+from harness.tokenizer import Tokenizer, different_tokenizers
 
 BLOCK = 2**21  # log-probabilities of a model that are held in float64 at a time
 CONTEXT = 40  # tokens of text shown before a worst position
@@ -166,14 +166,11 @@ def logits_of(subject: Subject, idx: Tensor) -> Tensor:
 
 def check_vocabularies(reference: Subject, other: Subject) -> None:
     sizes = [subject.model.config.vocab_size for subject in (reference, other)]
-    tokenizers = [
-        {key: subject.info.get("corpus", {}).get(key) for key in ("tokenizer", "vocabulary")}
-        for subject in (reference, other)
-    ]
+    differ = different_tokenizers(*(subject.info.get("corpus", {}) for subject in (reference, other)))
     if sizes[0] != sizes[1]:
         what = f"{sizes[0]} and {sizes[1]} token ids"
-    elif all(t["tokenizer"] for t in tokenizers) and tokenizers[0] != tokenizers[1]:
-        what = f"other tokens ({tokenizers[0]['tokenizer']} and {tokenizers[1]['tokenizer']})"
+    elif differ:
+        what = f"other tokens ({' and '.join(differ)})"
     else:
         return
     raise UserError(f"{reference.path} and {other.path} have {what}: only models of one vocabulary can be compared")

@@ -66,7 +66,8 @@ def checkpoint(path: Path, corpus: Path | None, config: GPTConfig = CONFIG) -> P
     torch.manual_seed(0)
     path.parent.mkdir(parents=True, exist_ok=True)
     content = {"model": GPT(config).state_dict(), "model_args": asdict(config), "step": 7}
-    save_checkpoint(path, content | ({"corpus": {"folder": str(corpus)}} if corpus else {}))
+    trained_on = {"tokenizer": "chars", "vocabulary": LETTERS, "folder": str(corpus)}
+    save_checkpoint(path, content | ({"corpus": trained_on} if corpus else {}))
     return path
 
 
@@ -249,6 +250,12 @@ def test_a_corpus_that_does_not_fit_is_refused(tmp_path, corpus, monkeypatch, ca
     assert "13 token ids" in refusal(monkeypatch, capsys, small, "--device", "cpu")
     long = checkpoint(tmp_path / "long" / "ckpt.pt", corpus, replace(CONFIG, block_size=201))
     assert "201 tokens, fewer than one window of 201 + 1" in refusal(monkeypatch, capsys, long, "--device", "cpu")
+    foreign = tmp_path / "foreign"  # as many ids, but each stands for other text
+    write_corpus(foreign, [("train", "nopq" * 99), ("val", "rstu" * 50)], Chars("nopqrstuvwxyz"), source="test")
+    own = checkpoint(tmp_path / "own" / "ckpt.pt", corpus)
+    error = refusal(monkeypatch, capsys, own, "--device", "cpu", "--data", foreign)
+    assert f"was trained with tokenizer chars, {foreign} has chars with other characters" in error
+    assert not (tmp_path / "own" / "diagnostics").exists()
     assert not (tmp_path / "small" / "diagnostics").exists()
     assert not (tmp_path / "long" / "diagnostics").exists()
 

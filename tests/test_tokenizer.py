@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import UserError
-from harness.tokenizer import GPT2, Bytes, Chars, from_meta
+from harness.tokenizer import GPT2, Bytes, Chars, different_tokenizers, from_meta
 
 # What GPT-2's pattern treats differently: spaces of every kind, letters, digits, contractions, marks, emoji.
 text = st.text() | st.text(alphabet="  \n\t\r\x1c\x85\xa0\u3000'stdmllverE ab9٣½.,!é漢👍\u0301<|endoftext>")
@@ -117,3 +117,13 @@ def test_gpt2_without_its_file_says_what_to_do(tmp_path):
     assert run.returncode == 2
     assert len(run.stderr.splitlines()) == 1
     assert "TIKTOKEN_CACHE_DIR" in run.stderr
+
+
+def test_which_corpora_have_different_tokenizers():
+    letters, others = ({"tokenizer": "chars", "vocabulary": v} for v in ("abc", "abd"))
+    in_bytes = {"tokenizer": "bytes", "vocabulary": None}  # as a checkpoint has it; meta.json leaves the None out
+    assert different_tokenizers(letters, dict(letters)) is None
+    assert different_tokenizers(in_bytes, {"tokenizer": "bytes"}) is None
+    assert different_tokenizers({}, letters) is different_tokenizers(letters, {}) is None
+    assert different_tokenizers(in_bytes, letters) == ("bytes", "chars")
+    assert different_tokenizers(letters, others) == ("chars", "chars with other characters")
