@@ -5,7 +5,6 @@ and what its columns mean. `run` is its command line.
 """
 
 import argparse
-import contextlib
 import json
 import math
 import textwrap
@@ -23,7 +22,7 @@ from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.report import print_table, save_figure
+from harness.report import check_folder, make_folder, print_table, save_figure
 from harness.runfolder import write_text
 from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
@@ -132,8 +131,7 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     check_arguments(args)
     diagnostic.check_arguments(args)
-    for path in args.checkpoints if args.wandb else ():
-        wandb_run(Path(path).parent)  # a run that is not there shows before hours are spent
+    folder = check_files(diagnostic.name, args)
     results, entries = {}, []
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         subject = Subject(path, args)  # one model in memory at a time
@@ -141,7 +139,6 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
         entries.append(entry(diagnostic.name, subject, results[label]))
         print(f"{label}, step {subject.step}" if subject.step is not None else label)
         print_result(diagnostic, results[label])
-    folder = output_folder(diagnostic.name, args)
     written = [write_json(folder / f"{diagnostic.name}.json", entries)]
     for path, (label, result) in zip(args.checkpoints, results.items(), strict=True):
         suffix = f"_{label.replace('/', '_')}" if len(results) > 1 else ""
@@ -179,6 +176,19 @@ def check_arguments(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
     if not 0 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
+
+
+def check_files(name: str, args: argparse.Namespace) -> Path:
+    """The output folder, not made yet. UserError for what would else show only after hours of measuring: a checkpoint
+    or a wandb run that is not there, a folder that cannot be written."""
+    for path in args.checkpoints:
+        if not path.startswith("hf:") and not Path(path).exists():
+            raise UserError(f"no checkpoint {path}")
+        if args.wandb:
+            wandb_run(Path(path).parent)
+    folder = output_folder(name, args)
+    check_folder(folder)
+    return folder
 
 
 def labels(paths: list[str]) -> list[str]:
@@ -265,9 +275,6 @@ def _finite(value, where: str, notes: list[str]):
 def write_json(path: Path, entries: list[dict]) -> Path:
     """One checkpoint's object, or {"checkpoints": [several]}; whole or not at all. Returns the path."""
     content = entries[0] if len(entries) == 1 else {"checkpoints": entries}
-    with contextlib.suppress(FileExistsError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} cannot be a folder, a file is in the way: give another --out")
+    make_folder(path.parent)
     write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))
     return path

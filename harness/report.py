@@ -54,6 +54,20 @@ def new_figure(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat)
 
 
+def check_folder(folder: Path) -> None:
+    """UserError unless `folder` can be written to, once it is made if it is not there yet."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be a folder, a file is in the way: give another --out")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: no permission to write to {there}: give another --out")
+
+
+def make_folder(folder: Path) -> None:
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure in the format that the suffix names, whole or not at all, and close it. Returns the path.
 
@@ -65,10 +79,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
         raise UserError(f"{path}: cannot draw a picture of type {path.suffix or '(none)'!r}; name it like curves.png")
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a picture file in it")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{path}: {path.parent} cannot be a folder, a file is in the way; give another path") from None
+    make_folder(path.parent)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(unfinished, format=kind)

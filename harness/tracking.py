@@ -65,9 +65,7 @@ class Tracker:
 
 def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
     """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled. Says which in one line."""
-    mode, reason = tracking.wandb, "as configured"
-    if mode == "auto" and "WANDB_MODE" in os.environ:
-        mode, reason = os.environ["WANDB_MODE"], "WANDB_MODE"
+    mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
     import wandb  # here: it takes a second
@@ -99,20 +97,29 @@ def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
     return run
 
 
+def wandb_mode(tracking) -> tuple[str, str]:
+    """auto, online, offline or disabled; and what says so."""
+    if tracking.wandb == "auto" and "WANDB_MODE" in os.environ:
+        return os.environ["WANDB_MODE"], "WANDB_MODE"
+    return tracking.wandb, "as configured"
+
+
 def wandb_run(folder: Path) -> tuple[str, Config]:
-    """The id and the config of the run that trained the checkpoint in `folder`; UserError where there is none."""
+    """The id and the config of the run that trained the checkpoint in `folder`; UserError where there is none, or where
+    wandb is disabled."""
     state = folder / "wandb" / "run.json"
     if not state.exists():
         raise UserError(f"--wandb: {folder} has no wandb/run.json, so its run on wandb is not known; leave --wandb out")
-    return json.loads(state.read_text())["id"], load_config([str(folder / "config.yaml")])
+    config = load_config([str(folder / "config.yaml")])
+    if wandb_mode(config.tracking)[0] == "disabled":
+        raise UserError(f"--wandb: {folder}/config.yaml or WANDB_MODE disables wandb; leave --wandb out")
+    return json.loads(state.read_text())["id"], config
 
 
 def log_diagnostic(folder: Path, name: str, summary: dict[str, float | None], picture: Path) -> None:
     """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
     run_id, config = wandb_run(folder)
     run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
-    if run is None:
-        raise UserError(f"--wandb: {folder}/config.yaml or WANDB_MODE disables wandb")
     import wandb
 
     finite = {key: value for key, value in summary.items() if value is not None and math.isfinite(value)}

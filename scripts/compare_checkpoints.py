@@ -20,14 +20,14 @@ from harness.diagnostics import (
     Subject,
     argument_parser,
     check_arguments,
+    check_files,
     entry,
     labels,
-    output_folder,
     write_json,
 )
 from harness.errors import UserError, run_cli
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
-from harness.tracking import log_diagnostic, wandb_run
+from harness.tracking import log_diagnostic
 
 NAME = "compare_checkpoints"
 SCRIPTS = Path(__file__).parent
@@ -57,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     names = labels(args.checkpoints)
     diagnostics = [find_diagnostic(name) for name in args.diagnostics]
     arguments = [arguments_of(diagnostic, args) for diagnostic in diagnostics]
-    for path in args.checkpoints if args.wandb else ():
-        wandb_run(Path(path).parent)
+    folder = check_files(NAME, args)
 
     rows = [{"checkpoint": name} for name in names]
     entries = []
@@ -74,7 +73,6 @@ def main(argv: list[str] | None = None) -> None:
     print_table([{"value": v} | {row["checkpoint"]: row.get(v) for row in rows} for v in values], ["value", *names])
     if notes := sum(len(found["notes"]) for found in entries):
         print(f"\n{notes} notes are in the JSON")
-    folder = output_folder(NAME, args)
     written = [
         write_json(folder / f"{NAME}.json", [{"script": NAME, "rows": rows, "checkpoints": entries}]),
         save_figure(draw(rows, values), folder / f"{NAME}.png"),

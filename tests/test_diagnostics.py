@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -18,7 +19,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
 from harness.errors import UserError, run_cli
-from harness.report import new_figure
+from harness.report import check_folder, new_figure
 from harness.tokenizer import Chars
 from harness.tracking import log_diagnostic
 from model import GPT, GPTConfig
@@ -231,6 +232,31 @@ def test_a_mistake_is_one_line_and_leaves_no_file(path, corpus, tmp_path, monkey
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_what_is_not_there_shows_before_anything_is_measured(path, tmp_path, monkeypatch, capsys):
+    """Measuring may take hours."""
+
+    def fail(subject):
+        raise AssertionError("measured")
+
+    (tmp_path / "file").touch()
+    trained(path.parent, "disabled")
+    for arguments, message in (
+        ((path, "second.pt"), "no checkpoint second.pt"),
+        ((path, "--out", tmp_path / "file"), "file cannot be a folder"),
+        ((path, "--out", tmp_path / "file" / "sub" / "folder"), "folder cannot be a folder, a file is in the way"),
+        ((path, "--wandb"), "disables wandb"),
+    ):
+        error = refusal(monkeypatch, capsys, *arguments, "--device", "cpu", diagnostic=replace(COUNTING, measure=fail))
+        assert message in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_permission_shows_before_anything_is_made(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    with pytest.raises(UserError, match=r"no permission to write to .*locked"):
+        check_folder(tmp_path / "locked" / "sub")
+
+
 def test_a_corpus_that_is_missing_is_named_and_data_replaces_it(tmp_path, corpus, monkeypatch, capsys):
     gone = checkpoint(tmp_path / "gone" / "ckpt.pt", tmp_path / "moved away")
     error = refusal(monkeypatch, capsys, gone, "--device", "cpu")
@@ -355,8 +381,3 @@ def test_values_that_do_not_exist_are_left_out(tmp_path, monkeypatch):
     trained(tmp_path, "offline")
     log_diagnostic(tmp_path, "counting", {"a": 1.5, "b": None, "c": math.nan}, tmp_path / "x.png")
     assert summary == {"counting/a": 1.5, "counting/picture": f"picture {tmp_path}/x.png", "finished": True}
-
-
-def test_wandb_that_is_disabled_is_said(path, monkeypatch, capsys):
-    trained(path.parent, "disabled")
-    assert "disables wandb" in refusal(monkeypatch, capsys, path, "--device", "cpu", "--wandb")
