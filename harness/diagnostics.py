@@ -28,6 +28,9 @@ from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
+LABELS = ("name", "parameter", "scheme", "divergence", "layer", "head", "position")
+"""Columns that tell a row from the others."""
+
 
 @dataclass
 class Result:
@@ -76,10 +79,21 @@ class Subject:
     def step(self) -> int | None:
         return self.info.get("step", self.info.get("iter_num"))
 
+    @property
+    def arguments(self) -> dict:
+        """What the result depends on beside the checkpoint, its corpus by name; not where it goes."""
+        given = {k: v for k, v in vars(self.args).items() if k not in ("checkpoints", "out", "wandb")}
+        return given | {"data": self.corpus_folder, "device": str(self.device)}
+
+    @property
+    def corpus_folder(self) -> str | None:
+        """That of --data, or the one the checkpoint was trained on, if it says which."""
+        return self.args.data or self.info.get("corpus", {}).get("folder")
+
     @cached_property
     def corpus(self) -> Corpus:
-        """That of --data, or the one the checkpoint was trained on. UserError if it is missing or does not fit."""
-        folder = self.args.data or self.info.get("corpus", {}).get("folder")
+        """The one in `corpus_folder`. UserError if it is missing or does not fit."""
+        folder = self.corpus_folder
         if folder is None:
             raise UserError(f"{self.path} does not say which corpus it was trained on: name one with --data DIR")
         if not self.args.data and not Path(folder).is_dir():
@@ -255,6 +269,7 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
         "checkpoint": subject.path if subject else path,
         "step": subject.step if subject else None,
         "config": vars(subject.model.config) if subject else None,
+        "arguments": subject.arguments if subject else None,
         **finite,
         "notes": notes,
     }
@@ -262,8 +277,8 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
 
 def _finite(value, where: str, notes: list[str]):
     if isinstance(value, dict):
-        label = value.get("name", "")
-        return {k: _finite(v, f"{where}{f' {label}' if label else ''}: {k}", notes) for k, v in value.items()}
+        label = ", ".join(str(value[k]) if k == "name" else f"{k} {value[k]}" for k in LABELS if k in value)
+        return {k: _finite(v, f"{where} {label}".rstrip() + f": {k}", notes) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v, where, notes) for v in value]
     if isinstance(value, float) and not math.isfinite(value):

@@ -96,7 +96,7 @@ def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.N
     parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
     diagnostic.add_arguments(parser)
     own = parser.parse_args(args.checkpoints)
-    vars(own).update({name: value for name, value in vars(args).items() if value is not None})
+    vars(own).update({name: value for name, value in vars(args).items() if value is not None and name in own})
     check_arguments(own)
     diagnostic.check_arguments(own)
     return own

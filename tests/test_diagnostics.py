@@ -103,7 +103,8 @@ def test_a_run_prints_and_writes_everything(path, capsys):
     for expected in ("run, step 7", "share", "largest:", "tokens", "note: a note", "Most letters", str(folder)):
         assert expected in printed
     written = read(folder / "counting.json")
-    assert list(written) == ["script", "checkpoint", "step", "config", "rows", "largest", "summary", "notes"]
+    keys = ["script", "checkpoint", "step", "config", "arguments", "rows", "largest", "summary", "notes"]
+    assert list(written) == keys
     assert (written["script"], written["checkpoint"], written["step"]) == ("counting", str(path), 7)
     assert GPTConfig(**written["config"]) == CONFIG
     assert written["summary"] == {"tokens": 200}  # 8 × 4 windows are wanted, val has 20 whole ones
@@ -140,6 +141,21 @@ def test_the_same_command_gives_the_same_file(path, tmp_path):
     for folder in ("a", "b"):
         run(COUNTING, [str(path), "--device", "cpu", "--out", str(tmp_path / folder)])
     assert (tmp_path / "a" / "counting.json").read_bytes() == (tmp_path / "b" / "counting.json").read_bytes()
+
+
+def test_the_json_says_with_what_arguments_it_was_measured(path, corpus, tmp_path):
+    strided = replace(COUNTING, add_arguments=lambda parser: parser.add_argument("--stride", type=int))
+
+    def arguments(*given) -> dict:
+        run(strided, [str(path), "--device", "cpu", *given])
+        return read(path.parent / "diagnostics" / "counting.json")["arguments"]
+
+    default = arguments()
+    expected = {"data": str(corpus), "split": "val", "batches": 8, "batch_size": 4, "seed": 1337, "device": "cpu"}
+    assert default == expected | {"stride": None}  # the corpus, though not named, is that of the training
+    other = corpus.rename(tmp_path / "moved")
+    given = ("--data", str(other), "--split", "train", "--stride", "3", "--seed", "5")
+    assert arguments(*given) == default | {"data": str(other), "split": "train", "stride": 3, "seed": 5}
 
 
 def test_rows_that_are_too_many_are_in_the_json_alone(path, capsys):
@@ -301,12 +317,14 @@ def test_a_scripts_own_arguments_are_checked_before_anything_is_loaded(monkeypat
 
 def test_what_is_not_finite_is_null_with_a_note():
     rows = [{"name": "first", "a": math.nan, "b": [1, -math.inf]}, {"name": "second", "a": 1.5, "b": None}]
-    result = Result(rows, {"loss": math.inf, "tokens": 3}, ["said before"], {"heads": [{"head": 0, "x": math.nan}]})
+    result = Result(
+        rows, {"loss": math.inf, "tokens": 3}, ["said before"], {"heads": [{"layer": 2, "head": 0, "x": math.nan}]}
+    )
     found = entry("counting", None, result, "ckpt.pt")
     assert found["rows"] == [{"name": "first", "a": None, "b": [1, None]}, {"name": "second", "a": 1.5, "b": None}]
     assert found["summary"] == {"loss": None, "tokens": 3}
-    assert found["heads"] == [{"head": 0, "x": None}]
-    nulls = ["rows first: a is nan", "rows first: b is -inf", "heads: x is nan", "summary: loss is inf"]
+    assert found["heads"] == [{"layer": 2, "head": 0, "x": None}]
+    nulls = ["rows first: a is nan", "rows first: b is -inf", "heads layer 2, head 0: x is nan", "summary: loss is inf"]
     assert found["notes"] == ["said before", *nulls]
     assert math.isnan(rows[0]["a"])  # the result itself stays
 
