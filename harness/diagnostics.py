@@ -277,7 +277,9 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
 
 def _finite(value, where: str, notes: list[str]):
     if isinstance(value, dict):
-        label = ", ".join(str(value[k]) if k == "name" else f"{k} {value[k]}" for k in LABELS if k in value)
+        label = ", ".join(
+            str(value[k]) if k == "name" else f"{k} {value[k]}" for k in LABELS if value.get(k) is not None
+        )
         return {k: _finite(v, f"{where} {label}".rstrip() + f": {k}", notes) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v, where, notes) for v in value]

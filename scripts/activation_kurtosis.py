@@ -54,7 +54,13 @@ def measure(subject: Subject) -> Result:
     ]
     sequences = activations.attention[0].sequences
     notes = [f"{sequences} sequences of T = {T} tokens, from {subject.corpus.folder}, {subject.args.split}"]
-    notes += nonfinite(rows) + first_token_spikes(activations) + outlier_channels(activations) + sink_heads(heads)
+    notes += (
+        nonfinite(rows)
+        + constant(rows)
+        + first_token_spikes(activations)
+        + outlier_channels(activations)
+        + sink_heads(heads)
+    )
     return Result(rows, summarize(rows, heads) | {"sequences": sequences, "T": T}, notes, {"heads": heads})
 
 
@@ -94,6 +100,24 @@ def nonfinite(rows: list[dict]) -> list[str]:
         for row in rows
         if row["nonfinite"] and "[" not in row["name"]
     ]
+
+
+def constant(rows: list[dict]) -> list[str]:
+    """Why a kurtosis does not exist, and with it what is averaged over it."""
+    found, named = [], set()
+    for row in rows:
+        tensor = row["name"].partition(" [")[0]  # it comes before its parts, and speaks for them
+        if row["nonfinite"] or not row["count"] or tensor in named:
+            continue
+        if row["std"] == 0:
+            what = f"all equal to {row['mean']:g}, so it has no kurtosis"
+        elif row["per_sequence_kurtosis"] is None:
+            what = "all equal within a sequence, so it has no per_sequence_kurtosis"
+        else:
+            continue
+        named.add(tensor)
+        found.append(f"{row['name']}: {what}")
+    return found
 
 
 def first_token_spikes(activations: Activations) -> list[str]:

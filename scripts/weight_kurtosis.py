@@ -44,8 +44,12 @@ def measure(subject: Subject) -> Result:
         kinds[kind_of(name)].merge(whole)
         if whole.nonfinite:
             notes.append(f"{name}: {whole.nonfinite} of its {parameter.numel()} numbers are NaN or infinite")
-        elif whole.count > 1 and whole.variance == 0:
-            notes.append(f"{name}: all equal to {whole.mean:g}, so they have no kurtosis")
+        constant = []
+        for part, found in moments.items():  # the larger parts come first, and speak for the smaller
+            said = any(part.startswith(larger.removesuffix("]")) for larger in constant)
+            if found.count > 1 and found.variance == 0 and not found.nonfinite and not said:
+                constant.append(part)
+                notes.append(f"{part}: all equal to {found.mean:g}, so they have no kurtosis")
     kinds = {kind: moments for kind, moments in kinds.items() if moments.count + moments.nonfinite}
     kinds["all"] = Moments()
     for kind in list(kinds)[:-1]:

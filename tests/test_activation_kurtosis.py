@@ -22,7 +22,7 @@ from harness.moments import Moments, RowMoments
 from harness.probe import TENSORS, attention_kurtosis
 from harness.tokenizer import Chars
 from model import GPT, GPTConfig
-from scripts.activation_kurtosis import DIAGNOSTIC, kind_of
+from scripts.activation_kurtosis import DIAGNOSTIC, constant, kind_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
@@ -404,6 +404,22 @@ def test_what_is_not_finite_is_named_and_not_averaged_away(corpus):
     for name in ("avg kurtosis", "max kurtosis", "max infinity norm"):
         assert result["summary"][name] is None
     assert result["summary"]["attention kurtosis"] is not None
+
+
+def test_a_kurtosis_that_does_not_exist_has_a_note(corpus):
+    model = probed_gpt()
+    torch.nn.init.zeros_(model.transformer.h[0].mlp.c_proj.weight)
+    torch.nn.init.zeros_(model.transformer.h[0].mlp.c_proj.bias)
+    result = measured(model, corpus)
+    assert result["summary"]["avg kurtosis"] is result["summary"]["max kurtosis"] is None
+    notes = [note for note in result["notes"] if "no kurtosis" in note]
+    assert notes == ["transformer.h.0.mlp.c_proj: all equal to 0, so it has no kurtosis"]  # once, not for its parts too
+
+
+def test_a_sequence_that_does_not_vary_has_a_note():
+    tensor = TensorStatistics().update(torch.stack((torch.zeros(4, 3), torch.arange(12.0).view(4, 3))))
+    rows = [{"name": "transformer.h.0"} | tensor.all.row()]
+    assert constant(rows) == ["transformer.h.0: all equal within a sequence, so it has no per_sequence_kurtosis"]
 
 
 def test_bondarenkos_summary_is_over_their_tensors(corpus):

@@ -112,6 +112,21 @@ def test_a_constant_weight_has_no_kurtosis_and_a_note(tmp_path):
     assert any("transformer.ln_f.weight: all equal to 1" in note for note in result["notes"])
 
 
+def test_a_constant_part_is_named_once_by_the_largest_that_is(tmp_path):
+    model = heavy_gpt()
+    with torch.no_grad():
+        weight = model.transformer.h[0].attn.c_attn.weight  # q, k and v: 12 rows each, 4 a head
+        weight[4:8] = 0.5  # q, head 1
+        weight[12:24] = 0  # k
+        model.transformer.h[1].attn.c_attn.bias.zero_()
+    result = measured(model, tmp_path)
+    assert [note for note in result["notes"] if "no kurtosis" in note] == [
+        "transformer.h.0.attn.c_attn.weight[k]: all equal to 0, so they have no kurtosis",
+        "transformer.h.0.attn.c_attn.weight[q, head 1]: all equal to 0.5, so they have no kurtosis",
+        "transformer.h.1.attn.c_attn.bias: all equal to 0, so they have no kurtosis",
+    ]
+
+
 def test_nanogpts_own_checkpoint(tmp_path):
     path = DATA / "nanogpt_checkpoint" / "ckpt.pt"
     if not path.exists():
