@@ -234,8 +234,8 @@ DIAGNOSTIC = Diagnostic(
             "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the distribution",
         },
     },
-    reading="How to read it: the pooled kurtosis is large where few elements lie far out, but it does not say which, "
-    "and an outlier channel in every token hardly moves it. If channel_rms_kurtosis is far above 1, some channels are "
+    reading="How to read it: the pooled kurtosis is large where few elements lie far out, but it is the same whether "
+    "they lie in one channel, in one token or anywhere. If channel_rms_kurtosis is far above 1, some channels are "
     "large in all tokens; if per_token_kurtosis is far above 0, tokens have channels far out; if the first token's "
     "max_abs is far above the others', it is a spike of that token, mostly where heads sink into it. The summary's avg "
     "kurtosis, max kurtosis and max infinity norm are over block outputs, attention projections, MLP outputs and layer "

@@ -129,15 +129,24 @@ def test_every_statistic_of_a_tensor_from_its_definition(monkeypatch, chunk):
     assert 2 in tensor.first.row()["outlier_channels"]
 
 
-def test_a_pooled_kurtosis_does_not_see_an_outlier_channel_and_the_channels_do():
-    """One of 8 channels is a Gaussian of 20 times the others' width."""
-    x = torch.randn(4, 500, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+def test_a_pooled_kurtosis_does_not_tell_an_outlier_channel_from_scattered_outliers_and_the_channels_do():
+    """One of 8 channels is a Gaussian of 20 times the others' width; then the same numbers in any order."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 500, 8, generator=generator, dtype=torch.float64)
     x[..., 3] *= 20
-    tensor = TensorStatistics().update(x).others
-    assert tensor.outlier_channels.keys() == {3}
+    scattered = x.flatten()[torch.randperm(x.numel(), generator=generator)].view(x.shape)
+    channel, anywhere = (TensorStatistics().update(values) for values in (x, scattered))
+    # Σx⁴/(Σx²)² of n = 2000 Gaussians is off by √((96 − 72)/9/n) ≈ 4 % (96: the variance of x⁴; 72 of it goes with Σx²)
+    expected = 3 * (1 + (20**4 - 1) / 8) / (1 + (20**2 - 1) / 8) ** 2
+    assert channel.all.moments.excess_kurtosis + 3 == pytest.approx(expected, rel=0.15)
+    assert anywhere.all.moments.excess_kurtosis == pytest.approx(channel.all.moments.excess_kurtosis, rel=1e-12)
+    assert channel.others.outlier_channels.keys() == {3}
+    assert anywhere.others.outlier_channels == {}
     # Gaussians of 1 and 20: each channel's RMS is its σ up to 1/√(2·2000), four powers of it
     s = np.array([1, 1, 1, 20, 1, 1, 1, 1.0])
-    assert tensor.channel_rms_kurtosis == pytest.approx((s**4).mean() / (s**2).mean() ** 2, rel=0.1)
+    assert channel.others.channel_rms_kurtosis == pytest.approx((s**4).mean() / (s**2).mean() ** 2, rel=0.1)
+    # the eight mean squares differ by √((m₄/m₂² − 1)/n) = √(expected/n), the ratio from 1 by that squared: its mean
+    assert anywhere.others.channel_rms_kurtosis == pytest.approx(1, abs=4 * expected / 2000)
 
 
 def test_constant_tokens_have_no_kurtosis():
