@@ -277,9 +277,8 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
 
 def _finite(value, where: str, notes: list[str]):
     if isinstance(value, dict):
-        label = ", ".join(
-            str(value[k]) if k == "name" else f"{k} {value[k]}" for k in LABELS if value.get(k) is not None
-        )
+        named = {k: value[k] for k in LABELS if value.get(k) is not None}
+        label = ", ".join(str(v) if k == "name" else f"{k} {v}" for k, v in named.items())
         return {k: _finite(v, f"{where} {label}".rstrip() + f": {k}", notes) for k, v in value.items()}
     if isinstance(value, list):
         return [_finite(v, where, notes) for v in value]
