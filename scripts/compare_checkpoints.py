@@ -34,6 +34,18 @@ SCRIPTS = Path(__file__).parent
 DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
 """Those that need no more than a checkpoint and its corpus."""
 PANELS_A_ROW = 4
+HEADLINES = {
+    "weight_kurtosis": ("excess_kurtosis/attention qkv", "excess_kurtosis/MLP", "max_abs_over_std/MLP"),
+    "activation_kurtosis": ("avg kurtosis", "max infinity norm", "sink_rate", "row_mass"),
+    "perplexity": ("loss", "bits_per_byte"),
+    "jacobian_energy": ("r_diag", "cos_diag", "gradient_cos_diagonal", "gradient_cos_ste"),
+    "quantization": (
+        "perplexity_rise W8 per channel",
+        "perplexity_rise W4 per channel",
+        "perplexity_rise W8A8 min-max",
+    ),
+}
+"""What the picture shows of a diagnostic; of another, its first four values."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,8 +59,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.epilog = textwrap.fill(
         "The table has a line a value and a column a checkpoint; – where a value does not exist. The JSON has, under "
-        "rows, a row a checkpoint, and under checkpoints what each script would have written. The picture leaves out "
-        "what is the same for all.",
+        "rows, a row a checkpoint, and under checkpoints what each script would have written. The picture has a few "
+        "headline values of each diagnostic, without those that are the same for all checkpoints.",
         100,
     )
     args = parser.parse_args(argv)
@@ -75,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{notes} notes are in the JSON")
     written = [
         write_json(folder / f"{NAME}.json", [{"script": NAME, "rows": rows, "checkpoints": entries}]),
-        save_figure(draw(rows, values), folder / f"{NAME}.png"),
+        save_figure(draw(rows, headlines(values)), folder / f"{NAME}.png"),
     ]
     for path, row in zip(args.checkpoints, rows, strict=True) if args.wandb else ():
         log_diagnostic(Path(path).parent, NAME, {v: row.get(v) for v in values}, written[-1])
@@ -100,6 +112,20 @@ def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.N
     check_arguments(own)
     diagnostic.check_arguments(own)
     return own
+
+
+def headlines(values: Sequence[str]) -> list[str]:
+    """Those of the `values`, named diagnostic/value, that the picture shows."""
+    by_diagnostic: dict[str, list[str]] = {}
+    for diagnostic, slash, value in (name.partition("/") for name in values):
+        if slash:  # without one it is the step
+            by_diagnostic.setdefault(diagnostic, []).append(value)
+    return [
+        f"{diagnostic}/{value}"
+        for diagnostic, found in by_diagnostic.items()
+        for value in found
+        if value in HEADLINES.get(diagnostic, found[:PANELS_A_ROW])
+    ]
 
 
 def draw(rows: list[dict], values: Sequence[str]) -> Figure:

@@ -15,8 +15,8 @@ from harness.errors import UserError
 from harness.report import new_figure
 from harness.tokenizer import Chars
 from model import GPT, GPTConfig
-from scripts import activation_kurtosis, weight_kurtosis
-from scripts.compare_checkpoints import DIAGNOSTICS, main
+from scripts import activation_kurtosis, compare_checkpoints, weight_kurtosis
+from scripts.compare_checkpoints import DIAGNOSTICS, headlines, main
 
 BOTH = ("--diagnostics", "weight_kurtosis", "activation_kurtosis")
 
@@ -84,6 +84,20 @@ def test_without_names_it_is_all_of_them(checkpoints):
     # one loss of the same model on the same two windows, found by three scripts
     losses = [rows[0][f"{name}/loss"] for name in ("perplexity", "jacobian_energy", "quantization")]
     assert losses == pytest.approx(3 * losses[:1], rel=1e-5)  # float32
+
+
+def test_the_picture_has_a_few_values_that_the_diagnostics_do_write(checkpoints, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(compare_checkpoints, "draw", lambda rows, values: drawn.extend(values) or new_figure()[0])
+    row = compare(*checkpoints[:2], "--batches", "1", "--batch-size", "2")["rows"][0]
+    expected = {f"{name}/{value}" for name, values in compare_checkpoints.HEADLINES.items() for value in values}
+    assert set(drawn) == expected < set(row)
+    assert len(drawn) <= 4 * compare_checkpoints.PANELS_A_ROW  # 4 rows of 2.7 inches: a page
+
+
+def test_a_diagnostic_without_headlines_has_its_first_values_in_the_picture():
+    values = ["step", "perplexity/tokens", "perplexity/loss", *(f"other/{i}" for i in range(9))]
+    assert headlines(values) == ["perplexity/loss", "other/0", "other/1", "other/2", "other/3"]
 
 
 def test_the_same_weights_can_be_compared_too(checkpoints):
