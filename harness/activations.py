@@ -5,6 +5,7 @@ few numbers a channel and a sequence.
 """
 
 import math
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -12,16 +13,14 @@ from torch import Tensor
 from harness.device import float64
 from harness.moments import CHUNK_ACCELERATOR, Moments, RowMoments
 from harness.probe import watch
-from model import GPT, attention_weights
+from model import GPT
 
 OUTLIER_RMS = 6.0
 """A channel is an outlier where its root mean square exceeds this many times the median channel's."""
 SINK = 0.3
 """A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
-QUERIES = 128
+QUERIES = 64
 """As many rows of a layer's T × T attention are in memory at once."""
-CHUNK_CPU = 2**17
-"""As many elements are read at once: enough to amortise some thirty calls, few enough for a cache."""
 
 
 class Activations:
@@ -152,15 +151,16 @@ class TokenStatistics(SequenceStatistics):
         }
 
 
-def _stack(parts: list[RowMoments], dim: int = 0) -> RowMoments:
-    return RowMoments(*(torch.stack(field, dim) for field in zip(*parts, strict=True)))
+def chunk_size(x: Tensor) -> int:
+    """As many elements are read at once: enough to amortise some twenty calls, on a CPU few enough for its cache."""
+    return 2**17 if x.device.type == "cpu" else CHUNK_ACCELERATOR
 
 
 def _read(x: Tensor) -> tuple[RowMoments, Tensor, Tensor]:
     """The moments over the channels of each token of x (B, T, C), (B, T), and the sum of squares of each channel (C,)
     over the first tokens and over the others: in float64, a few tokens at a time."""
     B, T, C = x.shape
-    step = max(1, (CHUNK_CPU if x.device.type == "cpu" else CHUNK_ACCELERATOR) // C)
+    step = max(1, chunk_size(x) // C)
     # One piece of memory for all results: small ones left between large short-lived ones would fragment the heap.
     tokens = float64(x.new_zeros(len(RowMoments._fields), B, T))
     squares = float64(x.new_zeros(2, C))
@@ -168,7 +168,7 @@ def _read(x: Tensor) -> tuple[RowMoments, Tensor, Tensor]:
         for start in range(0, T, step):
             chunk = float64(sequence[start : start + step])
             tokens[:, b, start : start + step] = torch.stack(RowMoments.of(chunk))
-            chunk_squares = chunk * chunk
+            chunk_squares = chunk.square()
             if start == 0:
                 squares[0] += chunk_squares[0]
                 chunk_squares = chunk_squares[1:]
@@ -197,25 +197,34 @@ class AttentionStatistics:
 
     def _update_sequence(self, q: Tensor, k: Tensor, null_logit: Tensor | None) -> None:
         _, H, T, D = q.shape
+        device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
+        q, k = (x[0].to(device, torch.promote_types(x.dtype, torch.float32)) for x in (q * D**-0.5, k))
+        b = None if null_logit is None else null_logit.to(q).view(-1, 1, 1)
         blocks, entropy, first_key = [], 0.0, 0.0
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            P = attention_weights(q[:, :, start:end], k[:, :, :end], null_logit=null_logit, scale=D**-0.5)[0]
-            # Before the block all keys are visible; within it a query sees those up to its own.
-            within = float64(P[:, :, start:])
-            visible = torch.ones(end - start, end - start, dtype=torch.bool, device=within.device).tril()
-            rows = RowMoments.of(within, visible)  # (H, end − start)
-            if start:  # a head at a time, for the cache's sake
-                before = _stack([RowMoments.of(float64(head[:, :start])) for head in P])
-                rows = _stack([before, rows], dim=-1).pooled()
-            row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
-            log_P = P.clamp(min=torch.finfo(P.dtype).tiny).log()  # so that 0 log 0 = 0; torch.special.entr is slow
-            entropy -= float64((P * log_P).sum(-1)).sum(-1)
-            if null_logit is not None:
-                entropy += torch.special.entr((1 - row_mass).clamp(min=0)).sum(-1)
-            first_key += float64(P[:, :, 0]).sum(-1)
-            self._row_mass = self._row_mass + row_mass.sum(-1) / T
+            # model.attention_weights, a few rows of it, by way of its logarithm, which the entropy needs. Before the
+            # block all keys are visible; within it a query sees those up to its own.
+            visible = torch.ones(end - start, end - start, dtype=torch.bool, device=device).tril()
+            log_P = q[:, start:end] @ k[:, :end].mT  # (H, end − start, end)
+            log_P[:, :, start:].masked_fill_(~visible, -math.inf)
+            lse = log_P.logsumexp(-1, keepdim=True)
+            lse = lse if b is None else torch.logaddexp(lse, b)
+            P = log_P.sub_(lse).exp()
+
+            rows = RowMoments.of(P[:, :, start:], visible)  # (H, end − start)
+            if start:
+                heads = P[:, :, :start].split(max(1, chunk_size(P) // (start * (end - start))))
+                before = RowMoments(*map(torch.cat, zip(*map(RowMoments.of, heads), strict=True)))
+                rows = RowMoments(*map(torch.stack, zip(before, rows, strict=True), repeat(-1))).pooled()
             blocks.append(rows)
+            row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
+            self._row_mass = self._row_mass + row_mass.sum(-1) / T
+            first_key += P[:, :, 0].double().sum(-1)
+            log_P[:, :, start:].masked_fill_(~visible, 0)
+            entropy -= log_P.mul_(P).sum(-1).double().sum(-1)
+            if b is not None:
+                entropy -= ((b - lse).exp() * (b - lse)).double().sum((-2, -1))
         rows = RowMoments(*(torch.cat(field, dim=-1).flatten() for field in zip(*blocks, strict=True)))
         self._entropy = self._entropy + entropy / T
         # a comparison with NaN is false, and "no sink" would be a claim
@@ -238,6 +247,5 @@ class AttentionStatistics:
 
     @property
     def entropy(self) -> Tensor:
-        """In nats, averaged over queries; the null slot, where there is one, is part of the distribution. Its share is
-        1 − Σ_j P_ij: of float32 weights, an error of some 1e-6 nats where the keys have nearly all."""
+        """In nats, averaged over queries; the null slot, where there is one, is part of the distribution."""
         return self._entropy / self.sequences

@@ -163,34 +163,32 @@ class RowMoments(NamedTuple):
 
     @classmethod
     def of(cls, x: torch.Tensor, visible: torch.Tensor | None = None) -> "RowMoments":
-        """Of the rows, the last dimension, of float64 x (..., n); with `visible`, a mask that broadcasts to it, of
+        """Of the rows, the last dimension, of x (..., n), in float64; with `visible`, a mask that broadcasts to x, of
         those elements alone."""
-        nonfinite = torch.zeros(x.shape[:-1], dtype=torch.float64, device=x.device)
-        max_abs = torch.maximum(-x.amin(-1), x.amax(-1))
-        if not max_abs.isfinite().all():  # amin and amax hand on a NaN
+        low, high = x.amin(-1), x.amax(-1)
+        nonfinite = torch.zeros(low.shape, dtype=torch.float64, device=x.device)
+        if not (low.isfinite() & high.isfinite()).all():  # amin and amax hand on a NaN
             finite, seen = x.isfinite(), True if visible is None else visible
             nonfinite += (~finite & seen).sum(-1)
             visible = finite & seen
+        x = x.double()
         if visible is None:
             count = torch.full_like(nonfinite, x.size(-1))
+            mean = x.mean(-1)
         else:
             hidden, count = ~visible, visible.expand_as(x).sum(-1).double()
-            x = x.masked_fill(hidden, 0)
-            max_abs = torch.maximum(-x.amin(-1), x.amax(-1))
-        # From an element of the row first, as in `Moments`: equal numbers then have a variance of exactly 0.
-        origin = x[..., :1]
-        d = x - origin
-        if visible is not None:
-            d.masked_fill_(hidden, 0)
-        offset = d.sum(-1, keepdim=True) / count.clamp(min=1).unsqueeze(-1)
-        d -= offset
+            low, high = x.masked_fill(hidden, math.inf).amin(-1), x.masked_fill(hidden, -math.inf).amax(-1)
+            low, high = (torch.where(count > 0, extreme, 0) for extreme in (low, high))
+            mean = x.masked_fill(hidden, 0).sum(-1) / count.clamp(min=1)
+        mean = torch.where(low == high, low.double(), mean)  # equal numbers then have a variance of exactly 0
+        d = x - mean.unsqueeze(-1)
         if visible is not None:
             d.masked_fill_(hidden, 0)
         d2 = d * d
         m2 = d2.sum(-1)
         m3 = d.mul_(d2).sum(-1)
-        m4 = d2.square_().sum(-1)
-        return cls(count, nonfinite, (origin + offset).squeeze(-1), m2, m3, m4, max_abs)
+        m4 = torch.linalg.vector_norm(d2, dim=-1).square()
+        return cls(count, nonfinite, mean, m2, m3, m4, torch.maximum(-low, high).double())
 
     def pooled(self) -> "RowMoments":
         """The rows along the last dimension taken together: Pébay's formulas for many groups at once."""

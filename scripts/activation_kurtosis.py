@@ -1,6 +1,7 @@
 """Where are the outliers in a checkpoint's activations? Moments of every tensor on the way through the model, by
 channel, token and sequence; and of the attention, by head: does it sink into the first token, does it attend at all?"""
 
+import math
 import re
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 from matplotlib.figure import Figure
-from torch import Tensor
 
 from harness.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics
 from harness.diagnostics import Diagnostic, Result, Subject, run
@@ -45,12 +45,11 @@ def measure(subject: Subject) -> Result:
             add(where, attention.all)
             add(f"{where} [visible]", attention.visible)
 
+    figures = ("sink_rate", "row_mass", "entropy")
     heads = [
-        {"layer": layer, "head": head, "sink_rate": sink_rate, "row_mass": row_mass, "entropy": entropy}
+        {"layer": layer, "head": head} | {name: finite(getattr(attention, name)[head].item()) for name in figures}
         for layer, attention in activations.attention.items()
-        for head, (sink_rate, row_mass, entropy) in enumerate(
-            zip(*map(Tensor.tolist, (attention.sink_rate, attention.row_mass, attention.entropy)), strict=True)
-        )
+        for head in range(subject.model.config.n_head)
     ]
     sequences = activations.attention[0].sequences
     notes = [f"{sequences} sequences of T = {T} tokens, from {subject.corpus.folder}, {subject.args.split}"]
@@ -62,6 +61,10 @@ def measure(subject: Subject) -> Result:
         + sink_heads(heads)
     )
     return Result(rows, summarize(rows, heads) | {"sequences": sequences, "T": T}, notes, {"heads": heads})
+
+
+def finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
@@ -155,7 +158,7 @@ def outlier_channels(activations: Activations) -> list[str]:
 
 
 def sink_heads(heads: list[dict]) -> list[str]:
-    sinks = [h for h in heads if h["sink_rate"] > 0.5]
+    sinks = [h for h in heads if (h["sink_rate"] or 0) > 0.5]
     named = ", ".join(f"{h['layer']}.{h['head']} ({h['sink_rate']:.0%})" for h in sinks)
     return [f"sink heads, layer.head (share of sequences): {named}"] if sinks else []
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,15 +17,18 @@ from harness.activations import Activations, AttentionStatistics, TensorStatisti
 from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import Corpus, write_corpus
-from harness.diagnostics import run
+from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.huggingface import save_gpt2
 from harness.moments import Moments, RowMoments
 from harness.probe import TENSORS, attention_kurtosis
+from harness.report import new_figure
 from harness.tokenizer import Chars
 from model import GPT, GPTConfig
 from scripts.activation_kurtosis import DIAGNOSTIC, constant, kind_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
+NO_PICTURE = replace(DIAGNOSTIC, draw=lambda result, title: new_figure()[0])  # a real one takes seconds
 
 
 def probed_gpt(normalizer: str = "softmax", std: float = 0.7) -> GPT:
@@ -106,7 +109,7 @@ def same_moments(moments: Moments, values: np.ndarray) -> None:
 
 @pytest.mark.parametrize("chunk", [8, 100, 2**17])  # one token at a time; some; a sequence
 def test_every_statistic_of_a_tensor_from_its_definition(monkeypatch, chunk):
-    monkeypatch.setattr(activations_module, "CHUNK_CPU", chunk)
+    monkeypatch.setattr(activations_module, "chunk_size", lambda _: chunk)
     x = heavy_tailed(3, 20, 8)
     x[:, :, 5] *= 50
     x[:, 0, 2] = 200
@@ -338,13 +341,35 @@ def measured(model: GPT, corpus: Path, *arguments: str) -> dict:
     path = corpus.parent / "run" / "ckpt.pt"
     path.parent.mkdir(exist_ok=True)
     save_checkpoint(path, {"model": model.state_dict(), "model_args": asdict(model.config), "step": 7})
-    run(DIAGNOSTIC, [str(path), "--device", "cpu", "--data", str(corpus), *arguments])
+    run(NO_PICTURE, [str(path), "--device", "cpu", "--data", str(corpus), *arguments])
     return json.loads((path.parent / "diagnostics" / "activation_kurtosis.json").read_text())
+
+
+def measured_result(model: GPT, corpus: Path) -> Result:
+    """The same before it is written, on two windows."""
+    path = corpus.parent / "run.pt"
+    save_checkpoint(path, {"model": model.state_dict(), "model_args": asdict(model.config), "step": 7})
+    parser = argument_parser("activation_kurtosis", "", 1, 2)
+    return DIAGNOSTIC.measure(
+        Subject(str(path), parser.parse_args([str(path), "--device", "cpu", "--data", str(corpus)]))
+    )
 
 
 def the_note(result: dict, start: str) -> str:
     (note,) = [note for note in result["notes"] if note.startswith(start)]
     return note
+
+
+def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
+    """q of layer 1, head 0 is NaN, and so is what comes after."""
+    model = probed_gpt()
+    model.transformer.h[1].attn.c_attn.bias.data[0] = math.nan
+    result = measured_result(model, corpus)
+    assert [head["entropy"] is None for head in result.tables["heads"]] == [False, False, True, False]
+    assert result.summary["entropy"] is None
+    panels = {panel.get_title(loc="left"): panel for panel in DIAGNOSTIC.draw(result, "broken").axes}
+    assert {"All elements pooled", "Sink rate", "Row mass", "Entropy"} <= set(panels)
+    assert [text.get_text() for text in panels["Entropy"].texts].count("×") == 1
 
 
 def test_nothing_is_found_in_a_gaussian_model(corpus):
@@ -455,6 +480,34 @@ def test_the_nanogpt_checkpoint_has_the_entropies_of_the_reference(tmp_path):
     entropies = {f"{layer}.{head}": a.entropy[head].item() for layer, a in found.attention.items() for head in range(2)}
     expected = {"0.0": 3.094014, "0.1": 2.999989, "1.1": 2.911717}
     assert {head: entropies[head] for head in expected} == pytest.approx(expected, abs=5e-7)
+
+
+@pytest.mark.parametrize("format", ["nanoGPT", "quietGPT, softmax", "quietGPT, softmax1", "Hugging Face"])
+def test_checkpoints_of_every_format_are_measured_as_what_they_are(corpus, tmp_path, format):
+    model = probed_gpt("softmax1" if format.endswith("softmax1") else "softmax")
+    if format == "nanoGPT":
+        model = GPT(replace(model.config, activation="gelu")).eval()
+    path, args, state = tmp_path / "ckpt.pt", asdict(model.config), model.state_dict()
+    if format == "Hugging Face":
+        pytest.importorskip("transformers")
+        save_gpt2(model, tmp_path / "gpt2")
+        path = f"hf:{tmp_path / 'gpt2'}"
+    else:
+        for key in ("normalizer", "backward", "activation"):
+            del args[key]
+        if format.startswith("quietGPT"):
+            args["use_softmax1"] = format.endswith("softmax1")
+            state |= {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, T, T).tril() for layer in range(LAYERS)}
+        state = {f"_orig_mod.{name}": value for name, value in state.items()}
+        torch.save({"model": state, "model_args": args, "iter_num": 3}, path)
+    arguments = ("--device", "cpu", "--data", str(corpus), "--batch-size", "20", "--out", str(tmp_path))
+    run(NO_PICTURE, [str(path), *arguments])
+    val = Corpus(corpus, verify=False).tokens["val"]
+    expected = Activations(model).update(gather(val, T * np.arange(20), T, torch.device("cpu"))[0])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "activation_kurtosis.json").read_text())["rows"]}
+    for name, tensor in expected.tensors.items():
+        # the same float32 operations on the same weights
+        assert rows[name]["excess_kurtosis"] == pytest.approx(tensor.all.moments.excess_kurtosis, rel=1e-5, abs=1e-5)
 
 
 def test_the_batches_are_those_of_the_split_and_the_count(corpus):
