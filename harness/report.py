@@ -111,7 +111,8 @@ def draw_heads(
             grid[h["layer"], h["head"]] = h[column]
     image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     low, high = image.get_clim()
-    panel.figure.colorbar(image, ax=panel, label=label, extend="max" if np.nanmax(grid, initial=high) > high else None)
+    beyond = np.nanmax(grid, initial=high) > high + 1e-5 * (high - low)  # a row mass of 1 has a float32's rounding
+    panel.figure.colorbar(image, ax=panel, label=label, extend="max" if beyond else None)
     for (layer, head), value in np.ndenumerate(grid) if grid.size <= 36 else ():
         if not np.isnan(value):
             color = "white" if value < (low + high) / 2 else "black"
