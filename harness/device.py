@@ -85,7 +85,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     seconds = []
-    for _ in range(6):
+    while len(seconds) < 6 and sum(seconds) < 0.5:  # a dtype that the processor only emulates takes seconds for each
         start = now(device)
         a @ a
         seconds.append(now(device) - start)
