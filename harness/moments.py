@@ -13,10 +13,9 @@ import torch
 
 from harness.device import float64
 
-# A chunk is read about ten times. On a CPU it should stay in the cache, and PyTorch runs up to 2^15 elements in the
-# calling thread: waking others for so little costs seconds when the cores are busy. Elsewhere it should amortise the
-# launches.
-CHUNK_CPU = 2**15
+# A chunk is read about ten times. On a CPU it should stay in the cache, and be worth waking the other threads for (which
+# costs seconds where the cores are busy and the chunks are small). Elsewhere it should amortise the launches.
+CHUNK_CPU = 2**18
 CHUNK_ACCELERATOR = 2**24
 
 COLUMNS = {
