@@ -13,8 +13,8 @@ import torch
 
 from harness.device import float64
 
-# A chunk is read about ten times. On a CPU it should stay in the cache, and be worth waking the other threads for, which
-# costs much where the cores are busy. Elsewhere it should amortise the launches.
+# A chunk is read about ten times. On a CPU it should stay in the cache, and be worth waking the other threads for,
+# which costs much where the cores are busy. Elsewhere it should amortise the launches.
 CHUNK_CPU = 2**18
 CHUNK_ACCELERATOR = 2**24
 
