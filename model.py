@@ -95,8 +95,11 @@ class FusedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernels read garbage
-        out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
-        if null_logit is not None:
+        if backend == "cpu_native":
+            out, lse, state = *torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
+        else:
+            out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
+        if null_logit is not None and backend != "cpu_native":
             lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
             share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
             out, lse = out.mul_(share.view(*q.shape[:-1], 1)), lse_1
@@ -122,7 +125,9 @@ class FusedAttention(torch.autograd.Function):
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * row_mean).sum((0, 2))
 
         one_pass = backward != "full" and _one_pass(backend, q.size(-1), dropout_p)
-        if backward == "full":
+        if backend == "cpu_native":
+            grad_q, grad_k, grad_v = torch.ops.offbyone.cpu_backward(grad, q, k, v, out, lse, scale, backward)
+        elif backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
         elif backward == "diagonal" and one_pass:
             grad_q, grad_k, grad_v = torch.ops.offbyone.diagonal_backward(grad, q, k, v, lse, scale)
@@ -142,6 +147,16 @@ class FusedAttention(torch.autograd.Function):
                 _, _, grad_v = kernel(out, lse, scale)
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+@torch.compiler.assume_constant_result
+def _native() -> bool:
+    """Is model_cpu.py's kernel to be had? Then its operators are there, in torch.ops.offbyone."""
+    if os.environ.get("OFFBYONE_NATIVE") == "0":
+        return False
+    import model_cpu
+
+    return model_cpu.load() is not None
 
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -220,8 +235,10 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         return _backend_in_use
     if q.size(-2) != k.size(-2) and q.size(-2) <= SHORT:
         return "materialized"
-    if q.device.type == "cpu" and dropout_p == 0 and not stock:
-        return "cpu_flash"
+    if q.device.type == "cpu" and dropout_p == 0:
+        if q.dtype in (torch.float32, torch.bfloat16) and _native():
+            return "cpu_native"
+        return "stock" if stock else "cpu_flash"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
@@ -233,7 +250,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     return "stock" if stock else "materialized"
 
 
-BACKENDS = ("stock", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn", "materialized")
+BACKENDS = ("stock", "cpu_native", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn", "materialized")
 _backend_in_use: str | None = None
 
 

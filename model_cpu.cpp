@@ -1,0 +1,513 @@
+// Causal attention on a CPU, forward and in every backward, in one pass over the scores: see model_cpu.py for its use.
+//
+// As FlashAttention-2 (Dao 2023): the scores exist only as tiles of 64 × 64, which stay in the cache. All products are
+// one small routine, `multiply`, that keeps 6 rows × a few vectors of the result in registers; on the diagonal it
+// leaves out what the causal mask would throw away. Sums are float32 throughout, whatever the inputs.
+//
+// Plain C++ with GCC's and Clang's vectors: no headers of PyTorch's, so that it compiles in seconds, and no intrinsics,
+// so that it takes whatever vectors the processor has.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <utility>
+
+namespace {
+
+// --- vectors ---------------------------------------------------------------------------------------------------------
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, VECTORS = 4;  // of a row of the result in registers: 6 × 4 of 32, beside those of a factor
+#elif defined(__AVX__)
+constexpr int LANES = 8, VECTORS = 2;  // 6 × 2 of 16
+#elif defined(__ARM_NEON)
+constexpr int LANES = 4, VECTORS = 4;
+#else
+constexpr int LANES = 4, VECTORS = 2;
+#endif
+constexpr int ROWS = 6, TILE = 64;
+constexpr float INF = std::numeric_limits<float>::infinity();
+
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+struct bfloat16 {  // the upper half of a float32
+  uint16_t bits;
+};
+
+inline vec load(const float* x) {
+  vec y;
+  std::memcpy(&y, x, sizeof y);
+  return y;
+}
+
+inline void store(float* x, vec y) { std::memcpy(x, &y, sizeof y); }
+
+inline vec load(const bfloat16* x) {
+  halves upper;
+  std::memcpy(&upper, x, sizeof upper);
+  return (vec)(__builtin_convertvector(upper, words) << 16);
+}
+
+inline void store(bfloat16* x, vec y) {  // rounded to nearest, ties to even; a NaN stays one
+  const words bits = (words)y, rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+  const halves upper = __builtin_convertvector(y == y ? rounded : bits >> 16 | 0x40, halves);
+  std::memcpy(x, &upper, sizeof upper);
+}
+
+// The first `count` numbers at x, fewer than a vector of them; the rest zero.
+template <class Number>
+inline vec load(const Number* x, int count) {
+  Number some[LANES] = {};
+  std::memcpy(some, x, count * sizeof *x);
+  return load(some);
+}
+
+template <class Number>
+inline void store(Number* x, vec y, int count) {
+  Number some[LANES];
+  store(some, y);
+  std::memcpy(x, some, count * sizeof *x);
+}
+
+inline vec fill(float x) { return x - vec{}; }
+
+inline ints lane_numbers() {
+  ints x;
+  for (int n = 0; n < LANES; ++n) x[n] = n;
+  return x;
+}
+
+inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+
+// y = exp(x), and exp(x) − 1 = y_minus_1 without cancellation, for x ≤ 0. Within 2 ulp; 0 below −87; NaN stays NaN.
+// x = n·log 2 + r, |r| ≤ log(2)/2, and exp(r) − 1 by its Taylor series, whose remainder is r⁸/8! < 2⁻²⁷.
+inline void exponential(vec x, vec& y, vec& y_minus_1) {
+  const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: the last bits are now those of n
+  const vec n = shifted - 12582912.0f;
+  const vec r = x - n * 0.693359375f + n * 2.12194440e-4f;  // log 2 in two parts, the first times n exact
+  vec series = fill(1.0f / 5040);
+  series = series * r + 1.0f / 720;
+  series = series * r + 1.0f / 120;
+  series = series * r + 1.0f / 24;
+  series = series * r + 1.0f / 6;
+  series = series * r + 0.5f;
+  series = series * r + 1.0f;
+  series = series * r;
+  const ints power = ((ints)shifted << 23) + 0x3f800000;  // the bits of 2ⁿ
+  y = (series + 1.0f) * (vec)power;
+  y = x < -87.0f ? vec{} : y;
+  y_minus_1 = n == 0.0f ? series : y - 1.0f;
+}
+
+inline vec exponential(vec x) {
+  vec y, ignored;
+  exponential(x, y, ignored);
+  return y;
+}
+
+// --- products of tiles -----------------------------------------------------------------------------------------------
+
+struct Tile {  // row-major; width is a multiple of LANES
+  float* data;
+  int width;
+  float* operator[](int64_t row) const { return data + row * width; }
+  Tile from(int64_t row) const { return {data + row * width, width}; }
+};
+
+struct Factor {  // the left one, read number by number: a tile as it stands or transposed
+  const float* data;
+  int row, column;
+};
+
+inline Factor as_is(Tile x) { return {x.data, x.width, 1}; }
+inline Factor transposed(Tile x) { return {x.data, 1, x.width}; }
+
+// Which part of a product C = A B is wanted, where the causal mask makes the rest of it zero or of no use: of C the
+// columns up to, or from, the row's own number; of the sum, the terms up to, or from, the row's own number.
+enum Part { ALL, COLUMNS_TO_ROW, COLUMNS_FROM_ROW, TERMS_TO_ROW, TERMS_FROM_ROW };
+
+template <int M, int N>  // rows, vectors
+inline void multiply_block(float* c, int c_width, Factor a, const float* b, int b_width, int k, int k_end, bool add) {
+  vec sum[M][N];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_width + n * LANES) : vec{};
+  for (; k < k_end; ++k) {
+    vec row[N];
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) row[n] = load(b + k * b_width + n * LANES);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const vec factor = fill(a.data[m * a.row + k * a.column]);
+#pragma GCC unroll 8
+      for (int n = 0; n < N; ++n) sum[m][n] += factor * row[n];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m)
+#pragma GCC unroll 8
+    for (int n = 0; n < N; ++n) store(c + m * c_width + n * LANES, sum[m][n]);
+}
+
+template <int M>
+void multiply_rows(float* c, int c_width, Factor a, Tile b, int n, int n_end, int k, int k_end, bool add) {
+  for (; n + VECTORS * LANES <= n_end; n += VECTORS * LANES)
+    multiply_block<M, VECTORS>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
+  for (; n + 2 * LANES <= n_end; n += 2 * LANES)
+    multiply_block<M, 2>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
+  for (; n < n_end; n += LANES) multiply_block<M, 1>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
+}
+
+// C = A B, or C += A B: C (rows, columns), A (rows, terms), B (terms, columns); columns a multiple of LANES.
+void multiply(Tile c, Factor a, Tile b, int rows, int columns, int terms, bool add, Part part = ALL) {
+  constexpr decltype(&multiply_rows<1>) by_rows[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
+                                                     multiply_rows<4>, multiply_rows<5>, multiply_rows<ROWS>};
+  for (int m = 0; m < rows; m += ROWS, a.data += ROWS * a.row) {
+    const int count = std::min(ROWS, rows - m);
+    int n = 0, n_end = columns, k = 0, k_end = terms;
+    if (part == COLUMNS_TO_ROW) n_end = std::min(columns, round_up(m + count, LANES));
+    if (part == COLUMNS_FROM_ROW) n = m / LANES * LANES;
+    if (part == TERMS_TO_ROW) k_end = std::min(terms, m + count);
+    if (part == TERMS_FROM_ROW) k = m;
+    by_rows[count - 1](c[m], c.width, a, b, n, n_end, k, k_end, add);
+  }
+}
+
+// --- tiles from and to memory ----------------------------------------------------------------------------------------
+
+struct Tensor {  // (B, H, T, D), the last dimension contiguous; strides in numbers
+  void* data;
+  int64_t batch, head, row;
+};
+
+template <class Number>
+struct Rows {  // of one head
+  Number* data;
+  int64_t stride;
+  Rows(Tensor x, int b, int h) : data((Number*)x.data + b * x.batch + h * x.head), stride(x.row) {}
+  Number* operator[](int64_t t) const { return data + t * stride; }
+};
+
+// Rows first, first + 1, … times scale, zero beyond D.
+template <class Number>
+void read(Tile tile, Rows<Number> x, int first, int rows, int D, float scale = 1) {
+  const int whole = D / LANES * LANES;
+  for (int t = 0; t < rows; ++t) {
+    for (int d = 0; d < whole; d += LANES) store(tile[t] + d, load(x[first + t] + d) * scale);
+    if (whole < D) store(tile[t] + whole, load(x[first + t] + whole, D - whole) * scale);
+  }
+}
+
+template <class Number>
+void write(Rows<Number> x, int first, Tile tile, int rows, int D) {
+  const int whole = D / LANES * LANES;
+  for (int t = 0; t < rows; ++t) {
+    for (int d = 0; d < whole; d += LANES) store(x[first + t] + d, load(tile[t] + d));
+    if (whole < D) store(x[first + t] + whole, load(tile[t] + whole), D - whole);
+  }
+}
+
+template <int FROM, int... N>
+inline vec interleave(vec a, vec b, std::integer_sequence<int, N...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, (FROM + N / 2 + N % 2 * LANES)...);
+#else
+  return __builtin_shuffle(a, b, ints{(FROM + N / 2 + N % 2 * LANES)...});
+#endif
+}
+
+// tile (width, TILE) from another (TILE, width), of which it takes `count` rows, zero beyond. A square of LANES rows is
+// transposed by log₂ LANES perfect shuffles of all of its numbers.
+void transpose(Tile tile, Tile x, int count) {
+  constexpr auto lanes = std::make_integer_sequence<int, LANES>();
+  for (int d = 0; d < x.width; d += LANES)
+    for (int t = 0; t < TILE; t += LANES) {
+      vec square[LANES], shuffled[LANES];
+#pragma GCC unroll 16
+      for (int n = 0; n < LANES; ++n) square[n] = t + n < count ? load(x[t + n] + d) : vec{};
+#pragma GCC unroll 16
+      for (int step = 1; step < LANES; step *= 2) {
+#pragma GCC unroll 16
+        for (int n = 0; n < LANES / 2; ++n) {
+          shuffled[2 * n] = interleave<0>(square[n], square[n + LANES / 2], lanes);
+          shuffled[2 * n + 1] = interleave<LANES / 2>(square[n], square[n + LANES / 2], lanes);
+        }
+#pragma GCC unroll 16
+        for (int n = 0; n < LANES; ++n) square[n] = shuffled[n];
+      }
+#pragma GCC unroll 16
+      for (int n = 0; n < LANES; ++n) store(tile[d + n] + t, square[n]);
+    }
+}
+
+// Room for the tiles of one thread: taken once, and dealt out anew for each head.
+class Scratch {
+ public:
+  Scratch(int T, int width)
+      : start(allocate(3 * T + T / TILE + 12 * std::max(TILE, width), std::max(TILE, width)), &std::free) {}
+  void clear() { next = start.get(); }
+  Tile tile(int rows, int width) {
+    const Tile tile{next, width};
+    next += rows * width;
+    return tile;
+  }
+
+ private:
+  static float* allocate(size_t rows, size_t width) {
+    return (float*)std::aligned_alloc(64, sizeof(float) * rows * width);
+  }
+  std::unique_ptr<float[], decltype(&std::free)> start;
+  float* next;
+};
+
+// task(scratch, b, h, part) for every part of every head
+template <class Task>
+void share_out(int B, int H, int parts, int T, int width, int threads, Task task) {
+#pragma omp parallel num_threads(threads)
+  {
+    Scratch scratch(T, width);
+#pragma omp for schedule(dynamic)
+    for (int64_t n = 0; n < (int64_t)B * H * parts; ++n) {
+      scratch.clear();
+      task(scratch, int(n / parts / H), int(n / parts % H), int(n % parts));
+    }
+  }
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// The scores in the tile, (keys, queries), become exp(S − top) where `top`, the largest of a query's scores so far, may
+// rise; `sum` is of those weights, and what was summed before has to be multiplied by `decay`. True if any top rose.
+bool online_softmax(Tile s, int keys, int queries, bool diagonal, float* top, float* sum, float* decay) {
+  const ints lanes = lane_numbers();
+  bool risen = false;
+  for (int i = 0; i < queries; i += LANES) {
+    const int seen = diagonal ? std::min(keys, i + LANES) : keys;
+    const vec before = load(top + i);
+    vec now = before;
+    for (int j = 0; j < seen; ++j) {
+      vec x = load(s[j] + i);
+      if (diagonal) store(s[j] + i, x = lanes + i >= j ? x : fill(-INF));
+      now = x > now ? x : now;
+    }
+    const vec shift = now == -INF ? vec{} : now;
+    const vec less = exponential(before - shift);
+    vec total = load(sum + i) * less;
+    for (int j = 0; j < seen; ++j) {
+      const vec p = exponential(load(s[j] + i) - shift);
+      store(s[j] + i, p);
+      total += p;
+    }
+    for (int j = seen; j < keys; ++j) store(s[j] + i, vec{});
+    store(top + i, now), store(sum + i, total), store(decay + i, less);
+    for (int n = 0; n < LANES; ++n) risen |= less[n] != 1;
+  }
+  return risen;
+}
+
+template <class Number>
+void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor out, float* lse, int parts, int B, int H,
+             int T, int D, float scale, int threads) {
+  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
+  share_out(B, H, parts, T, width, threads, [=](Scratch& scratch, int b, int h, int part) {
+    const Tile k = scratch.tile(T, width), v = scratch.tile(T, width), qi = scratch.tile(TILE, width);
+    const Tile qt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
+    float *top = scratch.tile(1, TILE)[0], *sum = scratch.tile(1, TILE)[0], *decay = scratch.tile(1, TILE)[0];
+    read(k, Rows<const Number>(k_, b, h), 0, T, D);
+    read(v, Rows<const Number>(v_, b, h), 0, T, D);
+    for (int i = part; i < blocks; i += parts) {
+      const int queries = std::min(TILE, T - i * TILE);
+      read(qi, Rows<const Number>(q_, b, h), i * TILE, queries, D, scale);
+      transpose(qt, qi, queries);
+      std::fill(top, top + TILE, null_logit ? null_logit[h] : -INF);
+      std::fill(sum, sum + TILE, null_logit && null_logit[h] > -INF ? 1 : 0);
+      for (int j = 0; j <= i; ++j) {
+        const bool diagonal = j == i;
+        const int keys = std::min(TILE, T - j * TILE);
+        const Tile kj = k.from(j * TILE), vj = v.from(j * TILE);
+        // Keys by queries: the sums and maxima of a query are then over rows, vector by vector.
+        multiply(s, as_is(kj), qt, keys, round_up(queries, LANES), D, false, diagonal ? COLUMNS_FROM_ROW : ALL);
+        const bool risen = online_softmax(s, keys, queries, diagonal, top, sum, decay);
+        if (j > 0 && risen)
+          for (int t = 0; t < queries; ++t)
+            for (int d = 0; d < width; d += LANES) store(o[t] + d, load(o[t] + d) * decay[t]);
+        multiply(o, transposed(s), vj, queries, width, keys, j > 0, diagonal ? TERMS_TO_ROW : ALL);
+      }
+      for (int t = 0; t < queries; ++t) {
+        const float share = sum[t] == 0 ? 0 : 1 / sum[t];  // a row of −∞ gives zeros
+        for (int d = 0; d < width; d += LANES) store(o[t] + d, load(o[t] + d) * share);
+        lse[((int64_t)b * H + h) * T + i * TILE + t] = top[t] + std::log(sum[t]);
+      }
+      write(Rows<Number>(out, b, h), i * TILE, o, queries, D);
+    }
+  });
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+enum Backward { FULL, DIAGONAL, STE, VALUES };  // VALUES: dV alone
+
+// A row of P = exp(S − lse) in place of S and, but for VALUES, of dS in place of dP.
+template <Backward backward, bool masked>
+inline void row_gradient(float* s, float* dp, int columns, int seen, float lse, float delta) {
+  const ints lanes = lane_numbers();
+  int j = 0;
+  for (; j < std::min(columns, round_up(seen, LANES)); j += LANES) {
+    vec x = load(s + j) - lse, p, p_minus_1;
+    x = x > 0.0f ? vec{} : x;  // the rounding of large scores may exceed the logsumexp
+    exponential(x, p, p_minus_1);
+    vec ds = load(dp + j);
+    if (backward == FULL) ds = p * (ds - delta);
+    if (backward == DIAGONAL) ds = p * -p_minus_1 * ds;
+    if (masked) p = lanes + j < seen ? p : vec{}, ds = lanes + j < seen ? ds : vec{};
+    store(s + j, p);
+    if (backward != VALUES) store(dp + j, ds);
+  }
+  for (; j < columns; j += LANES) {
+    store(s + j, vec{});
+    if (backward != VALUES) store(dp + j, vec{});
+  }
+}
+
+inline float dot(const float* x, const float* y, int width) {
+  vec products{};
+  for (int d = 0; d < width; d += LANES) products += load(x + d) * load(y + d);
+  float sum = 0;
+  for (int n = 0; n < LANES; ++n) sum += products[n];
+  return sum;
+}
+
+// One head's gradients from the blocks of keys first, first + step, …: dK and dV of these, and their share of dQ.
+template <class Number, Backward backward>
+void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Number> k, Rows<const Number> v,
+                   Rows<const Number> out, const float* lse, Rows<float> dq_, Rows<Number> dk, Rows<Number> dv,
+                   Scratch& scratch, int T, int D, float scale, int first, int step) {
+  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
+  float* delta = scratch.tile(TILE, round_up(T, TILE) / TILE)[0];  // Σ_j P_ij dP_ij = g_i·out_i
+  const Tile q = scratch.tile(T, width), g = scratch.tile(T, width), dq = scratch.tile(T, width);
+  const Tile kt = scratch.tile(width, TILE), vt = scratch.tile(width, TILE), kj = scratch.tile(TILE, width);
+  const Tile dkj = scratch.tile(TILE, width), dvj = scratch.tile(TILE, width);
+  const Tile s = scratch.tile(TILE, TILE), dp = scratch.tile(TILE, TILE);
+  read(q, q_, 0, T, D, scale);
+  read(g, g_, 0, T, D);
+  if (backward == FULL)
+    for (int t = 0; t < T; ++t) {  // dq is free yet
+      read(dq, out, t, 1, D);
+      delta[t] = dot(g[t], dq[0], width);
+    }
+  if (backward != VALUES) std::fill(dq[0], dq[std::min(first * TILE, T)], 0);
+  for (int j = first; j < blocks; j += step) {
+    const int keys = std::min(TILE, T - j * TILE), columns = round_up(keys, LANES);
+    if (backward != VALUES) {
+      read(kj, v, j * TILE, keys, D);
+      transpose(vt, kj, keys);
+    }
+    read(kj, k, j * TILE, keys, D);
+    transpose(kt, kj, keys);
+    read(kj, k, j * TILE, keys, D, scale);
+    for (int i = j; i < blocks; ++i) {
+      const bool diagonal = i == j;
+      const int queries = std::min(TILE, T - i * TILE);
+      const Tile qi = q.from(i * TILE), gi = g.from(i * TILE);
+      multiply(s, as_is(qi), kt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
+      if (backward != VALUES) multiply(dp, as_is(gi), vt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
+      for (int t = 0; t < queries; ++t) {
+        const float lse_t = lse[i * TILE + t], delta_t = backward == FULL ? delta[i * TILE + t] : 0;
+        if (diagonal)
+          row_gradient<backward, true>(s[t], dp[t], columns, t + 1, lse_t, delta_t);
+        else
+          row_gradient<backward, false>(s[t], dp[t], columns, columns, lse_t, delta_t);
+      }
+      multiply(dvj, transposed(s), gi, keys, width, queries, i > j, diagonal ? TERMS_FROM_ROW : ALL);
+      if (backward == VALUES) continue;
+      multiply(dkj, transposed(dp), qi, keys, width, queries, i > j, diagonal ? TERMS_FROM_ROW : ALL);
+      multiply(dq.from(i * TILE), as_is(dp), kj, queries, width, keys, j > first, diagonal ? TERMS_TO_ROW : ALL);
+    }
+    write(dv, j * TILE, dvj, keys, D);
+    if (backward != VALUES) write(dk, j * TILE, dkj, keys, D);
+  }
+  if (backward != VALUES) write(dq_, 0, dq, T, D);
+}
+
+template <class Number, Backward backward>
+void backward_heads(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse, Tensor dq, int64_t part,
+                    int parts, Tensor dk, Tensor dv, int B, int H, int T, int D, float scale, int threads) {
+  share_out(B, H, parts, T, round_up(D, LANES), threads, [=](Scratch& scratch, int b, int h, int first) {
+    Rows<float> own_dq(dq, b, h);
+    own_dq.data += first * part;
+    backward_head<Number, backward>({g, b, h}, {q, b, h}, {k, b, h}, {v, b, h}, {out, b, h},
+                                    lse + ((int64_t)b * H + h) * T, own_dq, {dk, b, h}, {dv, b, h}, scratch, T, D,
+                                    scale, first, parts);
+  });
+}
+
+// scale·tril(a bᵀ) c, or triu if anticausal, block by block: within one as it stands; what lies before it, or after it
+// if anticausal, enters through the running sum Σ b cᵀ.
+template <class Number>
+void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B, int H, int T, int D, float scale,
+            int threads) {
+  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
+  share_out(B, H, 1, T, width, threads, [=](Scratch& scratch, int b, int h, int) {
+    const Rows<const Number> ah(a_, b, h), bh(b_, b, h), ch(c_, b, h);
+    const Tile ai = scratch.tile(TILE, width), bi = scratch.tile(TILE, width), ci = scratch.tile(TILE, width);
+    const Tile bt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
+    const Tile sum = scratch.tile(width, width);
+    for (int n = 0; n < blocks; ++n) {
+      const int i = anticausal ? blocks - 1 - n : n, rows = std::min(TILE, T - i * TILE);
+      read(ai, ah, i * TILE, rows, D);
+      read(bi, bh, i * TILE, rows, D);
+      read(ci, ch, i * TILE, rows, D, scale);
+      transpose(bt, bi, rows);
+      multiply(s, as_is(ai), bt, rows, round_up(rows, LANES), D, false, anticausal ? COLUMNS_FROM_ROW : COLUMNS_TO_ROW);
+      for (int t = 0; t < rows; ++t)
+        if (anticausal)
+          std::fill(s[t], s[t] + t, 0);
+        else
+          std::fill(s[t] + t + 1, s[t] + TILE, 0);
+      if (n > 0) multiply(o, as_is(ai), sum, rows, width, D, false);
+      multiply(o, as_is(s), ci, rows, width, rows, n > 0, anticausal ? TERMS_FROM_ROW : TERMS_TO_ROW);
+      multiply(sum, transposed(bi), ci, D, width, rows, n > 0);
+      write(Rows<Number>(out, b, h), i * TILE, o, rows, D);
+    }
+  });
+}
+
+}  // namespace
+
+// --- what model_cpu.py calls -----------------------------------------------------------------------------------------
+
+extern "C" {
+
+// Each head is done in `parts`, of the queries here and of the keys in the backward, so that all threads have work.
+void attention_forward(bool half, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
+                       int parts, int B, int H, int T, int D, float scale, int threads) {
+  (half ? forward<bfloat16> : forward<float>)(q, k, v, null_logit, out, lse, parts, B, H, T, D, scale, threads);
+}
+
+// dq (parts, B, H, T, D), float32, `part` numbers from one part to the next: the gradient is their sum. For VALUES dq
+// and dk are left alone.
+void attention_backward(bool half, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse,
+                        Tensor dq, int64_t part, Tensor dk, Tensor dv, int parts, int B, int H, int T, int D,
+                        float scale, int threads) {
+  constexpr decltype(&backward_heads<float, FULL>) run[][2] = {
+      {backward_heads<float, FULL>, backward_heads<bfloat16, FULL>},
+      {backward_heads<float, DIAGONAL>, backward_heads<bfloat16, DIAGONAL>},
+      {backward_heads<float, STE>, backward_heads<bfloat16, STE>},
+      {backward_heads<float, VALUES>, backward_heads<bfloat16, VALUES>},
+  };
+  run[backward][half](g, q, k, v, out, lse, dq, part, parts, dk, dv, B, H, T, D, scale, threads);
+}
+
+void linear_attention(bool half, bool anticausal, Tensor a, Tensor b, Tensor c, Tensor out, int B, int H, int T, int D,
+                      float scale, int threads) {
+  (half ? linear<bfloat16> : linear<float>)(anticausal, a, b, c, out, B, H, T, D, scale, threads);
+}
+}
