@@ -5,8 +5,8 @@ one does every variant in one, the null logit included, and bfloat16 at the spee
 emulates it. It is compiled for the processor it runs on, in some three seconds, into `__pycache__`; where there is no
 compiler (Linux only, so far) `load` says so and attention runs on PyTorch's kernels.
 
-The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D), the last dimension contiguous, and sum in
-float32. They are opaque to torch.compile, which so keeps one graph.
+The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D), the last dimension contiguous, and sum
+in float32. They are opaque to torch.compile, which so keeps one graph.
 """
 
 import ctypes
@@ -55,7 +55,8 @@ def load() -> ctypes.CDLL | None:
     try:
         library = ctypes.CDLL(str(build(compiler)))
     except (OSError, subprocess.SubprocessError) as error:
-        reason = (getattr(error, "stderr", None) or str(error)).strip().splitlines()[-1]
+        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
+        reason = next((line for line in lines if "error" in line), lines[-1])
         warnings.warn(f"{SOURCE.name} cannot be used, attention runs on PyTorch's kernels: {reason}", stacklevel=2)
         return None
     for name, signature in _SIGNATURES.items():
@@ -121,6 +122,8 @@ def _parts(q: Tensor) -> int:
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """The output, and each row's logsumexp (B, H, T) in float32, the null logit (H,) of its head included."""
+    if q.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"the CPU's own kernel takes float32 and bfloat16, not {q.dtype}")
     out, lse = _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     null_logit = None if null_logit is None else null_logit.float().contiguous()
     half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
@@ -149,7 +152,7 @@ def cpu_backward(
     return (sums.sum(0).transpose(1, 2) if parts > 1 else dq).to(q.dtype), dk, dv
 
 
-# As they stand and not by torch.library.custom_op, whose wrapping costs 10 µs a call: a tenth of a short context's step.
+# Not by torch.library.custom_op, whose wrapping costs 10 µs a call, a tenth of a short context's time.
 _library = torch.library.Library("offbyone", "FRAGMENT")
 _library.define("cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? null_logit, float scale) -> (Tensor, Tensor)")
 _library.define(

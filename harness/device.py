@@ -1,6 +1,7 @@
 """What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
 
 import ctypes
+import platform
 import shutil
 from time import perf_counter
 
@@ -69,6 +70,16 @@ def keep_freed_memory() -> None:
         return
     if mallopt(M_MMAP_THRESHOLD, 2**30) or mallopt(M_MMAP_THRESHOLD, 2**25):  # an older glibc takes no more than 32 MiB
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def processor_name() -> str:
+    """As the processor calls itself, where Linux tells; else its architecture."""
+    try:
+        with open("/proc/cpuinfo") as f:
+            names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
 
 
 # Dense bfloat16 or float16 matrix products in FLOP/s, from the vendors' datasheets.

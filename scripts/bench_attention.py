@@ -1,10 +1,10 @@
 """Time and memory of every attention variant: `python scripts/bench_attention.py [--device D] [--dtype T] …`.
 
-For each context length, all variants run side by side in one process, one call of each in turn, so that a machine whose
-speed drifts is fair to all; medians over the repeats. Beside them (a) PyTorch's own scaled_dot_product_attention, which
-every ratio is over, and (b) each variant's materialised form, as long as eight such matrices stay below 2 GiB. The peak
-memory of a forward and backward pass is measured in a process of its own: resident memory over a warmed baseline on a
-CPU, inputs and gradients included; allocated memory on a GPU.
+For each context length, all variants run side by side in one process, one call of each in every round, in random order,
+so that a machine whose speed drifts is fair to all; medians over the rounds. Beside them (a) PyTorch's own
+scaled_dot_product_attention, which every ratio is over, and (b) each variant's materialised form, as long as eight such
+matrices stay below 2 GiB. The peak memory of a forward and backward pass is measured in a process of its own: resident
+memory over a warmed baseline on a CPU, inputs and gradients included; allocated memory on a GPU.
 
 Columns: forward and forward+backward in milliseconds; ratio, forward+backward over (a); materialized, forward+backward
 of (b) over the variant's own; MiB, the peak.
@@ -15,7 +15,7 @@ import itertools
 import json
 import math
 import multiprocessing
-import platform
+import random
 import resource
 import statistics
 import sys
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
-from harness.device import choose_device, keep_freed_memory, now
+from harness.device import choose_device, keep_freed_memory, now, processor_name
 from harness.errors import UserError, run_cli
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
 from harness.runfolder import write_text
@@ -64,7 +64,7 @@ def main() -> None:
     for row in rows:
         row["MiB"] = peaks.pop((row["variant"], row["T"]), None)
     rows += [{"T": T, "variant": name, "MiB": peak} for (name, T), peak in peaks.items()]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     title = f"{where}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {args.dtype}, "
     title += f"B {args.B}, H {args.H}, D {args.D}"
     print(title)
@@ -120,8 +120,9 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     typical = statistics.median(total for values in seconds.values() for _, total in values)
     repeats = max(3, min(200, math.ceil(args.seconds / max(typical, 1e-9))))
     seconds = {run: [] for run in runs}
+    shuffled = random.Random(0)
     for _ in range(repeats):
-        for run in runs:
+        for run in shuffled.sample(runs, len(runs)):  # what ran before leaves the caches its own way
             seconds[run].append(step(*run, T, args, device))
     median = {
         run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()

@@ -13,7 +13,6 @@ import argparse
 import dataclasses
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import sys
@@ -31,7 +30,7 @@ from tqdm import tqdm
 
 from harness.activations import Activations
 from harness.config import load_config
-from harness.device import choose_device, now
+from harness.device import choose_device, now, processor_name
 from harness.errors import UserError, run_cli
 from harness.jacobian import backpropagate, take_gradients
 from harness.perplexity import score
@@ -69,7 +68,7 @@ def main() -> None:
             rows.append(pool.submit(bench, name, config, args.sequences, args.repeat, args.device).result())
     threads = torch.get_num_threads()
     print(
-        f"{platform.processor() or platform.machine()}, {threads} threads, PyTorch {torch.__version__}; "
+        f"{processor_name()}, {threads} threads, PyTorch {torch.__version__}; "
         f"{config.n_layer} layers, {config.n_head} heads, {config.n_embd} wide, {args.sequences} sequences of "
         f"{config.block_size} tokens"
     )

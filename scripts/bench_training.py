@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
-import platform
 import resource
 import statistics
 import sys
@@ -27,7 +26,15 @@ import torch
 from harness.batches import gather, training_offsets
 from harness.config import Config, load_config
 from harness.corpus import Corpus
-from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, now, peak_flops
+from harness.device import (
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    now,
+    peak_flops,
+    processor_name,
+)
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
 from harness.report import print_table
@@ -60,9 +67,7 @@ def main() -> None:
     rows = [ask(bench, "row") for bench in benches]
     for row in rows:
         row["speed"] = rows[0]["ms"] / row["ms"]
-    print(
-        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
-    )
+    print(f"{processor_name()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     print_table(rows, list(rows[0]))
     if args.out:
         write_text(args.out, json.dumps({"script": "bench_training", "rows": rows}, indent=1))

@@ -1,0 +1,192 @@
+"""The CPU's own kernel beyond what test_attention.py asks of every kernel: how it is built, vectors, threads, NaN."""
+
+import os
+import platform
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import model_cpu
+from model import attention, attention_backend, materialized_attention, use_backend
+
+if model_cpu.load() is None:
+    pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)
+
+BACKWARDS = ("full", "diagonal", "ste")
+
+
+def inputs(T: int, D: int, H: int = 3, dtype=torch.float32) -> list[torch.Tensor]:
+    """q, k, v as views of one projection, (B, H, T, D), and dL/dO."""
+    generator = torch.Generator().manual_seed(T + D)
+    packed = torch.randn(2, T, 3 * H * D, generator=generator).to(dtype)
+    q, k, v = (x.view(2, T, H, D).transpose(1, 2).requires_grad_() for x in packed.split(H * D, dim=-1))
+    return [q, k, v, torch.randn(2, H, T, D, generator=generator).to(dtype)]
+
+
+def value_and_gradients(q, k, v, g, **arguments) -> list[torch.Tensor]:
+    out = attention(q, k, v, **arguments)
+    return [out, *torch.autograd.grad(out, (q, k, v), g)]
+
+
+def check_against_the_readable_form(T: int, D: int, H: int = 3) -> None:
+    for backward in BACKWARDS:
+        *qkv, g = inputs(T, D, H)
+        own = value_and_gradients(*qkv, g, normalizer="softmax1", backward=backward)
+        exact = [x.detach().double().requires_grad_() for x in qkv]
+        with materialized_attention():
+            expected = value_and_gradients(*exact, g.double(), normalizer="softmax1", backward=backward)
+        for a, b in zip(own, expected, strict=True):
+            # Below 4e-7 of what is summed, and the scores' gradients here cancel to no less than a tenth of that
+            assert (a.double() - b).norm() <= 4e-6 * b.norm(), (T, D, backward)
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """As in a process that has not loaded the kernel yet."""
+    model_cpu.load.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    model_cpu.load.cache_clear()
+
+
+# --- the choice and the build ---------------------------------------------------------------------------------------
+
+
+def test_it_is_what_float32_and_bfloat16_run_on(monkeypatch):
+    q = torch.empty(1, 1, 9, 16)
+    assert attention_backend(q, q) == attention_backend(q.bfloat16(), q.bfloat16()) == "cpu_native"
+    assert attention_backend(q, q, stock=True) == "cpu_native"
+    assert attention_backend(q.double(), q.double()) == "cpu_flash"
+    assert attention_backend(q, q, dropout_p=0.1) == "materialized"
+    monkeypatch.setenv("OFFBYONE_NATIVE", "0")
+    assert attention_backend(q, q) == "cpu_flash"
+    assert attention_backend(q, q, stock=True) == "stock"
+
+
+def test_other_dtypes_are_refused_where_it_is_forced():
+    q = torch.zeros(1, 1, 9, 16, dtype=torch.float64)
+    with use_backend("cpu_native"), pytest.raises(ValueError, match="float64"):
+        attention(q, q, q)
+
+
+def test_it_is_compiled_once(anew):
+    compiler = shutil.which("c++")
+    path = model_cpu.build(compiler)
+    before = path.stat().st_mtime_ns
+    assert model_cpu.build(compiler) == path
+    assert path.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("how", ["no compiler", "a compiler that fails"])
+def test_without_a_compiler_attention_runs_on_pytorchs_kernels(how, anew, tmp_path):
+    source = tmp_path / "model_cpu.cpp"
+    source.write_text("this is no C++;")
+    anew.setattr(model_cpu, "SOURCE", source)
+    q = torch.empty(1, 1, 9, 16)
+    if how == "no compiler":
+        anew.setenv("CXX", "no-such-compiler")
+        assert attention_backend(q, q) == "cpu_flash"
+    else:
+        with pytest.warns(UserWarning, match=r"model_cpu\.cpp.*PyTorch's kernels.*error"):
+            assert attention_backend(q, q) == "cpu_flash"
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model_cpu.cpp"]  # nothing half made is left
+
+
+def test_a_checkout_that_cannot_be_written_to_still_has_it(anew, tmp_path):
+    source = tmp_path / "model_cpu.cpp"
+    shutil.copy(model_cpu.SOURCE, source)
+    (tmp_path / "__pycache__").write_text("a file where the folder would be")
+    anew.setattr(model_cpu, "SOURCE", source)
+    assert model_cpu.load() is not None
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's vectors")
+@pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])  # vectors of 4 and of 8; native may have 16
+def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
+    if target == "-march=x86-64-v3" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this processor has no AVX2")
+    source = tmp_path / "model_cpu.cpp"
+    shutil.copy(model_cpu.SOURCE, source)
+    anew.setattr(model_cpu, "SOURCE", source)
+    anew.setattr(model_cpu, "FLAGS", tuple(target if flag == "-march=native" else flag for flag in model_cpu.FLAGS))
+    for T, D in ((1, 5), (65, 12), (130, 64)):
+        check_against_the_readable_form(T, D)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threads", [1, 3, 4])  # of 6 heads: one, two and four to a thread, or heads in two parts
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 300])
+def test_threads_share_the_heads_and_their_parts(threads, T):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        check_against_the_readable_form(T, 20)
+        check_against_the_readable_form(T, 16, H=1)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_inputs_give_the_same_bits(backward, dtype):
+    *qkv, g = inputs(300, 20, dtype=dtype)
+    first, again = (value_and_gradients(*qkv, g, backward=backward) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_score_is_the_same_in_both_passes():
+    """At scores of ±1e4 another rounding would be a factor: a row's weights have to be those of its own logsumexp."""
+    q, k, v, g = (x.detach() for x in inputs(130, 80))
+    v = torch.ones_like(v).requires_grad_()
+    (mass,) = torch.autograd.grad(attention(1e4 * q, k, v), v, torch.ones_like(g))
+    # dV = Pᵀ 1 are the weights that a key gets; those of all keys are one for each query. A logsumexp of 4e4 is rounded
+    # by 2e-3 at most, where it is not the largest score itself: in few rows.
+    assert (mass[..., 0].double().sum(-1) - 130).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_nan_is_not_hidden(backward):
+    q, k, v, g = (x.detach().clone() for x in inputs(130, 16))
+    q[:, :, 100, 3] = float("nan")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, grad_q, grad_k, grad_v = value_and_gradients(q, k, v, g, backward=backward)
+    assert out[:, :, 100].isnan().all()
+    assert out[:, :, :100].isfinite().all()
+    assert out[:, :, 101:].isfinite().all()
+    assert grad_v[:, :, :101].isnan().all()
+    if backward != "ste":  # whose scores' gradient does not see the scores
+        assert grad_q[:, :, 100].isnan().all()
+        assert grad_k[:, :, :101].isnan().all()
+
+
+def test_nothing_is_read_or_written_beyond_the_tensors():
+    """Under the address sanitizer, in a process of its own."""
+    program = """
+import torch, model_cpu
+model_cpu.FLAGS += ("-fsanitize=address", "-g")
+from model import attention
+for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for backward in ("full", "diagonal", "ste"):
+            q, k, v = (torch.randn(1, 2, T, D).to(dtype).requires_grad_() for _ in range(3))
+            attention(q, k, v, normalizer="softmax1", backward=backward).sum().backward()
+print("done")
+"""
+    compiler = shutil.which("c++")
+    found = subprocess.run([compiler, "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not found.startswith("/"):
+        pytest.skip("this compiler has no address sanitizer")
+    environment = {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | environment,
+        cwd=model_cpu.SOURCE.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "done", done.stderr[-2000:]
