@@ -84,9 +84,9 @@ def attention(
 
 
 class FusedAttention(torch.autograd.Function):
-    """Every normalizer and backward on PyTorch's fused kernels, in O(T) memory.
+    """Every normalizer and backward on fused kernels, in O(T) memory: model_cpu.py's, or PyTorch's.
 
-    Their backward takes the output and the rows' logsumexp as arguments. For whatever `out` and `lse` it is given it
+    The first know of all that is said here; PyTorch's are led to it. Their backward takes the output and the rows' logsumexp as arguments. For whatever `out` and `lse` it is given it
     computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
     `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
     `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.

@@ -112,6 +112,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         "threads": torch.get_num_threads(),
         "device": device.type,
         "dtype": str(dtype),
+        "attention": attention_kernel(raw_model, device, dtype),
         "torch": str(torch.__version__),
     }
     if resumed:
