@@ -84,19 +84,20 @@ def attention(
 
 
 class FusedAttention(torch.autograd.Function):
-    """Every normalizer and backward on fused kernels, in O(T) memory: model_cpu.py's, or PyTorch's.
+    """Every normalizer and backward in O(T) memory, by fused kernels.
 
-    The first know of all that is said here; PyTorch's are led to it. Their backward takes the output and the rows' logsumexp as arguments. For whatever `out` and `lse` it is given it
-    computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
-    `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
-    `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.
+    Our own (model_cpu.py) does as it is told. PyTorch's are led to it: their backward takes the output and the rows'
+    logsumexp as arguments, and for whatever `out` and `lse` it is given it computes, with `P = exp(S − lse)` and
+    `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and `dK = scale·dSᵀ Q`. A null slot of
+    logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and `out₁ = out·exp(lse − lse₁)`, which are then the
+    arguments of its exact backward.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
         q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernels read garbage
         if backend == "cpu_native":
-            out, lse, state = *torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
+            (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
         else:
             out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
         if null_logit is not None and backend != "cpu_native":
@@ -151,7 +152,7 @@ class FusedAttention(torch.autograd.Function):
 
 @torch.compiler.assume_constant_result
 def _native() -> bool:
-    """Is model_cpu.py's kernel to be had? Then its operators are there, in torch.ops.offbyone."""
+    """Can the CPU's kernel be had, model_cpu.py's? Then its operators are there, in torch.ops.offbyone."""
     if os.environ.get("OFFBYONE_NATIVE") == "0":
         return False
     import model_cpu
@@ -226,10 +227,9 @@ SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matri
 
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
-    """What computes attention on these: "cpu_flash", "cuda_flash", "cuda_efficient", "materialized", or, for the
-    variant that PyTorch itself offers (`stock`), "stock": its own function, which chooses a kernel by itself.
-
-    "cuda_cudnn" is taken where `use_backend` asks for it.
+    """What computes attention on these: "cpu_native" (model_cpu.py), PyTorch's "cpu_flash", "cuda_flash" or
+    "cuda_efficient", "materialized", or, for the variant that PyTorch itself offers (`stock`), "stock": its own
+    function, which chooses a kernel by itself. "cuda_cudnn" is taken where `use_backend` asks for it.
     """
     if _backend_in_use is not None:
         return _backend_in_use
