@@ -86,11 +86,11 @@ def attention(
 class FusedAttention(torch.autograd.Function):
     """Every normalizer and backward in O(T) memory, by fused kernels.
 
-    Our own (model_cpu.py) does as it is told. PyTorch's are led to it: their backward takes the output and the rows'
-    logsumexp as arguments, and for whatever `out` and `lse` it is given it computes, with `P = exp(S − lse)` and
-    `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and `dK = scale·dSᵀ Q`. A null slot of
-    logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and `out₁ = out·exp(lse − lse₁)`, which are then the
-    arguments of its exact backward.
+    Our own (model_cpu.py) takes the null logit and the backward as arguments. PyTorch's know neither, but their
+    backward takes the output and the rows' logsumexp, and for whatever `out` and `lse` it is given it computes, with
+    `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
+    `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
+    `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.
     """
 
     @staticmethod
@@ -100,10 +100,10 @@ class FusedAttention(torch.autograd.Function):
             (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
         else:
             out, lse, state = _kernel_forward(backend, q, k, v, dropout_p, scale)
-        if null_logit is not None and backend != "cpu_native":
-            lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
-            share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
-            out, lse = out.mul_(share.view(*q.shape[:-1], 1)), lse_1
+            if null_logit is not None:
+                lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
+                share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
+                out, lse = out.mul_(share.view(*q.shape[:-1], 1)), lse_1
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
@@ -118,16 +118,11 @@ class FusedAttention(torch.autograd.Function):
         def kernel(out, lse, scale):
             return _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
 
-        grad_null = None
-        if null_logit is not None and ctx.needs_input_grad[3]:
-            # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
-            row_mean = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-            rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
-            grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * row_mean).sum((0, 2))
-
+        delta = None
         one_pass = backward != "full" and _one_pass(backend, q.size(-1), dropout_p)
         if backend == "cpu_native":
-            grad_q, grad_k, grad_v = torch.ops.offbyone.cpu_backward(grad, q, k, v, out, lse, scale, backward)
+            operator = torch.ops.offbyone.cpu_backward
+            grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward)
         elif backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
         elif backward == "diagonal" and one_pass:
@@ -147,6 +142,13 @@ class FusedAttention(torch.autograd.Function):
             else:
                 _, _, grad_v = kernel(out, lse, scale)
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
+
+        grad_null = None
+        if null_logit is not None and ctx.needs_input_grad[3]:
+            # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
+            delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1) if delta is None else delta
+            rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
+            grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
 
 
@@ -260,6 +262,8 @@ def use_backend(name: str):
     global _backend_in_use
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
+    if name == "cpu_native" and not _native():
+        raise ValueError("the CPU's own kernel is not there: it needs Linux and a C++ compiler, see model_cpu.py")
     former, _backend_in_use = _backend_in_use, name
     try:
         yield

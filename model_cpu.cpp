@@ -21,7 +21,7 @@ namespace {
 // --- vectors ---------------------------------------------------------------------------------------------------------
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, VECTORS = 4;  // of a row of the result in registers: 6 × 4 of 32, beside those of a factor
+constexpr int LANES = 16, VECTORS = 4;  // 6 × 4 of the 32 registers hold a block of a product, see multiply_block
 #elif defined(__AVX__)
 constexpr int LANES = 8, VECTORS = 2;  // 6 × 2 of 16
 #elif defined(__ARM_NEON)
@@ -129,9 +129,9 @@ struct Factor {  // the left one, read number by number: a tile as it stands or 
 inline Factor as_is(Tile x) { return {x.data, x.width, 1}; }
 inline Factor transposed(Tile x) { return {x.data, 1, x.width}; }
 
-// Which part of a product C = A B is wanted, where the causal mask makes the rest of it zero or of no use: of C the
+// Which region of a product C = A B is wanted, where the causal mask makes the rest of it zero or of no use: of C the
 // columns up to, or from, the row's own number; of the sum, the terms up to, or from, the row's own number.
-enum Part { ALL, COLUMNS_TO_ROW, COLUMNS_FROM_ROW, TERMS_TO_ROW, TERMS_FROM_ROW };
+enum Region { ALL, COLUMNS_TO_ROW, COLUMNS_FROM_ROW, TERMS_TO_ROW, TERMS_FROM_ROW };
 
 template <int M, int N>  // rows, vectors
 inline void multiply_block(float* c, int c_width, Factor a, const float* b, int b_width, int k, int k_end, bool add) {
@@ -161,22 +161,22 @@ template <int M>
 void multiply_rows(float* c, int c_width, Factor a, Tile b, int n, int n_end, int k, int k_end, bool add) {
   for (; n + VECTORS * LANES <= n_end; n += VECTORS * LANES)
     multiply_block<M, VECTORS>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
-  for (; n + 2 * LANES <= n_end; n += 2 * LANES)
+  for (; n + 2 * LANES <= n_end; n += 2 * LANES)  // (nothing is left for this where VECTORS is 2)
     multiply_block<M, 2>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
   for (; n < n_end; n += LANES) multiply_block<M, 1>(c + n, c_width, a, b.data + n, b.width, k, k_end, add);
 }
 
 // C = A B, or C += A B: C (rows, columns), A (rows, terms), B (terms, columns); columns a multiple of LANES.
-void multiply(Tile c, Factor a, Tile b, int rows, int columns, int terms, bool add, Part part = ALL) {
+void multiply(Tile c, Factor a, Tile b, int rows, int columns, int terms, bool add, Region region = ALL) {
   constexpr decltype(&multiply_rows<1>) by_rows[] = {multiply_rows<1>, multiply_rows<2>, multiply_rows<3>,
                                                      multiply_rows<4>, multiply_rows<5>, multiply_rows<ROWS>};
   for (int m = 0; m < rows; m += ROWS, a.data += ROWS * a.row) {
     const int count = std::min(ROWS, rows - m);
     int n = 0, n_end = columns, k = 0, k_end = terms;
-    if (part == COLUMNS_TO_ROW) n_end = std::min(columns, round_up(m + count, LANES));
-    if (part == COLUMNS_FROM_ROW) n = m / LANES * LANES;
-    if (part == TERMS_TO_ROW) k_end = std::min(terms, m + count);
-    if (part == TERMS_FROM_ROW) k = m;
+    if (region == COLUMNS_TO_ROW) n_end = std::min(columns, round_up(m + count, LANES));
+    if (region == COLUMNS_FROM_ROW) n = m / LANES * LANES;
+    if (region == TERMS_TO_ROW) k_end = std::min(terms, m + count);
+    if (region == TERMS_FROM_ROW) k = m;
     by_rows[count - 1](c[m], c.width, a, b, n, n_end, k, k_end, add);
   }
 }
@@ -251,29 +251,26 @@ void transpose(Tile tile, Tile x, int count) {
 // Room for the tiles of one thread: taken once, and dealt out anew for each head.
 class Scratch {
  public:
-  Scratch(int T, int width)
-      : start(allocate(3 * T + T / TILE + 12 * std::max(TILE, width), std::max(TILE, width)), &std::free) {}
-  void clear() { next = start.get(); }
+  Scratch(int64_t size) : memory(new float[size + 16]), end(memory.get() + size + 16) { clear(); }
+  void clear() { next = memory.get() + (64 - (uintptr_t)memory.get() % 64) / sizeof(float); }  // a cache line's start
   Tile tile(int rows, int width) {
     const Tile tile{next, width};
-    next += rows * width;
+    next += (int64_t)rows * width;
+    if (next > end) std::abort();  // whoever asked for the scratch has miscounted
     return tile;
   }
 
  private:
-  static float* allocate(size_t rows, size_t width) {
-    return (float*)std::aligned_alloc(64, sizeof(float) * rows * width);
-  }
-  std::unique_ptr<float[], decltype(&std::free)> start;
-  float* next;
+  std::unique_ptr<float[]> memory;
+  float *end, *next;
 };
 
-// task(scratch, b, h, part) for every part of every head
+// task(scratch, b, h, part) for every part of every head, with a scratch of `size` numbers
 template <class Task>
-void share_out(int B, int H, int parts, int T, int width, int threads, Task task) {
+void share_out(int B, int H, int parts, int64_t size, int threads, Task task) {
 #pragma omp parallel num_threads(threads)
   {
-    Scratch scratch(T, width);
+    Scratch scratch(size);
 #pragma omp for schedule(dynamic)
     for (int64_t n = 0; n < (int64_t)B * H * parts; ++n) {
       scratch.clear();
@@ -317,7 +314,8 @@ template <class Number>
 void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor out, float* lse, int parts, int B, int H,
              int T, int D, float scale, int threads) {
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
-  share_out(B, H, parts, T, width, threads, [=](Scratch& scratch, int b, int h, int part) {
+  const int64_t size = (2 * T + 3 * TILE) * (int64_t)width + TILE * TILE + 3 * TILE;
+  share_out(B, H, parts, size, threads, [=](Scratch& scratch, int b, int h, int part) {
     const Tile k = scratch.tile(T, width), v = scratch.tile(T, width), qi = scratch.tile(TILE, width);
     const Tile qt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
     float *top = scratch.tile(1, TILE)[0], *sum = scratch.tile(1, TILE)[0], *decay = scratch.tile(1, TILE)[0];
@@ -358,13 +356,14 @@ enum Backward { FULL, DIAGONAL, STE, VALUES };  // VALUES: dV alone
 // A row of P = exp(S − lse) in place of S and, but for VALUES, of dS in place of dP.
 template <Backward backward, bool masked>
 inline void row_gradient(float* s, float* dp, int columns, int seen, float lse, float delta) {
+  if (lse == -INF) lse = INF;  // no weight at all: a row of −∞
   const ints lanes = lane_numbers();
   int j = 0;
   for (; j < std::min(columns, round_up(seen, LANES)); j += LANES) {
     vec x = load(s + j) - lse, p, p_minus_1;
     x = x > 0.0f ? vec{} : x;  // the rounding of large scores may exceed the logsumexp
     exponential(x, p, p_minus_1);
-    vec ds = load(dp + j);
+    vec ds = backward == VALUES ? vec{} : load(dp + j);
     if (backward == FULL) ds = p * (ds - delta);
     if (backward == DIAGONAL) ds = p * -p_minus_1 * ds;
     if (masked) p = lanes + j < seen ? p : vec{}, ds = lanes + j < seen ? ds : vec{};
@@ -388,31 +387,26 @@ inline float dot(const float* x, const float* y, int width) {
 // One head's gradients from the blocks of keys first, first + step, …: dK and dV of these, and their share of dQ.
 template <class Number, Backward backward>
 void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Number> k, Rows<const Number> v,
-                   Rows<const Number> out, const float* lse, Rows<float> dq_, Rows<Number> dk, Rows<Number> dv,
+                   const float* lse, const float* delta, Rows<float> dq_, Rows<Number> dk, Rows<Number> dv,
                    Scratch& scratch, int T, int D, float scale, int first, int step) {
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
-  float* delta = scratch.tile(TILE, round_up(T, TILE) / TILE)[0];  // Σ_j P_ij dP_ij = g_i·out_i
   const Tile q = scratch.tile(T, width), g = scratch.tile(T, width), dq = scratch.tile(T, width);
-  const Tile kt = scratch.tile(width, TILE), vt = scratch.tile(width, TILE), kj = scratch.tile(TILE, width);
+  const Tile kj = scratch.tile(TILE, width), kt = scratch.tile(width, TILE);
+  const Tile vj = scratch.tile(TILE, width), vt = scratch.tile(width, TILE);
   const Tile dkj = scratch.tile(TILE, width), dvj = scratch.tile(TILE, width);
   const Tile s = scratch.tile(TILE, TILE), dp = scratch.tile(TILE, TILE);
   read(q, q_, 0, T, D, scale);
   read(g, g_, 0, T, D);
-  if (backward == FULL)
-    for (int t = 0; t < T; ++t) {  // dq is free yet
-      read(dq, out, t, 1, D);
-      delta[t] = dot(g[t], dq[0], width);
-    }
   if (backward != VALUES) std::fill(dq[0], dq[std::min(first * TILE, T)], 0);
   for (int j = first; j < blocks; j += step) {
     const int keys = std::min(TILE, T - j * TILE), columns = round_up(keys, LANES);
     if (backward != VALUES) {
-      read(kj, v, j * TILE, keys, D);
-      transpose(vt, kj, keys);
+      read(vj, v, j * TILE, keys, D);
+      transpose(vt, vj, keys);
     }
     read(kj, k, j * TILE, keys, D);
     transpose(kt, kj, keys);
-    read(kj, k, j * TILE, keys, D, scale);
+    read(kj, k, j * TILE, keys, D, scale);  // now for dQ, which has the scale as a factor; S has it from q
     for (int i = j; i < blocks; ++i) {
       const bool diagonal = i == j;
       const int queries = std::min(TILE, T - i * TILE);
@@ -420,7 +414,7 @@ void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Numb
       multiply(s, as_is(qi), kt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
       if (backward != VALUES) multiply(dp, as_is(gi), vt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
       for (int t = 0; t < queries; ++t) {
-        const float lse_t = lse[i * TILE + t], delta_t = backward == FULL ? delta[i * TILE + t] : 0;
+        const float lse_t = lse[i * TILE + t], delta_t = delta[i * TILE + t];
         if (diagonal)
           row_gradient<backward, true>(s[t], dp[t], columns, t + 1, lse_t, delta_t);
         else
@@ -438,14 +432,24 @@ void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Numb
 }
 
 template <class Number, Backward backward>
-void backward_heads(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse, Tensor dq, int64_t part,
-                    int parts, Tensor dk, Tensor dv, int B, int H, int T, int D, float scale, int threads) {
-  share_out(B, H, parts, T, round_up(D, LANES), threads, [=](Scratch& scratch, int b, int h, int first) {
+void backward_heads(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse, float* delta, Tensor dq,
+                    int64_t dq_part, Tensor dk, Tensor dv, int parts, int B, int H, int T, int D, float scale,
+                    int threads) {
+  const int64_t width = round_up(D, LANES), size = (3 * T + 6 * TILE) * width + 2 * TILE * TILE;
+  share_out(B, H, 1, 2 * width, threads, [=](Scratch& scratch, int b, int h, int) {
+    const Tile gi = scratch.tile(1, width), oi = scratch.tile(1, width);
+    for (int t = 0; t < T; ++t) {
+      read(gi, Rows<const Number>(g, b, h), t, 1, D);
+      read(oi, Rows<const Number>(out, b, h), t, 1, D);
+      delta[((int64_t)b * H + h) * T + t] = dot(gi[0], oi[0], width);
+    }
+  });
+  share_out(B, H, parts, size, threads, [=](Scratch& scratch, int b, int h, int first) {
+    const int64_t head = ((int64_t)b * H + h) * T;
     Rows<float> own_dq(dq, b, h);
-    own_dq.data += first * part;
-    backward_head<Number, backward>({g, b, h}, {q, b, h}, {k, b, h}, {v, b, h}, {out, b, h},
-                                    lse + ((int64_t)b * H + h) * T, own_dq, {dk, b, h}, {dv, b, h}, scratch, T, D,
-                                    scale, first, parts);
+    own_dq.data += first * dq_part;
+    backward_head<Number, backward>({g, b, h}, {q, b, h}, {k, b, h}, {v, b, h}, lse + head, delta + head, own_dq,
+                                    {dk, b, h}, {dv, b, h}, scratch, T, D, scale, first, parts);
   });
 }
 
@@ -455,7 +459,8 @@ template <class Number>
 void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B, int H, int T, int D, float scale,
             int threads) {
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
-  share_out(B, H, 1, T, width, threads, [=](Scratch& scratch, int b, int h, int) {
+  const int64_t size = 5 * TILE * width + TILE * TILE + width * width;
+  share_out(B, H, 1, size, threads, [=](Scratch& scratch, int b, int h, int) {
     const Rows<const Number> ah(a_, b, h), bh(b_, b, h), ch(c_, b, h);
     const Tile ai = scratch.tile(TILE, width), bi = scratch.tile(TILE, width), ci = scratch.tile(TILE, width);
     const Tile bt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
@@ -487,27 +492,27 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 extern "C" {
 
 // Each head is done in `parts`, of the queries here and of the keys in the backward, so that all threads have work.
-void attention_forward(bool half, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
+void attention_forward(bool is_bfloat16, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
                        int parts, int B, int H, int T, int D, float scale, int threads) {
-  (half ? forward<bfloat16> : forward<float>)(q, k, v, null_logit, out, lse, parts, B, H, T, D, scale, threads);
+  (is_bfloat16 ? forward<bfloat16> : forward<float>)(q, k, v, null_logit, out, lse, parts, B, H, T, D, scale, threads);
 }
 
-// dq (parts, B, H, T, D), float32, `part` numbers from one part to the next: the gradient is their sum. For VALUES dq
-// and dk are left alone.
-void attention_backward(bool half, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse,
-                        Tensor dq, int64_t part, Tensor dk, Tensor dv, int parts, int B, int H, int T, int D,
-                        float scale, int threads) {
+// delta (B, H, T) becomes Σ_j P_ij dP_ij = g_i·out_i. dq (parts, B, H, T, D) is float32, `dq_part` numbers from one
+// part to the next: the gradient is their sum. For VALUES dq and dk are left alone.
+void attention_backward(bool is_bfloat16, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out,
+                        const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk, Tensor dv, int parts,
+                        int B, int H, int T, int D, float scale, int threads) {
   constexpr decltype(&backward_heads<float, FULL>) run[][2] = {
       {backward_heads<float, FULL>, backward_heads<bfloat16, FULL>},
       {backward_heads<float, DIAGONAL>, backward_heads<bfloat16, DIAGONAL>},
       {backward_heads<float, STE>, backward_heads<bfloat16, STE>},
       {backward_heads<float, VALUES>, backward_heads<bfloat16, VALUES>},
   };
-  run[backward][half](g, q, k, v, out, lse, dq, part, parts, dk, dv, B, H, T, D, scale, threads);
+  run[backward][is_bfloat16](g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H, T, D, scale, threads);
 }
 
-void linear_attention(bool half, bool anticausal, Tensor a, Tensor b, Tensor c, Tensor out, int B, int H, int T, int D,
-                      float scale, int threads) {
-  (half ? linear<bfloat16> : linear<float>)(anticausal, a, b, c, out, B, H, T, D, scale, threads);
+void linear_attention(bool is_bfloat16, bool anticausal, Tensor a, Tensor b, Tensor c, Tensor out, int B, int H, int T,
+                      int D, float scale, int threads) {
+  (is_bfloat16 ? linear<bfloat16> : linear<float>)(anticausal, a, b, c, out, B, H, T, D, scale, threads);
 }
 }

@@ -3,18 +3,20 @@
 PyTorch's fused kernels give `diagonal` in two backward passes and no STE at all (see FusedAttention in model.py); this
 one does every variant in one, the null logit included, and bfloat16 at the speed of float32 where the processor only
 emulates it. It is compiled for the processor it runs on, in some three seconds, into `__pycache__`; where there is no
-compiler (Linux only, so far) `load` says so and attention runs on PyTorch's kernels.
+compiler (and but for Linux, so far) `load` says so and attention runs on PyTorch's kernels.
 
-The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D), the last dimension contiguous, and sum
-in float32. They are opaque to torch.compile, which so keeps one graph.
+The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D), the last dimension contiguous (they do
+not check: FusedAttention has), and sum in float32. They are opaque to torch.compile, which so keeps one graph.
 """
 
+import contextlib
 import ctypes
 import functools
 import hashlib
 import math
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -26,10 +28,12 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("model_cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
-_MODES = ("full", "diagonal", "ste", "values")  # model_cpu.cpp's enum Backward
-LINEAR_FROM = (
-    256  # up to so many tokens STE's products with the masked matrix, tile by tile, cost less than running sums
-)
+BACKWARDS = ("full", "diagonal", "ste", "values")  # model_cpu.cpp's enum Backward; the last is dV alone
+
+# Up to so many tokens STE's dQ and dK come faster from the masked matrix, tile by tile, beyond from running sums. The
+# whole backward on 2 cores of Zen 4, heads of 64, the former against the latter: 4.3 and 6.1 ms at T = 128 (96 heads),
+# 6.8 and 7.6 at 256 (48 heads), 4.5 and 3.7 at 384 (16 heads), 11.7 and 9.9 at 512 (24 heads).
+LINEAR_FROM = 256
 
 
 class _Tensor(ctypes.Structure):
@@ -38,26 +42,29 @@ class _Tensor(ctypes.Structure):
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
 
 
-_t, _p, _i, _f, _b = _Tensor, ctypes.c_void_p, ctypes.c_int, ctypes.c_float, ctypes.c_bool
-_SIGNATURES = {  # each ends with B, H, T, D, the scale, and the threads
-    "attention_forward": (_b, _t, _t, _t, _p, _t, _p, _i, _i, _i, _i, _i, _f, _i),
-    "attention_backward": (_b, _i, *[_t] * 5, _p, _t, ctypes.c_int64, _t, _t, _i, _i, _i, _i, _i, _f, _i),
-    "linear_attention": (_b, _b, _t, _t, _t, _t, _i, _i, _i, _i, _f, _i),
+_tensor, _pointer, _stride, _flag, _count = _Tensor, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
+_shape = (_count, _count, _count, _count, ctypes.c_float, _count)  # B, H, T, D; the scale; the threads
+_SIGNATURES = {
+    "attention_forward": (_flag, *[_tensor] * 3, _pointer, _tensor, _pointer, _count, *_shape),
+    "attention_backward": (
+        *(_flag, _count, *[_tensor] * 5, _pointer, _pointer, _tensor, _stride, _tensor, _tensor, _count),
+        *_shape,
+    ),
+    "linear_attention": (_flag, _flag, *[_tensor] * 4, *_shape),
 }
 
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it cannot be built, with a warning if that is the compiler's failure."""
-    compiler = shutil.which(os.environ.get("CXX", "c++"))
-    if platform.system() != "Linux" or compiler is None:
+    """The compiled kernel; None where there is no compiler or, with a warning, where it fails."""
+    compiler = shlex.split(os.environ.get("CXX") or "c++")
+    if platform.system() != "Linux" or shutil.which(compiler[0]) is None:
         return None
     try:
         library = ctypes.CDLL(str(build(compiler)))
-    except (OSError, subprocess.SubprocessError) as error:
-        lines = (getattr(error, "stderr", None) or str(error)).strip().splitlines()
-        reason = next((line for line in lines if "error" in line), lines[-1])
-        warnings.warn(f"{SOURCE.name} cannot be used, attention runs on PyTorch's kernels: {reason}", stacklevel=2)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        warnings.warn(f"{SOURCE.name} cannot be used, so attention runs on PyTorch's kernels:\n{said}", stacklevel=2)
         return None
     for name, signature in _SIGNATURES.items():
         function = getattr(library, name)
@@ -65,25 +72,25 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-def build(compiler: str) -> Path:
-    """The shared library of this source, this compiler and this processor, made if it is not there yet."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    parts = (SOURCE.read_text(), version, *FLAGS, processor())
-    name = f"model_cpu-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
-    folder = SOURCE.parent / "__pycache__"
-    if (folder / name).exists():
-        return folder / name
-    try:
-        folder.mkdir(exist_ok=True)
-        made = Path(tempfile.mkdtemp(dir=folder))
-    except OSError:  # a checkout that cannot be written to
-        made = folder = Path(tempfile.mkdtemp())
-    try:
-        subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", made / name], capture_output=True, text=True, check=True)
-        return (made / name).replace(folder / name)  # at once: other processes may be building the same
-    finally:
-        if made != folder:
-            shutil.rmtree(made)
+def build(compiler: list[str]) -> Path:
+    """The shared library of this source, this compiler and this processor, made if it is not there yet.
+
+    In `__pycache__` beside the source, or in the user's cache where that cannot be written to. Raises OSError where
+    neither can, CalledProcessError where the compiler fails.
+    """
+    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
+    parts = (SOURCE.read_bytes(), version, compiler, FLAGS, processor())
+    name = f"{SOURCE.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "offbyone")
+    for folder in (SOURCE.parent / "__pycache__", cache):
+        with contextlib.suppress(OSError):
+            if (folder / name).exists():
+                return folder / name
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
+                subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
+                return Path(made, name).replace(folder / name)  # at once: other processes may be building the same
+    raise OSError(f"no folder to keep it in: neither {SOURCE.parent / '__pycache__'} nor {cache} can be written to")
 
 
 def processor() -> str:
@@ -115,9 +122,12 @@ def _empty_result(q: Tensor) -> Tensor:
 
 
 def _parts(q: Tensor) -> int:
-    """Into how many each head is divided, so that every thread has as many of them to do."""
-    threads = torch.get_num_threads()
-    return threads // math.gcd(q.size(0) * q.size(1), threads)
+    """Into how many a head is divided so that all threads have as much to do; 1 where there are heads enough.
+
+    Each thread holds three copies of a head's rows, and dQ is summed over the parts: memory that grows with threads.
+    """
+    heads, blocks, threads = q.size(0) * q.size(1), -(-q.size(2) // 64), torch.get_num_threads()
+    return 1 if heads >= 4 * threads else min(max(blocks, 1), threads // math.gcd(heads, threads))
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -126,30 +136,34 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scal
         raise ValueError(f"the CPU's own kernel takes float32 and bfloat16, not {q.dtype}")
     out, lse = _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     null_logit = None if null_logit is None else null_logit.float().contiguous()
-    half, threads = q.dtype == torch.bfloat16, torch.get_num_threads()
-    _call("attention_forward", half, q, k, v, null_logit, out, lse, _parts(q), *q.shape, scale, threads)
+    common = (_parts(q), *q.shape, scale, torch.get_num_threads())
+    _call("attention_forward", q.dtype == torch.bfloat16, q, k, v, null_logit, out, lse, *common)
     return out, lse
 
 
 def cpu_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backward: str
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) from dL/dO, what the forward gave, and `backward`: full, diagonal or ste."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV, delta) from dL/dO, what the forward gave, and `backward`: full, diagonal or ste.
+
+    delta (B, H, T), float32, is each row's `Σ_j P_ij dP_ij = g_i·out_i`, which the null logit's gradient needs.
+    """
     B, H, T, D = q.shape
-    half, threads, parts = q.dtype == torch.bfloat16, torch.get_num_threads(), _parts(q)
-    dq, dk, dv = (_empty_result(q) for _ in range(3))
-    if backward == "ste" and T > LINEAR_FROM:
-        inputs = (grad, q, k, v, out, lse, dq, 0, dk, dv)  # but dq and dk are left alone
-        _call("attention_backward", half, _MODES.index("values"), *inputs, parts, B, H, T, D, scale, threads)
-        _call("linear_attention", half, False, grad, v, k, dq, B, H, T, D, scale, threads)
-        _call("linear_attention", half, True, v, grad, q, dk, B, H, T, D, scale, threads)
-        return dq, dk, dv
-    if parts > 1 or half:  # dQ is summed in float32
-        sums = q.new_empty(parts, B, T, H, D, dtype=torch.float32)
-        dq = sums[0].transpose(1, 2)
-    inputs = (grad, q, k, v, out, lse, dq, sums.stride(0) if parts > 1 else 0, dk, dv)
-    _call("attention_backward", half, _MODES.index(backward), *inputs, parts, B, H, T, D, scale, threads)
-    return (sums.sum(0).transpose(1, 2) if parts > 1 else dq).to(q.dtype), dk, dv
+    parts, shape = _parts(q), (B, H, T, D, scale, torch.get_num_threads())
+    is_bfloat16, linear = q.dtype == torch.bfloat16, backward == "ste" and T > LINEAR_FROM
+    dk, dv, delta = _empty_result(q), _empty_result(q), torch.empty_like(lse)
+    if linear:  # dQ and dK are left alone by the first
+        dq = _empty_result(q)
+        inputs = (is_bfloat16, BACKWARDS.index("values"), grad, q, k, v, out, lse, delta)
+        _call("attention_backward", *inputs, dq, 0, dk, dv, parts, *shape)
+        _call("linear_attention", is_bfloat16, False, grad, v, k, dq, *shape)
+        _call("linear_attention", is_bfloat16, True, v, grad, q, dk, *shape)
+        return dq, dk, dv, delta
+    dq = q.new_empty(parts, B, T, H, D, dtype=torch.float32)
+    inputs = (is_bfloat16, BACKWARDS.index(backward), grad, q, k, v, out, lse, delta)
+    _call("attention_backward", *inputs, dq[0].transpose(1, 2), dq.stride(0), dk, dv, parts, *shape)
+    dq = (dq.sum(0) if parts > 1 else dq[0]).transpose(1, 2)
+    return dq.to(q.dtype), dk, dv, delta
 
 
 # Not by torch.library.custom_op, whose wrapping costs 10 µs a call, a tenth of a short context's time.
@@ -157,7 +171,7 @@ _library = torch.library.Library("offbyone", "FRAGMENT")
 _library.define("cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? null_logit, float scale) -> (Tensor, Tensor)")
 _library.define(
     "cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backward)"
-    " -> (Tensor, Tensor, Tensor)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("cpu_forward", cpu_forward, "CPU")
 _library.impl("cpu_backward", cpu_backward, "CPU")
@@ -170,4 +184,4 @@ def _(q, k, v, null_logit, scale):
 
 @torch.library.register_fake("offbyone::cpu_backward", lib=_library)
 def _(grad, q, k, v, out, lse, scale, backward):
-    return tuple(_empty_result(q) for _ in range(3))
+    return *(_empty_result(q) for _ in range(3)), torch.empty_like(lse)
