@@ -140,6 +140,7 @@ inline void multiply_block(float* c, int c_width, Factor a, const float* b, int 
   for (int m = 0; m < M; ++m)
 #pragma GCC unroll 8
     for (int n = 0; n < N; ++n) sum[m][n] = add ? load(c + m * c_width + n * LANES) : vec{};
+#pragma GCC unroll 2
   for (; k < k_end; ++k) {
     vec row[N];
 #pragma GCC unroll 8

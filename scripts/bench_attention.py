@@ -32,7 +32,7 @@ from harness.device import choose_device, keep_freed_memory, now, processor_name
 from harness.errors import UserError, run_cli
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
 from harness.runfolder import write_text
-from model import attention, materialized_attention
+from model import attention, attention_backend, materialized_attention
 
 VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
 STOCK = "scaled_dot_product_attention"
@@ -66,7 +66,9 @@ def main() -> None:
     rows += [{"T": T, "variant": name, "MiB": peak} for (name, T), peak in peaks.items()]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     title = f"{where}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {args.dtype}, "
-    title += f"B {args.B}, H {args.H}, D {args.D}"
+    title += f"B {args.B}, H {args.H}, D {args.D}; by "
+    q = inputs(1, args, device)[0]
+    title += " and ".join(sorted({attention_backend(q, q, stock=stock) for stock in (False, True)}))
     print(title)
     print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
     args.out.mkdir(parents=True, exist_ok=True)
@@ -213,7 +215,7 @@ def draw(rows: list[dict], title: str, path: Path) -> Path:
     ratios.set(xlabel="context length T", ylabel="over (a), the stock kernel", title="Ratio", ylim=(0, None))
     for axes in (times, ratios):
         axes.set_xscale("log", base=2)
-    times.legend(fontsize=7)
+    times.legend(fontsize=7, loc="lower right")
     figure.suptitle(title, fontsize=8, color="#555555")
     return save_figure(figure, path)
 
