@@ -5,7 +5,8 @@ is fair to all; medians over the steps. Columns: tokens/s; milliseconds a step, 
 forward, kl (the forward pass of `kl.reference` and the penalty; 0 where there is none), backward and optimizer
 (clipping included); MFU against the device's peak rate; peak memory; speed, the first row's time over this row's.
 
---baseline adds, in front, the first config's model as plain PyTorch steps it: eager float32 and unfused AdamW.
+--baseline adds, in front, the first config's model as plain PyTorch steps it: eager float32 on its own attention
+kernels, and unfused AdamW.
 --steps N (default 20) steps a config, after a warm-up; --out FILE writes the numbers as JSON.
 """
 
@@ -14,6 +15,7 @@ import contextlib
 import dataclasses
 import json
 import multiprocessing
+import os
 import resource
 import statistics
 import sys
@@ -109,7 +111,9 @@ class Bench:
     def __init__(self, config: Config, baseline: bool):
         self.config, c = config, config.training
         self.name = f"{config.run.name}, eager float32, unfused" if baseline else config.run.name
-        if not baseline:
+        if baseline:
+            os.environ |= {"OFFBYONE_NATIVE": "0", "OFFBYONE_TRITON": "0"}  # PyTorch's own attention
+        else:
             keep_freed_memory()
         self.device = choose_device(c.device)
         self.dtype = torch.float32 if baseline else choose_dtype(c.dtype, self.device)
