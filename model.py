@@ -60,7 +60,8 @@ def attention(
     `null_logit` (H,) gives every row one more slot of that logit and value zero: 0 is softmax1, log n softmax_n, and a
     learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is exact, whatever `backward`.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
-    `scale` multiplies q·k, 1/√D by default. Raises ValueError, naming what was given and what is allowed.
+    `scale` multiplies q·k, 1/√D by default. The result can be differentiated once; under `materialized_attention()` as
+    often as you like. Raises ValueError, naming what was given and what is allowed.
     """
     _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
@@ -344,6 +345,9 @@ def attention_weights(
     return out
 
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
 def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale) -> None:
     if normalizer not in get_args(Normalizer):
         raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
@@ -353,7 +357,13 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
         raise ValueError(f"scale is {scale}, but must be positive (the kernels' masks need it)")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
-    if not (q.is_floating_point() and q.dtype == k.dtype == v.dtype):
+    for name, x in (("q", q), ("k", k), ("v", v), ("null_logit", null_logit)):
+        if x is not None and not (torch.is_tensor(x) and x.dtype in FLOATS):
+            given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} is {given}, but must be a tensor of {', '.join(map(str, FLOATS))}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
+    if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(-1) != k.size(-1):

@@ -56,41 +56,52 @@ _SIGNATURES = {
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernel; None where there is no compiler or, with a warning, where it fails."""
-    compiler = shlex.split(os.environ.get("CXX") or "c++")
-    if platform.system() != "Linux" or shutil.which(compiler[0]) is None:
+    """The compiled kernel; None where it cannot be had, with a warning unless there is just no compiler."""
+    if platform.system() != "Linux":
         return None
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     try:
-        library = ctypes.CDLL(str(build(compiler)))
+        path = build(compiler)
+        library = ctypes.CDLL(str(path)) if path else None
     except (OSError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
-        warnings.warn(f"{SOURCE.name} cannot be used, so attention runs on PyTorch's kernels:\n{said}", stacklevel=2)
+        warnings.warn(
+            f"no kernel from {SOURCE.name} by {shlex.join(compiler)}: attention runs on PyTorch's, slower. Mend it, "
+            f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{said}",
+            stacklevel=2,
+        )
         return None
-    for name, signature in _SIGNATURES.items():
+    for name, signature in _SIGNATURES.items() if library else ():
         function = getattr(library, name)
         function.argtypes, function.restype = signature, None
     return library
 
 
-def build(compiler: list[str]) -> Path:
+def build(compiler: list[str]) -> Path | None:
     """The shared library of this source, this compiler and this processor, made if it is not there yet.
 
-    In `__pycache__` beside the source, or in the user's cache where that cannot be written to. Raises OSError where
-    neither can, CalledProcessError where the compiler fails.
+    In `__pycache__` beside the source, or in the user's cache where that cannot be written to; once there, it needs no
+    compiler any more. None where there is no `c++`. Raises OSError where another compiler is not found or neither
+    folder can be written to, CalledProcessError where the compiler fails.
     """
-    version = subprocess.run([*compiler, "--version"], capture_output=True, check=True).stdout
-    parts = (SOURCE.read_bytes(), version, compiler, FLAGS, processor())
+    parts = (SOURCE.read_bytes(), compiler, FLAGS, processor())
     name = f"{SOURCE.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "offbyone")
-    for folder in (SOURCE.parent / "__pycache__", cache):
+    folders = (SOURCE.parent / "__pycache__", cache)
+    for folder in folders:
+        if (folder / name).exists():
+            return folder / name
+    if shutil.which(compiler[0]) is None:
+        if compiler == ["c++"]:
+            return None
+        raise FileNotFoundError(f"no such compiler: {compiler[0]}")
+    for folder in folders:
         with contextlib.suppress(OSError):
-            if (folder / name).exists():
-                return folder / name
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
                 subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
                 return Path(made, name).replace(folder / name)  # at once: other processes may be building the same
-    raise OSError(f"no folder to keep it in: neither {SOURCE.parent / '__pycache__'} nor {cache} can be written to")
+    raise OSError(f"no folder to keep it in: neither {folders[0]} nor {cache} can be written to")
 
 
 def processor() -> str:

@@ -6,8 +6,8 @@ scaled_dot_product_attention, which every ratio is over, and (b) each variant's 
 matrices stay below 2 GiB. The peak memory of a forward and backward pass is measured in a process of its own: resident
 memory over a warmed baseline on a CPU, inputs and gradients included; allocated memory on a GPU.
 
-Columns: forward and forward+backward in milliseconds; ratio, forward+backward over (a); materialized, forward+backward
-of (b) over the variant's own; MiB, the peak.
+Columns: forward and forward+backward in milliseconds, medians; ratio, forward+backward over (a), the median of the
+rounds' own ratios; materialized, forward+backward of (b) over the variant's own; MiB, the peak.
 """
 
 import argparse
@@ -51,7 +51,11 @@ def main() -> None:
         "--seconds", type=float, default=3.0, help="about so long for each variant and length; default: 3"
     )
     parser.add_argument(
-        "--memory", type=int, nargs="*", default=[8192], help="lengths of which to take the peak memory"
+        "--memory",
+        type=int,
+        nargs="*",
+        default=[8192],
+        help="lengths T of which to take the peak memory; none for none",
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench_attention"), help="folder of the JSON and the PNG")
     args = parser.parse_args()
@@ -195,27 +199,41 @@ def resident() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+def style(name: str) -> dict:
+    """Of a variant's line: colour and marker tell the backward, the dashes the normalizer."""
+    if name == STOCK:
+        return {"color": "#000000", "linewidth": 2.5}
+    normalizer, backward = name.split("/")
+    own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
+    return own | {"linestyle": {"softmax": "-", "softmax1": "--", "sink": ":"}[normalizer]}
+
+
 def draw(rows: list[dict], title: str, path: Path) -> Path:
     figure, (times, ratios) = new_figure(1, 2)
+    figure.set_figheight(4.2)  # the legend's share
     timed = [row for row in rows if "ratio" in row]
-    drawn = [name for name in names() if not name.startswith("sink")]
-    for name, style in zip(drawn, RUN_STYLES, strict=False):
+    for name in names():
         own = [row for row in timed if row["variant"] == name]
-        T = [row["T"] for row in own]
-        times.plot(T, [row["forward+backward"] for row in own], label=name, **style)
-        ratios.plot(T, [row["ratio"] for row in own], **style)
-    slow = [row for row in timed if row["materialized"] and row["variant"] == "softmax1/full"]
-    times.plot(
-        [row["T"] for row in slow],
-        [row["forward+backward"] * row["materialized"] for row in slow],
-        color="#999999",
-        label="softmax1/full, materialised",
-    )
-    times.set(yscale="log", xlabel="context length T", ylabel="forward + backward, ms", title="Time")
-    ratios.set(xlabel="context length T", ylabel="over (a), the stock kernel", title="Ratio", ylim=(0, None))
-    for axes in (times, ratios):
-        axes.set_xscale("log", base=2)
-    times.legend(fontsize=7, loc="lower right")
+        slow = [row for row in own if row["materialized"] is not None and row["variant"].startswith("softmax1/")]
+        for panel, column in ((times, "forward+backward"), (ratios, "ratio")):
+            panel.plot([row["T"] for row in own], [row[column] for row in own], label=name, **style(name))
+            if slow:
+                panel.plot(
+                    [row["T"] for row in slow],
+                    [row[column] * row["materialized"] for row in slow],
+                    label=f"{name}, materialised",
+                    alpha=0.35,
+                    **style(name),
+                )
+    times.set(ylabel="forward + backward, ms", title="Time", yscale="log")
+    ratios.set(ylabel="over the stock kernel's", title="Ratio")
+    ratios.set_yscale("log", base=2)
+    for panel in (times, ratios):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("context length T")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*ratios.get_legend_handles_labels(), fontsize=7, ncols=3, loc="outside lower center")
     figure.suptitle(title, fontsize=8, color="#555555")
     return save_figure(figure, path)
 

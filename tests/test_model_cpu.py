@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -76,30 +77,44 @@ def test_other_dtypes_are_refused_where_it_is_forced():
         attention(q, q, q)
 
 
-def test_it_is_compiled_once(anew):
+def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
     path = model_cpu.build(["c++"])
     before = path.stat().st_mtime_ns
     assert model_cpu.build(["c++"]) == path
     assert path.stat().st_mtime_ns == before
-
-
-def test_the_compiler_is_the_users(anew):
-    anew.setenv("CXX", "c++ -DNDEBUG")  # words, as make takes them
+    anew.setenv("PATH", "")
     assert model_cpu.load() is not None
 
 
-@pytest.mark.parametrize("how", ["no compiler", "a compiler that fails"])
-def test_without_a_compiler_attention_runs_on_pytorchs_kernels(how, anew, tmp_path):
+@pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default
+def test_the_compiler_is_the_users(words, anew):
+    anew.setenv("CXX", words)
+    assert model_cpu.load() is not None
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, None),
+        ("no-such-c++", "no such compiler: no-such-c"),
+        ("c++", r"by c\+\+: .* PyTorch's.* OFFBYONE_NATIVE=0 (?s:.*)error"),
+    ],
+)
+def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, anew, tmp_path):
     source = tmp_path / "model_cpu.cpp"
     source.write_text("this is no C++;")
     anew.setattr(model_cpu, "SOURCE", source)
-    q = torch.empty(1, 1, 9, 16)
-    if how == "no compiler":
-        anew.setenv("CXX", "no-such-compiler")
-        assert attention_backend(q, q) == "cpu_flash"
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if compiler is None:
+        anew.delenv("CXX", raising=False)
+        anew.setenv("PATH", "")
     else:
-        with pytest.warns(UserWarning, match=r"(?s)model_cpu\.cpp.*PyTorch's kernels.*error"):
-            assert attention_backend(q, q) == "cpu_flash"
+        anew.setenv("CXX", compiler)
+    q = torch.empty(1, 1, 9, 16)
+    with contextlib.nullcontext() if said is None else pytest.warns(UserWarning, match=r"model_cpu\.cpp") as warned:
+        assert attention_backend(q, q) == "cpu_flash"
+    if said is not None:
+        assert re.search(said, str(warned[0].message))
     assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model_cpu.cpp"]  # nothing half made is left
     with pytest.raises(ValueError, match=r"compiler"), use_backend("cpu_native"):
         pass
