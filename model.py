@@ -228,6 +228,11 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
 
 SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well
 
+# Up to so long a context PyTorch's flash kernel for bfloat16 on a CPU loses to the materialised form. The latter's time
+# over the former's, forward + backward, on 2 cores of Zen 4, which has bfloat16 units (8 sequences, 4 heads of 64):
+# full 0.7 to 0.8, diagonal 0.4 to 0.5, ste 0.7 to 0.8 at T = 64 and 128; 1.4, 0.8, 1.0 at 256; 1.7, 1.0, 1.4 at 512.
+SHORT_BFLOAT16 = 128
+
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
     """What computes attention on these: "cpu_native" (model_cpu.py), PyTorch's "cpu_flash", "cuda_flash" or
@@ -241,6 +246,8 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and _native():
             return "cpu_native"
+        if q.dtype == torch.bfloat16 and k.size(-2) <= SHORT_BFLOAT16:
+            return "materialized"
         return "stock" if stock else "cpu_flash"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)

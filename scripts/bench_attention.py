@@ -71,8 +71,8 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     title = f"{where}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {args.dtype}, "
     title += f"B {args.B}, H {args.H}, D {args.D}; by "
-    q = inputs(1, args, device)[0]
-    title += " and ".join(sorted({attention_backend(q, q, stock=stock) for stock in (False, True)}))
+    shapes = [torch.empty(args.B, args.H, T, args.D, device=device, dtype=getattr(torch, args.dtype)) for T in args.T]
+    title += " and ".join(sorted({attention_backend(q, q, stock=stock) for q in shapes for stock in (False, True)}))
     print(title)
     print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
     args.out.mkdir(parents=True, exist_ok=True)

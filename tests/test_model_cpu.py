@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import model_cpu
-from model import attention, attention_backend, materialized_attention, use_backend
+from model import SHORT_BFLOAT16, attention, attention_backend, materialized_attention, use_backend
 
 if model_cpu.load() is None:
     pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)
@@ -69,6 +69,9 @@ def test_it_is_what_float32_and_bfloat16_run_on(monkeypatch):
     monkeypatch.setenv("OFFBYONE_NATIVE", "0")
     assert attention_backend(q, q) == "cpu_flash"
     assert attention_backend(q, q, stock=True) == "stock"
+    for T, expected in ((SHORT_BFLOAT16, "materialized"), (SHORT_BFLOAT16 + 1, "cpu_flash")):
+        q = torch.empty(1, 1, T, 16, dtype=torch.bfloat16)
+        assert attention_backend(q, q) == expected, T
 
 
 def test_other_dtypes_are_refused_where_it_is_forced():
