@@ -68,7 +68,12 @@ def attention(
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     null_logit = torch.zeros(q.size(1), device=q.device) if normalizer == "softmax1" else null_logit
-    backend = attention_backend(q, k, dropout_p, stock=backward == "full" and null_logit is None)
+    stock = backward == "full" and null_logit is None
+    backend = attention_backend(q, k, dropout_p, stock) if q.numel() else "materialized"  # PyTorch's divide by T
+    if backend == "stock" and not stock:
+        raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
+    if backend.startswith("cpu") and dropout_p:
+        raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
     if backend == "materialized":
         weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale, dropout_p=dropout_p)
         return weights.to(v.dtype) @ v
@@ -228,11 +233,6 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
 
 SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well
 
-# Up to so long a context PyTorch's flash kernel for bfloat16 on a CPU loses to the materialised form. The latter's time
-# over the former's, forward + backward, on 2 cores of Zen 4, which has bfloat16 units (8 sequences, 4 heads of 64):
-# full 0.7 to 0.8, diagonal 0.4 to 0.5, ste 0.7 to 0.8 at T = 64 and 128; 1.4, 0.8, 1.0 at 256; 1.7, 1.0, 1.4 at 512.
-SHORT_BFLOAT16 = 128
-
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
     """What computes attention on these: "cpu_native" (model_cpu.py), PyTorch's "cpu_flash", "cuda_flash" or
@@ -246,8 +246,6 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and _native():
             return "cpu_native"
-        if q.dtype == torch.bfloat16 and k.size(-2) <= SHORT_BFLOAT16:
-            return "materialized"
         return "stock" if stock else "cpu_flash"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
@@ -266,7 +264,10 @@ _backend_in_use: str | None = None
 
 @contextlib.contextmanager
 def use_backend(name: str):
-    """Within this context `attention` takes the backend `name` (see `attention_backend`), whatever suits its inputs."""
+    """Within this context `attention` takes the backend `name` (see `attention_backend`), whatever suits its inputs.
+
+    ValueError for an unknown one, and from `attention` where "stock" or a CPU's kernel cannot do what is asked.
+    """
     global _backend_in_use
     if name not in BACKENDS:
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
@@ -360,21 +361,23 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
         raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
-    if scale is not None and not scale > 0:
-        raise ValueError(f"scale is {scale}, but must be positive (the kernels' masks need it)")
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
     for name, x in (("q", q), ("k", k), ("v", v), ("null_logit", null_logit)):
-        if x is not None and not (torch.is_tensor(x) and x.dtype in FLOATS):
+        if x is None and name == "null_logit":
+            continue
+        if not (torch.is_tensor(x) and x.dtype in FLOATS):
             given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
             raise ValueError(f"{name} is {given}, but must be a tensor of {', '.join(map(str, FLOATS))}")
-        if x is not None and x.device != q.device:
+        if x.device != q.device:
             raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(-1) != k.size(-1):
-        raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H, T_k, D)")
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(-1) != k.size(-1) or not q.size(-1):
+        raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H, T_k, D), D ≥ 1")
     if q.size(-2) > k.size(-2):
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
     if null_logit is not None and normalizer == "softmax1":

@@ -59,14 +59,14 @@ def load() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had, with a warning unless there is just no compiler."""
     if platform.system() != "Linux":
         return None
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    words = os.environ.get("CXX", "").strip() or "c++"
     try:
-        path = build(compiler)
-        library = ctypes.CDLL(str(path)) if path else None
-    except (OSError, subprocess.CalledProcessError) as error:
+        path = build(shlex.split(words))
+        library = _opened(path) if path else None
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         warnings.warn(
-            f"no kernel from {SOURCE.name} by {shlex.join(compiler)}: attention runs on PyTorch's, slower. Mend it, "
+            f"no kernel from {SOURCE.name} by {words}: attention runs on PyTorch's, slower. Mend it, "
             f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{said}",
             stacklevel=2,
         )
@@ -75,6 +75,14 @@ def load() -> ctypes.CDLL | None:
         function = getattr(library, name)
         function.argtypes, function.restype = signature, None
     return library
+
+
+def _opened(path: Path) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError:
+        path.unlink(missing_ok=True)  # else the next process would find it, and not build it anew
+        raise
 
 
 def build(compiler: list[str]) -> Path | None:
@@ -86,10 +94,10 @@ def build(compiler: list[str]) -> Path | None:
     """
     parts = (SOURCE.read_bytes(), compiler, FLAGS, processor())
     name = f"{SOURCE.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "offbyone")
-    folders = (SOURCE.parent / "__pycache__", cache)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = (SOURCE.parent / "__pycache__", Path(cache, "offbyone"))
     for folder in folders:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):  # (False, where Path's own raises, in a folder that may not be read)
             return folder / name
     if shutil.which(compiler[0]) is None:
         if compiler == ["c++"]:
@@ -98,10 +106,13 @@ def build(compiler: list[str]) -> Path | None:
     for folder in folders:
         with contextlib.suppress(OSError):
             folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
-                subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
-                return Path(made, name).replace(folder / name)  # at once: other processes may be building the same
-    raise OSError(f"no folder to keep it in: neither {folders[0]} nor {cache} can be written to")
+        if os.access(folder, os.W_OK) and folder.is_dir():
+            break
+    else:
+        raise OSError(f"no folder to keep it in: neither {folders[0]} nor {folders[1]} can be written to")
+    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
+        subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
+        return Path(made, name).replace(folder / name)  # at once: other processes may be building the same
 
 
 def processor() -> str:

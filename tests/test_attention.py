@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from model import (
@@ -174,6 +175,16 @@ def test_softmax1_is_softmax_with_one_more_key_and_value_of_zeros(backward, T_q,
         torch.testing.assert_close(a, b, **FLOAT64)
 
 
+@both_dtypes
+@pytest.mark.parametrize("n", [0.5, 1, 4])
+def test_a_null_logit_of_log_n_is_softmax_n(n, dtype):
+    q, k, v = qkv(65, 65, dtype=dtype)
+    out = attention(q, k, v, null_logit=torch.full((H,), math.log(n), dtype=dtype))
+    exp_scores = (q.double() @ k.double().mT / math.sqrt(D)).exp().tril()
+    expected = exp_scores / (n + exp_scores.sum(-1, keepdim=True)) @ v.double()
+    torch.testing.assert_close(out.double(), expected, **ROUNDING[dtype])
+
+
 @every_variant
 @settings(max_examples=40)
 @given(size=st.floats(0, 1e3), seed=st.integers(0, 99))
@@ -322,6 +333,17 @@ def test_an_unknown_backend_is_named():
         pass
 
 
+def test_a_backend_refuses_what_it_cannot_do():
+    q, k, v = qkv(3, 3)
+    for backend, arguments, named in (
+        ("stock", {"normalizer": "softmax1"}, "'stock' has neither a null_logit"),
+        ("stock", {"backward": "ste"}, "'stock' has .*'ste'"),
+        ("cpu_flash", {"dropout_p": 0.1, "backward": "ste"}, "'cpu_flash' has no dropout.*0.1"),
+    ):
+        with use_backend(backend), pytest.raises(ValueError, match=named):
+            attention(q, k, v, **arguments)
+
+
 # --- attention: fused kernels ---------------------------------------------------------------------------------------
 
 
@@ -344,6 +366,25 @@ def test_long_rows_are_those_of_the_readable_form(variant, backward, T, dtype):
     for a, b in zip(fused, readable, strict=True):
         # Sums of up to T terms in another order, each term of the size of the largest result
         torch.testing.assert_close(a, b, rtol=0, atol=T * torch.finfo(a.dtype).eps * b.abs().max().item())
+
+
+@both_dtypes
+@every_variant
+def test_views_of_one_projection_go_in_without_a_copy(variant, dtype):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            if any(torch.is_tensor(x) and x.dim() == 4 for x in arguments):  # the null logit may be converted
+                called.append(str(operator))
+                inputs.update(x.data_ptr() for x in arguments[:3] if torch.is_tensor(x))
+            return operator(*arguments, **(keywords or {}))
+
+    called, inputs = [], set()
+    packed = torch.randn(B, 9, 3 * H * D, dtype=dtype)
+    views = [x.view(B, 9, H, D).transpose(1, 2) for x in packed.split(H * D, dim=-1)]
+    with Record():
+        attention(*views, **VARIANTS[variant][0])
+    assert not [name for name in called if "copy" in name or "clone" in name or "pad" in name]
+    assert {x.data_ptr() for x in views} <= inputs
 
 
 @both_dtypes
@@ -744,6 +785,9 @@ SOME = torch.zeros(1, 2, 3, 4)
         (SOME, SOME, SOME, {"null_logit": torch.zeros(3)}, ("null_logit", "(3,)", "(2,)")),
         (SOME, SOME, SOME, {"normalizer": "sink"}, ("sink", "null_logit")),
         (SOME, SOME, SOME, {"scale": 0.0}, ("scale", "0.0", "positive")),
+        (SOME, SOME, SOME, {"scale": math.inf}, ("scale", "inf", "finite")),
+        (SOME, None, SOME, {}, ("k is a NoneType", "a tensor of torch.float32")),
+        (SOME[..., :0], SOME[..., :0], SOME[..., :0], {}, ("(1, 2, 3, 0)", "D ≥ 1")),
         (SOME, SOME, SOME, {"dropout_p": 1.0}, ("dropout_p", "1.0", "[0, 1)")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(2), "normalizer": "softmax1"}, ("null_logit", "softmax1")),
     ],
