@@ -149,7 +149,7 @@ def _parts(q: Tensor) -> int:
     Each thread holds three copies of a head's rows, and dQ is summed over the parts: memory that grows with threads.
     """
     heads, blocks, threads = q.size(0) * q.size(1), -(-q.size(2) // 64), torch.get_num_threads()
-    return 1 if heads >= 4 * threads else min(max(blocks, 1), threads // math.gcd(heads, threads))
+    return 1 if heads >= 4 * threads else min(blocks, threads // math.gcd(heads, threads))
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:

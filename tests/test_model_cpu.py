@@ -127,7 +127,7 @@ def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, a
     else:
         anew.setenv("CXX", compiler)
     q = torch.empty(1, 1, 9, 16)
-    with warnings.catch_warnings(record=True) as warned:
+    with warnings.catch_warnings(record=True, action="always") as warned:
         assert attention_backend(q, q) == "cpu_flash"
     messages = [str(w.message) for w in warned]
     assert len(messages) == (said is not None)  # that there is just no compiler is no reason to warn
