@@ -124,7 +124,9 @@ class FusedAttention(torch.autograd.Function):
         def kernel(out, lse, scale):
             return _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
 
-        delta = None
+        wants_null = null_logit is not None and ctx.needs_input_grad[3]
+        if wants_null and backend != "cpu_native":  # first: the product is as large as each of the gradients to come
+            delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         one_pass = backward != "full" and _one_pass(backend, q.size(-1), dropout_p)
         if backend == "cpu_native":
             operator = torch.ops.offbyone.cpu_backward
@@ -150,9 +152,8 @@ class FusedAttention(torch.autograd.Function):
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
 
         grad_null = None
-        if null_logit is not None and ctx.needs_input_grad[3]:
+        if wants_null:
             # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
-            delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1) if delta is None else delta
             rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
@@ -180,12 +181,21 @@ def _one_pass(backend, D: int, dropout_p: float) -> bool:
     return True
 
 
+AT_ONCE = 2**20  # numbers; of a larger q value_gradient_on_cpu takes a head at a time, since it makes copies
+
+
 def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
     """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
 
     Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
     column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
     """
+    if q.numel() > AT_ONCE and q.size(1) > 1:
+        heads = (
+            value_gradient_on_cpu(*each, scale)
+            for each in zip(*(x.split(1, 1) for x in (grad, q, k, lse)), strict=True)
+        )
+        return torch.cat(list(heads), dim=1)
     D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
     for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
         columns.append(rest.to(q.dtype))

@@ -647,6 +647,19 @@ def test_linear_attention_is_the_triangle_of_its_products(T, dtype, digits):
         assert (value.double() - exact).norm() <= digits * exact.norm()  # one rounding: the sums are float32's
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_value_gradient_is_the_same_head_by_head(dtype, monkeypatch):
+    q, k, v, g = logits_of("ordinary", 70, 16, dtype)
+    assert q.size(1) > 1
+    results = []
+    for at_once in (0, q.numel()):
+        monkeypatch.setattr("model.AT_ONCE", at_once)
+        with use_backend("cpu_flash"):
+            results.append(value_and_gradients(*(x.requires_grad_() for x in (q, k, v)), g, backward="ste"))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("normalizer", ["sink"])  # which adds the null logit's own gradient
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("own", [True, False])  # False: on PyTorch's kernels, as where there is no compiler
