@@ -109,7 +109,10 @@ class FusedAttention(torch.autograd.Function):
             if null_logit is not None:
                 lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
                 share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
-                out, lse = out.mul_(share.view(*q.shape[:-1], 1)), lse_1
+                out, lse = out * share.view(*q.shape[:-1], 1), lse_1
+                # PyTorch 2.11's compiler gives an output that is another tensor's alias a gradient of zeros: hence
+                # neither `mul_` above nor a `to` that has nothing to do.
+                out = out if out.dtype == q.dtype else out.to(q.dtype)
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
@@ -167,6 +170,12 @@ def _native() -> bool:
     import model_cpu
 
     return model_cpu.load() is not None
+
+
+@torch.compiler.assume_constant_result  # else torch.compile breaks its graph here: the capability is no tensor
+def _is_ampere(device: torch.device) -> bool:
+    """Ampere or later, which have the flash kernels and multiply bfloat16."""
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 TRITON = importlib.util.find_spec("triton") is not None
@@ -259,7 +268,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         return "stock" if stock else "cpu_flash"
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
-        ampere = torch.cuda.get_device_capability(q.device) >= (8, 0)
+        ampere = _is_ampere(q.device)
         if half and ampere and q.size(-1) <= 256:
             return "stock" if stock else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
