@@ -193,13 +193,15 @@ def write_corpus(
     source: str,
     threads: int | None = None,
     total_bytes: int | None = None,
+    max_tokens: int | None = None,
     extra: dict | None = None,
 ) -> dict:
     """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds.
 
     Documents keep their order within a split, with the tokenizer's separator between one and the next. They are
     encoded on `threads` threads (default: every CPU) in bounded memory, whatever their number and size; `total_bytes`
-    is for the progress bar, `extra` for meta.json. Until all is on disk only temporary files are written, so that
+    is for the progress bar, `extra` for meta.json. Before both splits together exceed
+    `max_tokens` the corpus ends. Until all is on disk only temporary files are written, so that
     any failure (a full disk, Ctrl-C) leaves a former corpus as it was. UserError if a split stays empty.
     """
     from tqdm import tqdm  # here, since reading a corpus does not need it
@@ -227,6 +229,8 @@ def write_corpus(
                 count = counts[split]
                 if tokenizer.separator is not None and not count["documents"]:
                     ids = ids[1:]  # nothing for the first document to be parted from
+                if max_tokens is not None and len(ids) + sum(c["tokens"] for c in counts.values()) > max_tokens:
+                    break
                 size = int(token_bytes[ids].sum())
                 files[split].write(ids)
                 hashes[split].update(ids)

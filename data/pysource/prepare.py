@@ -1,6 +1,7 @@
 """The Python source of every package installed, and of the standard library, in GPT-2's byte-pair encoding.
 
-A corpus of up to hundreds of MB for GPT-2-sized runs that needs no download but the tokenizer's file.
+A corpus of up to hundreds of MB for GPT-2-sized runs that needs no download but the tokenizer's file. The files come in
+the order of a hash, so that --max-tokens leaves a fair sample of them.
 """
 
 import platform
@@ -11,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import argument_parser, find_files, fraction, split_files, write_corpus
+from harness.corpus import argument_parser, find_files, fraction, positive, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import GPT2
 
@@ -22,6 +23,7 @@ WITHOUT = ("site-packages", "dist-packages", "__pycache__")
 def main():
     parser = argument_parser(__file__, __doc__)
     parser.add_argument("--val-fraction", type=fraction, default=0.01, metavar="F", help="default: 0.01")
+    parser.add_argument("--max-tokens", type=positive, metavar="N", help="of both splits together; default: all")
     args = parser.parse_args()
     files = {}
     for root in (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages()):
@@ -35,6 +37,7 @@ def main():
         source=f"packages installed for Python {platform.python_version()}",
         threads=args.threads,
         total_bytes=sum(path.stat().st_size for path in files.values()),
+        max_tokens=args.max_tokens,
         extra={"python_version": platform.python_version()},
     )
 

@@ -1,0 +1,152 @@
+"""(b) Every variant of attention, on every backend and dtype that has it, against the readable form in float64.
+
+The error of a tensor is ‖x − x₆₄‖ / ‖x₆₄‖, of the output and every gradient, on inputs that were never used before.
+What is allowed: half types round P or dS, the output and the result, by half an ε each, and 2 ε covers them; in float32
+a score is a sum of D products, whose error the exponential passes on: 4 √D ε.
+"""
+
+import contextlib
+import itertools
+import os
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+import model
+from harness.gpu_report import Section, Table, Task, pivot
+from model import attention, materialized_attention, use_backend
+
+VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
+FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
+BACKENDS = {  # on CUDA; the dtypes it takes
+    "cuda_flash": HALF,
+    "cuda_flash, compiled": ("bfloat16",),
+    "cuda_flash without Triton": HALF,
+    "cuda_efficient": HALF + FLOAT32,
+    "cuda_cudnn": HALF,
+    "materialized": HALF + FLOAT32,
+    "stock": HALF + FLOAT32,
+}
+CPU_BACKENDS = {  # the dry run's: Triton's kernels in its interpreter, beside the CPU's flash kernel
+    "cuda_flash": ("float16",),
+    "cuda_flash, compiled": ("float16",),
+    "cpu_flash": ("bfloat16", "float32"),
+    "materialized": ("bfloat16", "float32"),
+    "stock": ("float32",),
+}
+MAIN = [(1024, 1024, 64)]  # T_q, T_k, D
+OTHERS = [(1, 1, 64), (63, 63, 64), (129, 129, 80), (1000, 1000, 128), (65, 200, 64), (2048, 2048, 32), (513, 513, 256)]
+SMALL_MAIN, SMALL_OTHERS = [(70, 70, 32)], [(1, 1, 16), (9, 20, 24)]
+
+
+def run(task: Task, shapes) -> Iterator[dict]:
+    generator = torch.Generator().manual_seed(task.seed)
+    backends = CPU_BACKENDS if task.cpu else BACKENDS
+    for (T_q, T_k, D), (normalizer, backward) in itertools.product(shapes, VARIANTS):
+        for dtype in ("float32", "bfloat16", "float16"):
+            inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, task.device)
+            with materialized_attention():
+                exact = values([x.double() for x in inputs], normalizer, backward)
+            for backend in (name for name, dtypes in backends.items() if dtype in dtypes):
+                if backend == "stock" and (normalizer, backward) != ("softmax", "full"):
+                    continue  # PyTorch has no other
+                if ("compiled" in backend and len(shapes) > 1) or (backend == "cuda_cudnn" and D > 128):
+                    continue
+                row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
+                yield row | {"dtype": dtype} | compare(task, inputs, exact, backend, normalizer, backward)
+
+
+def draw(T_q: int, T_k: int, D: int, dtype, generator, device) -> list[Tensor]:
+    """q, k, v as views of one projection where T_q = T_k, dL/dO, and the sinks of the heads."""
+    B, H = 2, 4
+    qkv = torch.randn(B, T_k, 3 * H * D, generator=generator).to(device, dtype)
+    q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
+    grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
+    return [q[:, :, T_k - T_q :], k, v, grad, torch.randn(H, generator=generator).to(device)]
+
+
+def values(inputs: list[Tensor], normalizer: str, backward: str, function=attention) -> dict[str, Tensor]:
+    """The output, and the gradients of q, k, v and of the sinks where there are any."""
+    q, k, v, grad, sink = (x.detach() for x in inputs)
+    wanted = {"dQ": q, "dK": k, "dV": v} | ({"dsink": sink} if normalizer == "sink" else {})
+    for x in wanted.values():
+        x.requires_grad_()
+    null_logit = sink if normalizer == "sink" else None
+    out = function(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
+    return {"out": out} | dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
+
+
+def compare(task: Task, inputs, exact: dict[str, Tensor], backend: str, normalizer: str, backward: str) -> dict:
+    function, dtype, D = attention, inputs[0].dtype, inputs[0].size(-1)
+    if "compiled" in backend:
+        torch.compiler.reset()
+        # As far as autograd's graph; what Inductor makes of it shows in the steps.
+        function = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    try:
+        with backend_of(backend, task):
+            found = values(inputs, normalizer, backward, function)
+    except Exception as error:
+        return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+    errors = {name: ((x.double() - exact[name]).norm() / exact[name].norm()).item() for name, x in found.items()}
+    if exact["dQ"].norm() == 0:  # one key under softmax: the scores have no gradient, and there must be none
+        errors |= {name: found[name].double().abs().max().item() for name in ("dQ", "dK") if exact[name].norm() == 0}
+    eps = torch.finfo(dtype).eps
+    allowed = 4 * D**0.5 * eps if dtype == torch.float32 else 2 * eps
+    worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
+    good = all(error <= allowed for error in errors.values())
+    return {"error": errors[worst], "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
+
+
+@contextlib.contextmanager
+def backend_of(name: str, task: Task):
+    """`attention` on that backend; in the dry run the CPU's flash kernel stands in for CUDA's."""
+    triton, kernels = os.environ.pop("OFFBYONE_TRITON", None), (model._kernel_forward, model._kernel_backward)
+    try:
+        if "without Triton" in name:
+            os.environ["OFFBYONE_TRITON"] = "0"
+        if task.cpu and name.startswith("cuda"):
+            forward, backward = kernels
+            model._kernel_forward = lambda backend, *arguments: forward("cpu_flash", *arguments)
+            model._kernel_backward = lambda backend, *arguments: backward("cpu_flash", *arguments)
+        with use_backend(name.split(",")[0].split()[0]):
+            yield
+    finally:
+        model._kernel_forward, model._kernel_backward = kernels
+        os.environ.pop("OFFBYONE_TRITON", None)
+        if triton is not None:
+            os.environ["OFFBYONE_TRITON"] = triton
+
+
+def present(rows: list[dict]) -> list[Table]:
+    kinds = {}
+    for row in rows:
+        kinds.setdefault((row["backend"], row["dtype"], row["variant"].split("/")[1]), []).append(row)
+    cells = []
+    for (backend, dtype, backward), own in kinds.items():
+        errors = [row["error"] for row in own if row["error"] is not None]
+        bad = [row for row in own if row["verdict"] != "ok"]
+        shown = f"{max(errors):.1e}" if errors else "–"
+        shown += f", {len(bad)} of {len(own)} {bad[0]['verdict']}" if bad else ""
+        cells.append({"backend, dtype": f"{backend}, {dtype}", "backward": backward, "shown": shown})
+    tables = [
+        Table(
+            "The largest relative error against float64 of the output and of all gradients, over the normalizers and "
+            f"{len({(row['T_q'], row['T_k'], row['D']) for row in rows})} shapes, {len(rows)} checks in all",
+            pivot(cells, "backend, dtype", "backward", lambda row: row["shown"]),
+        )
+    ]
+    bad = [row for row in rows if row["verdict"] != "ok"]
+    return tables + ([Table("Not as they should be", bad)] if bad else [])
+
+
+def main_shape(task: Task) -> Iterator[dict]:
+    return run(task, SMALL_MAIN if task.cpu else MAIN)
+
+
+def other_shapes(task: Task) -> Iterator[dict]:
+    return run(task, SMALL_OTHERS if task.cpu else OTHERS)
+
+
+SECTION = Section("Attention against float64, T = 1,024", 1.2, main_shape, present)
+OTHER_SHAPES = Section("Attention against float64, other shapes", 1.0, other_shapes, present)

@@ -1,0 +1,149 @@
+"""A training step under the clock: train.py's own, or the same model stepped as nanoGPT's loop does it."""
+
+import contextlib
+import dataclasses
+import functools
+import itertools
+import math
+import resource
+import sys
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.batches import gather, prefetch, training_offsets
+from harness.config import Config
+from harness.corpus import Corpus
+from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops
+from harness.kl_training import Reference
+from harness.timing import Laps
+from model import GPT, GPTConfig, use_backend
+
+PHASES = ("data", "forward", "kl", "backward", "optimizer")
+
+
+class Stepper:
+    """One config's model, data and optimizer, with a lap of the clock for each phase of a step.
+
+    As `nanogpt`, the baseline: PyTorch's own attention (softmax, full backward, whatever the config says) and
+    cross-entropy over the logits, batches from the main thread; on CUDA compiled, with autocast and fused AdamW, else
+    eager in float32 and AdamW not fused (Karpathy 2022).
+    """
+
+    def __init__(self, config: Config, nanogpt: bool = False):
+        self.config, c = config, config.training
+        self.device = choose_device(c.device)
+        on_gpu = self.device.type == "cuda"
+        self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
+        self.corpus = Corpus(config.data.corpus, verify=False)
+        fields = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(GPTConfig)}
+        fields["vocab_size"] = config.model.vocab_size or self.corpus.vocab_size
+        if nanogpt:
+            fields |= {"normalizer": "softmax", "backward": "full"}
+            torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        else:
+            keep_freed_memory()
+        torch.manual_seed(config.run.seed)
+        self.raw_model = GPT(GPTConfig(**fields)).to(self.device)
+        model = NanoGPT(self.raw_model) if nanogpt else self.raw_model
+        use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device)
+        self.eager, self.model = model, torch.compile(model) if use_compile else model
+        self.backend = functools.partial(use_backend, "stock") if nanogpt else contextlib.nullcontext
+        self.reference = None
+        if config.kl.reference:
+            self.reference = Reference(config, self.raw_model.config, self.corpus, self.device, use_compile)
+        self.optimizer = torch.optim.AdamW(
+            self.raw_model.parameter_groups(config.optimizer.weight_decay),
+            lr=config.optimizer.lr,
+            betas=(config.optimizer.beta1, config.optimizer.beta2),
+            fused=on_gpu or not nanogpt,
+            foreach=False,
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        most = min(c.micro_batch_size or c.batch_size, c.batch_size)
+        self.micro_batch_size = next(n for n in range(most, 0, -1) if c.batch_size % n == 0)
+        batches = self._batches()
+        self.batches = prefetch(batches) if on_gpu and not nanogpt else batches
+
+    def run(self, steps: int) -> list[dict[str, float]]:
+        """Seconds of each phase of each of so many steps; nothing waits for the device before the last is queued."""
+        laps = [self._step() for _ in range(steps)]
+        return [dict.fromkeys(PHASES, 0.0) | each.seconds() for each in laps]
+
+    def _step(self) -> Laps:
+        laps, micro_steps = Laps(self.device), self.config.training.batch_size // self.micro_batch_size
+        for _ in range(micro_steps):
+            x, y = next(self.batches)
+            laps.end("data")
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
+                logits, loss = self.model(x, y)
+                laps.end("forward")
+                if self.reference:
+                    loss = loss + self.reference.penalty(x, logits)[0]
+                    laps.end("kl")
+            self.scaler.scale(loss / micro_steps).backward()
+            laps.end("backward")
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.raw_model.parameters(), self.config.optimizer.grad_clip or math.inf)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        laps.end("optimizer")
+        return laps
+
+    def _batches(self):
+        c, block_size, tokens = self.config, self.raw_model.config.block_size, self.corpus.tokens["train"]
+        for step in itertools.count(1):
+            offsets = training_offsets(c.run.seed, step, len(tokens), block_size, c.training.batch_size)
+            for own in offsets.reshape(-1, self.micro_batch_size):
+                yield gather(tokens, own, block_size, self.device)
+
+    def compiled_error(self) -> float | None:
+        """‖g′ − g‖ / ‖g‖ for g and g′, the gradients of the model run eagerly and compiled on one micro-batch, of the
+        parameter where it is largest; None where nothing is compiled."""
+        if self.model is self.eager:
+            return None
+        x, y = next(self.batches)
+        gradients = []
+        for model in (self.eager, self.model):
+            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
+                _, loss = model(x, y)
+            gradients.append(torch.autograd.grad(loss, list(self.raw_model.parameters())))
+            del loss
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
+        return max(((b - a).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True))
+
+    def describe(self) -> dict:
+        """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the
+        process began, of the GPU's memory or of the process."""
+        tokens = self.config.training.batch_size * self.raw_model.config.block_size
+        if self.device.type == "cuda":
+            peak_bytes = torch.cuda.max_memory_allocated(self.device)
+        else:
+            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "tokens": tokens,
+            "flops": self.raw_model.flops_per_token() * tokens,
+            "peak_flops": peak_flops(self.device, self.dtype)[0],
+            "peak_bytes": peak_bytes,
+        }
+
+    def release(self) -> None:
+        """Give the GPU's memory that lies idle to whoever comes next."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class NanoGPT(nn.Module):
+    """A GPT whose loss is nanoGPT's: cross-entropy over all logits at once, in what autocast makes of it."""
+
+    def __init__(self, gpt: GPT):
+        super().__init__()
+        self.gpt = gpt
+
+    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self.gpt.lm_head(self.gpt.features(idx))  # (B, T, V)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)

@@ -1,0 +1,68 @@
+"""How long something takes: a clock that a GPU's queue does not fool, and medians that carry their error."""
+
+import random
+import statistics
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from harness.device import now
+
+
+class Laps:
+    """The times between marks, which begin with the object. On CUDA a mark is an event in the queue of work, so nobody
+    waits until `seconds` asks."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._names, self._marks = device, [], []
+        self.end("")
+
+    def end(self, name: str) -> None:
+        """The lap `name` ends here, and the next begins; laps of one name are added up."""
+        mark = torch.cuda.Event(enable_timing=True) if self._device.type == "cuda" else now(self._device)
+        if self._device.type == "cuda":
+            mark.record()
+        self._names.append(name)
+        self._marks.append(mark)
+
+    def seconds(self) -> dict[str, float]:
+        """Of each lap, by its name."""
+        totals = dict.fromkeys(self._names[1:], 0.0)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        for name, start, end in zip(self._names[1:], self._marks, self._marks[1:], strict=False):
+            totals[name] += start.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - start
+        return totals
+
+
+class Median(NamedTuple):
+    value: float
+    error: float
+    """the standard error, 1.2533 σ/√n with σ from the interquartile range, which a few disturbed repeats leave alone"""
+
+
+def median(values: list[float]) -> Median:
+    """ValueError for fewer than two values, which have no spread."""
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} values have no spread")
+    low, _, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Median(statistics.median(values), 1.2533 * (high - low) / 1.349 / len(values) ** 0.5)
+
+
+def median_ratio(values: list[float], baseline: list[float]) -> Median:
+    """Of values over the baseline's, round by round: what drifts from one round to the next is in both."""
+    return median([a / b for a, b in zip(values, baseline, strict=True)])
+
+
+def in_turn(
+    runs: dict[str, Callable[[Laps], None]], device: torch.device, rounds: int
+) -> dict[str, list[dict[str, float]]]:
+    """The laps of every run in every round, by the run's name. The order changes from round to round, since what ran
+    before leaves the caches its own way."""
+    shuffled, laps = random.Random(0), {name: [] for name in runs}
+    for _ in range(rounds):
+        for name in shuffled.sample(list(runs), len(runs)):
+            laps[name].append(Laps(device))
+            runs[name](laps[name][-1])
+    return {name: [each.seconds() for each in own] for name, own in laps.items()}

@@ -1,0 +1,121 @@
+"""Everything that only a GPU can prove, in one call: `python scripts/gpu_report.py [--minutes 8] [--out DIR]`.
+
+Sections in the order of what is lost if the time runs out: the card and its ceilings; every attention variant, backend
+and dtype against float64; a training step of GPT-2's 124M beside nanoGPT's; attention alone beside PyTorch's kernels
+and FlexAttention; further shapes and variants; softmax and softmax1 trained at 124M for the minutes left, with outliers
+and quantization of both. Each has a process and a time limit of its own, prints its table when done, and is written at
+once to <date>_<card>.json and .md in --out: a crash loses nothing. Logs and checkpoints go to out/gpu_report/.
+
+It needs torch, triton, numpy, scipy, matplotlib and tqdm, and as wheels jsonargparse, docstring-parser and pyyaml. The
+corpus that it trains on is prepared beforehand, 24 million tokens (48 MB), by
+    python data/pysource/prepare.py --max-tokens 24000000
+Without it the sections that train take another that is there, and the report says which.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import re
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from harness.errors import UserError, run_cli
+from harness.gpu_report.document import markdown, print_section
+from harness.gpu_report.plan import SECTIONS
+from harness.report import make_folder
+from harness.runfolder import write_text
+
+ROOT, MINUTES = Path(__file__).resolve().parents[1], 8.0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it; default: {MINUTES:g}")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks; of a dry run out/gpu_report")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all", metavar="NAME"
+    )
+    parser.add_argument("--corpus", default="data/pysource", metavar="DIR", help="default: data/pysource")
+    parser.add_argument("--seed", type=int, help="of everything random; default: a fresh one, which the report names")
+    parser.add_argument("--commit", help="what the report calls the code; default: what git says")
+    parser.add_argument("--cpu", action="store_true", help="a dry run: the same code without a GPU, on small shapes")
+    args = parser.parse_args()
+    if args.minutes <= 0:
+        raise UserError(f"--minutes {args.minutes:g}: must be positive")
+    if not args.cpu and not torch.cuda.is_available():
+        raise UserError("PyTorch sees no CUDA device: --cpu is a dry run of the same code on small shapes")
+    work = Path("out/gpu_report") if not args.cpu or args.out is None else args.out
+    out = args.out or (work if args.cpu else Path("benchmarks"))
+    make_folder(out), make_folder(work)
+
+    start, card = time.monotonic(), "cpu" if args.cpu else torch.cuda.get_device_name()
+    report = {
+        "script": "gpu_report",
+        "date": datetime.date.today().isoformat(),
+        "card": card,
+        "commit": args.commit or commit(),
+        "command": " ".join(["python", *sys.argv]),
+        "seed": secrets.randbits(32) if args.seed is None else args.seed,
+        "seconds": 0.0,
+        "sections": [],
+    }
+    stem = out / f"{report['date']}_{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}"
+    for name in args.sections:
+        left = 60 * args.minutes - (time.monotonic() - start)
+        limit = min(left, 60 * SECTIONS[name].minutes * args.minutes / MINUTES)
+        options = {"cpu": args.cpu, "seed": report["seed"], "corpus": args.corpus, "folder": str(work)}
+        report["sections"].append(run_section(name, options | {"report": report["sections"]}, limit, work))
+        report["seconds"] = time.monotonic() - start
+        print_section(report["sections"][-1])
+        write_text(stem.with_suffix(".json"), json.dumps(report, indent=1, ensure_ascii=False))
+        write_text(stem.with_suffix(".md"), markdown(report))
+    print(f"\nwritten: {stem}.json, {stem}.md; the logs are in {work}/")
+    return 1 if any(section["error"] for section in report["sections"]) else 0
+
+
+def run_section(name: str, options: dict, limit: float, work: Path) -> dict:
+    """The section's entry in the report; `limit` in seconds. Everything it started ends with it."""
+    log, rows, options_file = (work / f"{name}.{suffix}" for suffix in ("log", "jsonl", "options.json"))
+    rows.unlink(missing_ok=True)
+    write_text(options_file, json.dumps(options | {"seconds": limit}))
+    start, status = time.monotonic(), None
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "harness.gpu_report", name, options_file.resolve(), rows.resolve()],
+            stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
+        )  # fmt: skip
+        try:
+            status = process.wait(max(limit, 0))
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    found = [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")] if rows.exists() else []
+    last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:])
+    error = None if status == 0 else last if status is not None else f"stopped at its limit of {limit:.0f} s\n{last}"
+    return {"section": name, "seconds": time.monotonic() - start, "error": error, "rows": found}
+
+
+def commit() -> str:
+    """As git describes it, with what has changed since told by "-dirty"."""
+    try:
+        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"
+
+
+if __name__ == "__main__":
+    sys.exit(run_cli(main))
