@@ -109,10 +109,7 @@ class FusedAttention(torch.autograd.Function):
             if null_logit is not None:
                 lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
                 share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
-                out, lse = out * share.view(*q.shape[:-1], 1), lse_1
-                # PyTorch 2.11's compiler gives an output that is another tensor's alias a gradient of zeros: hence
-                # neither `mul_` above nor a `to` that has nothing to do.
-                out = out if out.dtype == q.dtype else out.to(q.dtype)
+                out, lse = _scaled(out, share.view(*q.shape[:-1], 1)), lse_1
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
@@ -130,14 +127,16 @@ class FusedAttention(torch.autograd.Function):
         wants_null = null_logit is not None and ctx.needs_input_grad[3]
         if wants_null and backend != "cpu_native":  # first: the product is as large as each of the gradients to come
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T), of whatever shape the kernel has it
         one_pass = backward != "full" and _one_pass(backend, q.size(-1), dropout_p)
         if backend == "cpu_native":
             operator = torch.ops.offbyone.cpu_backward
             grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward)
         elif backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
-        elif backward == "diagonal" and one_pass:
-            grad_q, grad_k, grad_v = torch.ops.offbyone.diagonal_backward(grad, q, k, v, lse, scale)
+        elif one_pass and (backward == "diagonal" or q.size(-2) <= LINEAR_FROM):
+            operator = torch.ops.offbyone.score_backward
+            grad_q, grad_k, grad_v = operator(grad, q, k, v, rows_lse, scale, backward)
         elif backward == "diagonal":
             # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
             # (CUDA's kernels read a whole tensor of zeros, the CPU's is content with one row of them.)
@@ -149,7 +148,7 @@ class FusedAttention(torch.autograd.Function):
             if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
                 grad_v = value_gradient_on_cpu(grad, q, k, lse, scale)
             elif one_pass:
-                grad_v = torch.ops.offbyone.value_gradient(grad, q, k, lse, scale)
+                grad_v = torch.ops.offbyone.value_gradient(grad, q, k, rows_lse, scale)
             else:
                 _, _, grad_v = kernel(out, lse, scale)
             grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
@@ -157,9 +156,20 @@ class FusedAttention(torch.autograd.Function):
         grad_null = None
         if wants_null:
             # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
-            rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+def _scaled(out: Tensor, share: Tensor) -> Tensor:
+    """out (B, H, T, D) times share (B, H, T, 1), in out's dtype.
+
+    In place, which saves a copy. Not so where it is compiled: PyTorch 2.11 then gives an output that is another
+    tensor's alias, as `mul_`'s result is and that of a `to` which has nothing to do, a gradient of zeros.
+    """
+    if not torch.compiler.is_compiling():
+        return out.mul_(share)
+    product = out * share
+    return product if product.dtype == out.dtype else product.to(out.dtype)
 
 
 @torch.compiler.assume_constant_result
@@ -178,18 +188,29 @@ def _is_ampere(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+@torch.compiler.assume_constant_result
+def _is_hopper(device: torch.device) -> bool:
+    """Hopper, where cuDNN's attention takes 0.53 to 0.74 of the time of PyTorch's flash kernels (benchmarks/)."""
+    hopper, version = torch.cuda.get_device_capability(device)[0] == 9, torch.backends.cudnn.version()
+    return hopper and version is not None and version >= 90000  # an older one has no sequences below 64
+
+
 TRITON = importlib.util.find_spec("triton") is not None
 
 
 def _one_pass(backend, D: int, dropout_p: float) -> bool:
     """Is `diagonal`, and STE's dV, for model_triton.py? Then its operators are there, in torch.ops.offbyone."""
-    if backend != "cuda_flash" or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
+    fused = backend in ("cuda_flash", "cuda_cudnn")
+    if not fused or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
         return False
     import model_triton  # noqa: F401
 
     return True
 
 
+LINEAR_FROM = (
+    2048  # up to so many tokens STE's dQ and dK come from the masked matrix in model_triton.py, block by block
+)
 AT_ONCE = 2**20  # numbers; of a larger q value_gradient_on_cpu takes a head at a time, since it makes copies
 
 
@@ -225,26 +246,29 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
     """`scale·tril(a bᵀ) c`, or triu if anticausal, all (B, H, T, D), in O(T) (Katharopoulos et al. 2020).
 
     Within a chunk as it stands; what lies before the chunk (or after it) enters through the running sum `Σ b cᵀ`. The
-    chunks of a segment go at once, the segments one after another. Accumulated in float32 at least.
+    chunks of a segment go at once, the segments one after another. Sums are float32 at least, and so are the factors of
+    products, but for bfloat16 on CUDA: there they keep their dtype, as the weights do in a flash kernel.
     """
     B, H, T, D = a.shape
-    chunk, exact = min(chunk, T), torch.promote_types(a.dtype, torch.float32)
+    sums_dtype = torch.promote_types(a.dtype, torch.float32)
+    factors = a.dtype if a.is_cuda and a.dtype == torch.bfloat16 else sums_dtype
+    chunk, segment = min(chunk, T), 4 * segment if a.is_cuda else segment
     out, outside = torch.empty_like(a), None  # Σ b cᵀ of the segments that are done (B·H, 1, D, D)
     starts = range(0, T, segment)
     with torch.autocast(a.device.type, enabled=False):
         for start in reversed(starts) if anticausal else starts:
             rows = min(segment, T - start)
             a_, b_, c_ = (
-                F.pad(x[:, :, start : start + rows].to(exact), (0, 0, 0, -rows % chunk)).reshape(-1, chunk, D)
+                F.pad(x[:, :, start : start + rows].to(factors), (0, 0, 0, -rows % chunk)).reshape(-1, chunk, D)
                 for x in (a, b, c)
             )  # (B·H·N, chunk, D)
             scores = torch.bmm(a_, b_.mT)
             part = torch.bmm(scores.triu_() if anticausal else scores.tril_(), c_)
             if chunk < T:
-                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D)  # of each chunk
+                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D).to(sums_dtype)  # of each chunk
                 sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
                 sums = sums if outside is None else sums + outside
-                part.baddbmm_(a_, (sums - own).view(-1, D, D))
+                part.baddbmm_(a_, (sums - own).view(-1, D, D).to(factors))
                 outside = sums[:, :1] if anticausal else sums[:, -1:]
             out[:, :, start : start + rows] = part.mul_(scale).view(B, H, -1, D)[:, :, :rows]
     return out
@@ -270,7 +294,11 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = _is_ampere(q.device)
         if half and ampere and q.size(-1) <= 256:
-            return "stock" if stock else "cuda_flash"
+            if stock:
+                return "stock"
+            # cuDNN has no dropout that the Triton kernels know, and no sequence of one token.
+            cudnn = _is_hopper(q.device) and q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1
+            return "cuda_cudnn" if cudnn else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
             return "stock" if stock else "cuda_efficient"
         warnings.warn(f"no fused attention for {q.dtype} on {q.device}: O(T²) memory", stacklevel=3)

@@ -4,8 +4,8 @@ PyTorch's fused kernels give the diagonal backward in two calls (see FusedAttent
 for STE only to drop them. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal), `P = exp(S − lse)` and
 `dP = g Vᵀ`:
 
-    diagonal_backward: dS = P∘(1 − P)∘dP,   dQ = scale·dS K,   dK = scale·dSᵀ Q,   dV = Pᵀ g
-    value_gradient:    dV = Pᵀ g
+    score_backward:  dS = P∘(1 − P)∘dP (diagonal) or dP (ste),   dQ = scale·dS K,   dK = scale·dSᵀ Q,   dV = Pᵀ g
+    value_gradient:  dV = Pᵀ g
 
 as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel owns blocks of keys (dK, dV)
 and one blocks of queries (dQ), so that nothing is added atomically and the result is the same every time.
@@ -67,20 +67,27 @@ def _log_weights(products, lse, queries, keys, scale, MASKED: tl.constexpr):
 
 
 @triton.jit
+def _visible(x, queries, keys, MASKED: tl.constexpr):
+    """Zero for keys ahead."""
+    return tl.where(queries >= keys, x, 0.0) if MASKED else x
+
+
+@triton.jit
 def _keys_kernel(
     q, k, v, g, lse, dk, dv,
     q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
     scale, T,
-    DIAGONAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dV, and dK if DIAGONAL, of a block of keys, through the queries that see them. Matrices are (keys, queries)."""
+    """dV, and dK if there is a SLOPE, "diagonal" or "ste", of a block of keys, through the queries that see them.
+    Matrices are (keys, queries)."""
     first, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
     k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
     # tl.zeros is itself a compiled function: the interpreter cannot call it where it was switched on late.
     dv_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
-    if DIAGONAL:
+    if SLOPE is not None:
         v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
         dk_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
 
@@ -96,13 +103,16 @@ def _keys_kernel(
             x = _log_weights(products, lse_block[None, :], queries[None, :], keys[:, None], scale, not below)
             p = tl.exp(x)
             dv_block = tl.dot(p.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
-            if DIAGONAL:
+            if SLOPE is not None:
                 dp = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
-                ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+                if SLOPE == "diagonal":
+                    ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+                else:
+                    ds = _visible(dp, queries[None, :], keys[:, None], not below)
                 dk_block = tl.dot(ds.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
 
     _store_rows(dv, out_strides, batch, head, keys, T, D, BLOCK_D, dv_block)
-    if DIAGONAL:
+    if SLOPE is not None:
         _store_rows(dk, out_strides, batch, head, keys, T, D, BLOCK_D, scale * dk_block)
 
 
@@ -111,7 +121,7 @@ def _queries_kernel(
     q, k, v, g, lse, dq,
     q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
     scale, T,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries, through the keys that they see. Matrices are (queries, keys)."""
     # The last queries see the most keys: they start first, so that no long block is left over at the end.
@@ -119,9 +129,10 @@ def _queries_kernel(
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     queries = first + tl.arange(0, QUERIES)
-    q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
     g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
-    lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+    if SLOPE == "diagonal":  # ste needs no scores here
+        q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
+        lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
     dq_block = tl.full((QUERIES, BLOCK_D), 0.0, tl.float32)
 
     for diagonal in tl.static_range(2):  # first the keys that all of these queries see, then those along the diagonal
@@ -131,11 +142,14 @@ def _queries_kernel(
             keys = key + tl.arange(0, KEYS)
             k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
             v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
-            products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
-            x = _log_weights(products, lse_block[:, None], queries[:, None], keys[None, :], scale, diagonal)
-            p = tl.exp(x)
             dp = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
-            ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+            if SLOPE == "diagonal":
+                products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
+                x = _log_weights(products, lse_block[:, None], queries[:, None], keys[None, :], scale, diagonal)
+                p = tl.exp(x)
+                ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+            else:
+                ds = _visible(dp, queries[:, None], keys[None, :], diagonal)
             dq_block = tl.dot(ds.to(k_block.dtype), k_block, dq_block, input_precision="ieee")
 
     _store_rows(dq, out_strides, batch, head, queries, T, D, BLOCK_D, scale * dq_block)
@@ -145,42 +159,42 @@ def _queries_kernel(
 # Opaque to torch.compile, which so keeps one graph and does not generate Triton code of its own from these kernels.
 
 
-@torch.library.custom_op("offbyone::diagonal_backward", mutates_args=())
-def diagonal_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float
+@torch.library.custom_op("offbyone::score_backward", mutates_args=())
+def score_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, lse: Tensor, scale: float, slope: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV) of causal attention through the diagonal of its normalizer's Jacobian: `dS = P∘(1 − P)∘dP`.
+    """(dQ, dK, dV) of causal attention. slope "diagonal": through the diagonal of its normalizer's Jacobian,
+    `dS = P∘(1 − P)∘dP`; "ste": `dS = dP`.
 
     grad (dL/dO), q, k and v: (B, H, T, D) of one dtype, float16, bfloat16 or float32 (products without TF32), any
     strides. lse (B, H, T), float32: of the scaled scores and of the null logit where there is one; it may be padded
     beyond T. The gradients have q's dtype and lie in memory as (B, T, H, D), the order of a projection's output.
     """
     dq, dk, dv = _empty_gradients(q, 3)
-    wide, narrow, options = _block_sizes(q)
-    arguments = _arguments(q, k, v, grad, lse, dq, scale)
+    arguments = _arguments(q, k, v, grad, lse, dq, scale) | {"SLOPE": slope}
     with torch.cuda.device_of(q):
-        _keys_kernel[_grid(q, wide)](
-            q, k, v, grad, lse, dk, dv, **arguments, DIAGONAL=True, KEYS=wide, QUERIES=narrow, **options
-        )
+        wide, narrow, options = _block_sizes(q, "keys")
+        _keys_kernel[_grid(q, wide)](q, k, v, grad, lse, dk, dv, **arguments, KEYS=wide, QUERIES=narrow, **options)
+        wide, narrow, options = _block_sizes(q, "queries")
         _queries_kernel[_grid(q, wide)](q, k, v, grad, lse, dq, **arguments, KEYS=narrow, QUERIES=wide, **options)
     return dq, dk, dv
 
 
 @torch.library.custom_op("offbyone::value_gradient", mutates_args=())
 def value_gradient(grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
-    """`dV = Pᵀ g` of causal attention, alone; the arguments and the result are those of `diagonal_backward`."""
+    """`dV = Pᵀ g` of causal attention, alone; the arguments and the result are those of `score_backward`."""
     (dv,) = _empty_gradients(q, 1)
-    wide, narrow, options = _block_sizes(q)
+    wide, narrow, options = _block_sizes(q, "values")
     with torch.cuda.device_of(q):
         _keys_kernel[_grid(q, wide)](
             q, k, None, grad, lse, None, dv,
-            **_arguments(q, k, None, grad, lse, dv, scale), DIAGONAL=False, KEYS=wide, QUERIES=narrow, **options,
+            **_arguments(q, k, None, grad, lse, dv, scale), SLOPE=None, KEYS=wide, QUERIES=narrow, **options,
         )  # fmt: skip
     return dv
 
 
-@diagonal_backward.register_fake
-def _(grad, q, k, v, lse, scale):
+@score_backward.register_fake
+def _(grad, q, k, v, lse, scale, slope):
     return _empty_gradients(q, 3)
 
 
@@ -215,14 +229,15 @@ def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
     return triton.cdiv(T, block), H, B
 
 
-def _block_sizes(q: Tensor) -> tuple[int, int, dict[str, int]]:
-    """Rows of the block that a program owns, rows of a step of its loop, and the launch options.
+def _block_sizes(q: Tensor, kernel: str) -> tuple[int, int, dict[str, int]]:
+    """Rows of the block that a program owns, rows of a step of its loop, and the launch options, by what the kernel
+    gives: the gradients of the "keys", of the "queries", or of the "values" alone.
 
-    In half types about those of FlexAttention's backward in PyTorch 2.13, whose loops are like these; neither timed nor
-    tuned here.
+    In half types the best or within 9 % of it of a grid of 27, at heads of 64 and 128 and T = 1,024 and 4,096, on an
+    H100 (benchmarks/); they fit into the 100 KB of shared memory that other cards have.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
         return 32, 32, {"num_warps": 8, "num_stages": 1}
-    if q.is_cuda and torch.cuda.get_device_capability(q.device)[0] not in (9, 10):
-        return 64, 64, {"num_warps": 4, "num_stages": 2}  # many of these have 100 KB of shared memory, not 228
-    return 128, 64, {"num_warps": 8, "num_stages": 3}
+    if kernel == "keys" or (kernel == "values" and q.size(-1) <= 64):
+        return 64, 64, {"num_warps": 4, "num_stages": 2}
+    return 64, 64 if q.size(-1) <= 64 else 32, {"num_warps": 4, "num_stages": 3}

@@ -19,12 +19,17 @@ with pytest.MonkeyPatch.context() as _environment:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from model_triton import diagonal_backward, value_gradient
+    from model_triton import score_backward, value_gradient
 
 # T on either side of a block, head sizes that fill their power of two and one that does not; in pairs, to be quick.
 SHAPES = [(1, 16), (2, 80), (63, 64), (64, 16), (65, 80), (130, 64)]
 # Of the magnitude before cancellation. Half types round P or dS, then the result: by 2⁻¹¹ or 2⁻⁸ each, at most.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def diagonal_backward(*arguments):
+    return score_backward(*arguments, "diagonal")
+
 
 every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
@@ -58,7 +63,7 @@ def inputs(H: int, T: int, D: int, dtype, B: int = 1) -> list[torch.Tensor]:
     return [x.view(B, T, H, D).transpose(1, 2) for x in projection.split(H * D, dim=-1)]
 
 
-def materialized(q, k, v, g, null_logit, scale):
+def materialized(q, k, v, g, null_logit, scale, slope="diagonal"):
     """lse (B, H, T), and by name the gradients and their magnitudes before cancellation; all float64."""
     q, k, v, g = (x.double() for x in (q, k, v, g))
     scores = scale * q @ k.mT
@@ -66,7 +71,7 @@ def materialized(q, k, v, g, null_logit, scale):
     lse = torch.logaddexp(scores.logsumexp(-1), null_logit.double().view(-1, 1))
     x = scores - lse.unsqueeze(-1)
     p, dp = x.exp(), g @ v.mT
-    ds, magnitude = p * -torch.expm1(x) * dp, p * dp.abs()
+    ds, magnitude = (p * -torch.expm1(x) * dp, p * dp.abs()) if slope == "diagonal" else (dp.tril(), dp.abs().tril())
     gradients = {"dq": scale * ds @ k, "dk": scale * ds.mT @ q, "dv": p.mT @ g}
     magnitudes = {"dq": scale * magnitude @ k.abs(), "dk": scale * magnitude.mT @ q.abs(), "dv": p.mT @ g.abs()}
     return lse, gradients, magnitudes
@@ -83,12 +88,13 @@ def check(gradients: dict, expected: dict, magnitudes: dict, tolerance: float, d
 
 
 @every_dtype
+@pytest.mark.parametrize("slope", ["diagonal", "ste"])
 @pytest.mark.parametrize(("T", "D"), SHAPES)
-def test_diagonal_gradients_are_those_of_the_materialized_form(T, D, dtype):
+def test_gradients_are_those_of_the_materialized_form(T, D, slope, dtype):
     q, k, v, g = inputs(2, T, D, dtype)
     null_logit, scale = torch.tensor([-math.inf, 0.0], device=DEVICE), 1 / math.sqrt(D)  # softmax, softmax1
-    lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale)
-    gradients = dict(zip(("dq", "dk", "dv"), diagonal_backward(g, q, k, v, lse.float(), scale), strict=True))
+    lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale, slope)
+    gradients = dict(zip(("dq", "dk", "dv"), score_backward(g, q, k, v, lse.float(), scale, slope), strict=True))
     check(gradients, expected, magnitudes, TOLERANCE[dtype], dtype)
 
 
@@ -159,7 +165,7 @@ def test_nan_is_not_hidden():
 def test_operators_keep_what_pytorch_asks_of_them():
     q, k, v, g = inputs(1, 2, 16, torch.float32)
     lse = torch.full((1, 1, 2), 2.0, device=DEVICE)
-    torch.library.opcheck(diagonal_backward, (g, q, k, v, lse, 0.25))
+    torch.library.opcheck(score_backward, (g, q, k, v, lse, 0.25, "ste"))
     torch.library.opcheck(value_gradient, (g, q, k, lse, 0.25))
 
 
@@ -178,7 +184,8 @@ driver.set_active(Hopper())
 compiled = []
 triton.JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: compiled.append(self.warmup(*a, grid=grid, **k))
 x, lse = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100)
-model_triton.diagonal_backward(x, x, x, x, lse, 0.125)
+for slope in ("diagonal", "ste"):
+    model_triton.score_backward(x, x, x, x, lse, 0.125, slope)
 model_triton.value_gradient(x, x, x, lse, 0.125)
 for kernel in compiled:
     ptx = kernel.asm["ptx"]
@@ -188,13 +195,18 @@ for kernel in compiled:
 
 
 def test_kernels_compile_for_a_gpu(tmp_path):
-    """The interpreter takes more than the compiler does. On Hopper: tensor cores, copies of 16 bytes, NaNs kept."""
+    """The interpreter takes more than the compiler does. On Hopper: tensor cores, copies of 16 bytes, and NaNs kept
+    wherever a weight is held at 1 (STE's dQ has no weights)."""
     environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
     command = [sys.executable, "-c", HOPPER]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[1], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    kernels = ("_keys_kernel", "_queries_kernel", "_keys_kernel")
-    assert done.stdout.splitlines() == [f"{name} True True True" for name in kernels]
+    keys, queries, ste_queries = (
+        "_keys_kernel True True True",
+        "_queries_kernel True True True",
+        "_queries_kernel True True False",
+    )
+    assert done.stdout.splitlines() == [keys, queries, keys, ste_queries, keys]
 
 
 # --- in attention ---------------------------------------------------------------------------------------------------
@@ -255,6 +267,7 @@ def test_what_one_pass_is_for(monkeypatch):
     assert model._one_pass("cuda_flash", 128, 0.0)
     assert not model._one_pass("cuda_flash", 136, 0.0)
     assert not model._one_pass("cuda_flash", 64, 0.1)
+    assert model._one_pass("cuda_cudnn", 64, 0.0)
     assert not model._one_pass("cuda_efficient", 64, 0.0)
     monkeypatch.setattr(model, "TRITON", False)
     assert not model._one_pass("cuda_flash", 64, 0.0)

@@ -7,13 +7,16 @@ a score is a sum of D products, whose error the exponential passes on: 4 √D ε
 
 import contextlib
 import itertools
+import multiprocessing
 import os
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 
 import torch
 from torch import Tensor
 
 import model
+from harness.corpus import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from model import attention, materialized_attention, use_backend
 
@@ -25,6 +28,8 @@ BACKENDS = {  # on CUDA; the dtypes it takes
     "cuda_flash without Triton": HALF,
     "cuda_efficient": HALF + FLOAT32,
     "cuda_cudnn": HALF,
+    "cuda_cudnn, compiled": ("bfloat16",),
+    "cuda_cudnn without Triton": HALF,
     "materialized": HALF + FLOAT32,
     "stock": HALF + FLOAT32,
 }
@@ -40,21 +45,32 @@ OTHERS = [(1, 1, 64), (63, 63, 64), (129, 129, 80), (1000, 1000, 128), (65, 200,
 SMALL_MAIN, SMALL_OTHERS = [(70, 70, 32)], [(1, 1, 16), (9, 20, 24)]
 
 
-def run(task: Task, shapes) -> Iterator[dict]:
-    generator = torch.Generator().manual_seed(task.seed)
-    backends = CPU_BACKENDS if task.cpu else BACKENDS
-    for (T_q, T_k, D), (normalizer, backward) in itertools.product(shapes, VARIANTS):
-        for dtype in ("float32", "bfloat16", "float16"):
-            inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, task.device)
-            with materialized_attention():
-                exact = values([x.double() for x in inputs], normalizer, backward)
-            for backend in (name for name, dtypes in backends.items() if dtype in dtypes):
-                if backend == "stock" and (normalizer, backward) != ("softmax", "full"):
-                    continue  # PyTorch has no other
-                if ("compiled" in backend and len(shapes) > 1) or (backend == "cuda_cudnn" and D > 128):
-                    continue
-                row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
-                yield row | {"dtype": dtype} | compare(task, inputs, exact, backend, normalizer, backward)
+def run(task: Task, shapes: list[tuple[int, int, int]], dtypes: tuple[str, ...]) -> Iterator[dict]:
+    """All shapes and dtypes, as many at a time as there are processors: most of the time goes to compiling."""
+    jobs = list(itertools.product(shapes, dtypes))
+    count = min(len(jobs), cpu_count())
+    with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+        compiled = len(shapes) == 1
+        for checked in [pool.submit(check, task.cpu, task.seed + i, *job, compiled) for i, job in enumerate(jobs)]:
+            yield from checked.result()
+
+
+def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compiled: bool) -> list[dict]:
+    """Every variant on every backend that takes the dtype."""
+    T_q, T_k, D = shape
+    generator, rows = torch.Generator().manual_seed(seed), []
+    for normalizer, backward in VARIANTS:
+        inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, torch.device("cpu" if cpu else "cuda"))
+        with materialized_attention():
+            exact = values([x.double() for x in inputs], normalizer, backward)
+        for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
+            if backend == "stock" and (normalizer, backward) != ("softmax", "full"):
+                continue  # PyTorch has no other
+            if ("compiled" in backend and not compiled) or ("cudnn" in backend and (D > 128 or T_k == 1)):
+                continue
+            row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
+            rows.append(row | {"dtype": dtype} | compare(cpu, inputs, exact, backend, normalizer, backward))
+    return rows
 
 
 def draw(T_q: int, T_k: int, D: int, dtype, generator, device) -> list[Tensor]:
@@ -77,14 +93,14 @@ def values(inputs: list[Tensor], normalizer: str, backward: str, function=attent
     return {"out": out} | dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
 
 
-def compare(task: Task, inputs, exact: dict[str, Tensor], backend: str, normalizer: str, backward: str) -> dict:
+def compare(cpu: bool, inputs, exact: dict[str, Tensor], backend: str, normalizer: str, backward: str) -> dict:
     function, dtype, D = attention, inputs[0].dtype, inputs[0].size(-1)
     if "compiled" in backend:
         torch.compiler.reset()
         # As far as autograd's graph; what Inductor makes of it shows in the steps.
         function = torch.compile(attention, fullgraph=True, backend="aot_eager")
     try:
-        with backend_of(backend, task):
+        with backend_of(backend, cpu):
             found = values(inputs, normalizer, backward, function)
     except Exception as error:
         return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
@@ -99,13 +115,13 @@ def compare(task: Task, inputs, exact: dict[str, Tensor], backend: str, normaliz
 
 
 @contextlib.contextmanager
-def backend_of(name: str, task: Task):
+def backend_of(name: str, cpu: bool):
     """`attention` on that backend; in the dry run the CPU's flash kernel stands in for CUDA's."""
     triton, kernels = os.environ.pop("OFFBYONE_TRITON", None), (model._kernel_forward, model._kernel_backward)
     try:
         if "without Triton" in name:
             os.environ["OFFBYONE_TRITON"] = "0"
-        if task.cpu and name.startswith("cuda"):
+        if cpu and name.startswith("cuda"):
             forward, backward = kernels
             model._kernel_forward = lambda backend, *arguments: forward("cpu_flash", *arguments)
             model._kernel_backward = lambda backend, *arguments: backward("cpu_flash", *arguments)
@@ -141,11 +157,11 @@ def present(rows: list[dict]) -> list[Table]:
 
 
 def main_shape(task: Task) -> Iterator[dict]:
-    return run(task, SMALL_MAIN if task.cpu else MAIN)
+    return run(task, SMALL_MAIN if task.cpu else MAIN, HALF + FLOAT32)
 
 
 def other_shapes(task: Task) -> Iterator[dict]:
-    return run(task, SMALL_OTHERS if task.cpu else OTHERS)
+    return run(task, SMALL_OTHERS if task.cpu else OTHERS, ("bfloat16", *FLOAT32))
 
 
 SECTION = Section("Attention against float64, T = 1,024", 1.2, main_shape, present)

@@ -89,7 +89,7 @@ class Shape:
             call = torch.compile(functools.partial(attention, normalizer="softmax1", backward=backward), **how)
             calls[f"softmax1/{backward}, compiled"] = call
             if not cpu:
-                calls[f"softmax1/{backward} on cuDNN"] = ours("softmax1", backward, "cuda_cudnn")
+                calls[f"softmax1/{backward} on flash"] = ours("softmax1", backward, "cuda_flash")
         return calls
 
     def prepare(self) -> dict[str, str]:

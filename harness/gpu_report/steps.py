@@ -21,7 +21,7 @@ CONFIG = "configs/gpt2_124m_softmax.yaml"
 BASELINE = "nanoGPT's loop"
 FIRST = [("softmax", "full"), ("softmax1", "full")]
 OTHERS = [variant for variant in VARIANTS if variant not in FIRST]
-AT_ONCE = 4  # of some 14 GiB each
+AT_ONCE = 5  # of 12 GiB each
 ROUNDS, BURST = 6, 4
 SMALL = {
     "model.n_layer": 1, "model.n_head": 2, "model.n_embd": 32, "model.block_size": 32, "model.vocab_size": "null",

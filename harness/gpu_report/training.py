@@ -17,10 +17,10 @@ from harness.gpu_report.steps import CONFIG, corpus_of, overrides
 NORMALIZERS = ("softmax", "softmax1")
 CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte")
 DIAGNOSTICS = {
-    "activation_kurtosis": ["--batches", "4", "--batch-size", "4"],
-    "quantization": ["--batches", "4", "--batch-size", "4", "--seeds", "1"],
+    "activation_kurtosis": ["--batches", "2", "--batch-size", "4"],
+    "quantization": ["--batches", "2", "--batch-size", "4", "--seeds", "1"],
 }
-AROUND = 110.0  # seconds besides training: starting, compiling, evaluating, diagnosing
+AROUND = 95.0  # seconds besides training: starting, compiling, evaluating, diagnosing
 
 
 def run(task: Task) -> Iterator[dict]:
