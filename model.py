@@ -120,6 +120,10 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
         backward, dropout_p, scale, backend = ctx.arguments
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        if backend == "cuda_cudnn" and grad.stride() != out.stride():
+            # PyTorch keeps cuDNN's plans by the strides of q, k and v alone: with one and the same layout of q there
+            # has to be one of dL/dO too, or the second runs on the plan of the first and gives garbage.
+            grad = torch.empty_like(out).copy_(grad)
 
         def kernel(out, lse, scale):
             return _kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
