@@ -26,7 +26,7 @@ from harness.kl_training import Reference
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
-from model import GPT, GPTConfig, attention_backend
+from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
 def main() -> int:
@@ -64,6 +64,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     model = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
+    if not NORMALIZERS[a.normalizer].is_softmax:
+        say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
     say(
         f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward, "
@@ -325,8 +327,9 @@ def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
     q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype)
-    stock = c.normalizer == "softmax" and c.backward == "full"
-    return attention_backend(q, q, c.dropout, stock)
+    normalizer = NORMALIZERS[c.normalizer]
+    stock = c.backward == "full" and normalizer.null_logit is None
+    return attention_backend(q, q, c.dropout, stock, fused=normalizer.is_softmax)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

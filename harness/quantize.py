@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, attention_weights
+from model import GPT, CausalSelfAttention, attention_rows
 
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of each block
 PROBABILITIES, RESIDUAL, HEAD = "attention probabilities", "residual stream", "lm_head input"
@@ -114,23 +114,21 @@ def _hooks(site: Site, visit: Visit):
     if site.kind == RESIDUAL:
         yield site.module.register_forward_hook(lambda _module, _args, x: visit(site, x, site.then))
     elif site.kind == PROBABILITIES:
-        attn, seen = site.module, {}
-        yield attn.c_attn.register_forward_hook(lambda _module, _args, qkv: seen.update(qkv=qkv))
-        yield attn.c_proj.register_forward_pre_hook(lambda _module, _args: _attend(attn, seen.pop("qkv"), site, visit))
+        attn = site.module
+        yield attn.core.register_forward_hook(lambda _core, qkv, _out: _attend(attn, *qkv, site, visit))
     else:
         yield site.module.register_forward_pre_hook(lambda _module, args: visit(site, args[0], site.then))
 
 
-def _attend(attn: nn.Module, qkv: Tensor, site: Site, visit: Visit) -> Tensor:
-    """The attention's output (B, T, C) with its probabilities as `visit` leaves them, in place of the fused one."""
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    qkv = [z.view(B, T, attn.n_head, -1).transpose(1, 2) for z in qkv.split(C, dim=2)]  # (B, H, T, D)
+def _attend(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, site: Site, visit: Visit) -> Tensor:
+    """The attention's output (B, H, T, D) with its probabilities as `visit` leaves them, in place of the fused one."""
+    at_once = max(1, _CHUNK // (q.size(1) * q.size(2) * k.size(2)))  # sequences
     outputs = []
-    for q, k, v in zip(*(z.split(max(1, _CHUNK // (attn.n_head * T * T))) for z in qkv), strict=True):
-        P = attention_weights(q, k, null_logit=attn.null_logit(), scale=q.size(-1) ** -0.5)
-        then = partial(torch.matmul, other=v)
+    for q_, k_, v_ in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
+        P, _ = attention_rows(q_, k_, **attn.arguments())
+        then = partial(torch.matmul, other=v_)
         outputs.append(then(visit(site, P, then)))
-    return torch.cat(outputs).transpose(1, 2).reshape(B, T, C)
+    return torch.cat(outputs)
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ from harness.quantize import (
     visiting,
 )
 from harness.tokenizer import Bytes
-from model import GPT, GPTConfig, attention_weights
+from model import GPT, GPTConfig, attention_rows
 from scripts.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 
 T, V = 16, 256
@@ -147,7 +147,7 @@ def written_out(model: GPT, idx: torch.Tensor, weight, activation) -> torch.Tens
             z.unflatten(-1, (2, -1)).transpose(1, 2)
             for z in linear(block.attn.c_attn, "attn.c_attn input", block.ln_1(x)).chunk(3, dim=-1)
         )
-        P = attention_weights(q, k, null_logit=block.attn.null_logit(), scale=q.size(-1) ** -0.5)
+        P = attention_rows(q, k, **block.attn.arguments())[0]
         y = (activation(PROBABILITIES, P) @ v).transpose(1, 2).flatten(2)
         x = x + linear(block.attn.c_proj, "attn.c_proj input", y)
         y = block.mlp.gelu(linear(block.mlp.c_fc, "mlp.c_fc input", block.ln_2(x)))
