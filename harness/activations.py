@@ -242,6 +242,14 @@ class AttentionStatistics:
         return self._entropy / self.sequences
 
 
+def no_distribution(model: GPT) -> list[str]:
+    """A note on the entropy, where the model's attention rows are no probability distributions."""
+    name = model.config.normalizer
+    if find_normalizer(name).is_softmax:
+        return []
+    return [f"{name} is no softmax over the keys and perhaps a null slot: entropy is of each row over its own mass"]
+
+
 def row_entropy(P: Tensor, null: Tensor | None, normalizer: str) -> Tensor:
     """In nats, of each row of attention weights P (…, T_k), null slot (…, 1) or None: (…,).
 

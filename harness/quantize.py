@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, CausalSelfAttention, attention_rows
+from model import GPT, CausalSelfAttention, attention_rows, find_normalizer
 
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of each block
 PROBABILITIES, RESIDUAL, HEAD = "attention probabilities", "residual stream", "lm_head input"
@@ -97,6 +97,11 @@ def sites(model: GPT, head: bool = False) -> list[Site]:
     return found
 
 
+def has_static_range(site: Site) -> bool:
+    """Whether its values lie in [0, 1] whatever the text: a softmax's probabilities. Other normalizers' may not."""
+    return site.kind == PROBABILITIES and find_normalizer(site.module.normalizer).is_softmax
+
+
 Visit = Callable[[Site, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
@@ -147,14 +152,14 @@ class Scheme:
     activation_bits: int | None = None
     activations: How = "min-max"
     """how an activation's range is found: over the calibration windows, all of it or without its extremes; or anew for
-    each token. The probabilities' static range is [0, 1] and needs none."""
+    each token. A softmax's probabilities have the static range [0, 1], and need none."""
     kinds: tuple[str, ...] = KINDS
     """the sites whose activations are rounded"""
 
-    @property
-    def calibrated(self) -> bool:
+    def calibrated(self, model: GPT) -> bool:
         """Whether its result depends on the calibration windows."""
-        return self.activation_bits is not None and self.activations != "per token" and self.kinds != (PROBABILITIES,)
+        ranges_matter = self.activation_bits is not None and self.activations != "per token"
+        return ranges_matter and any(s.kind in self.kinds and not has_static_range(s) for s in sites(model, head=True))
 
 
 def schemes(head: bool = False) -> list[Scheme]:
@@ -202,7 +207,7 @@ def calibrate(model: GPT, windows: Tensor, batch_size: int, percentile: float, h
         largest[site.name] = tuple(y.topk(min(keep, len(y))).values for y in values)
         return x
 
-    with visiting([site for site in sites(model, head) if site.kind != PROBABILITIES], observe):
+    with visiting([site for site in sites(model, head) if not has_static_range(site)], observe):
         for x in windows.split(batch_size):
             model(x)
     return {name: Range(-down[0], up[0], -down[-1], up[-1]) for name, (down, up) in largest.items()}
@@ -215,7 +220,7 @@ def quantize_activation(x: Tensor, site: Site, scheme: Scheme, ranges: dict[str,
         return x
     if scheme.activations == "per token":
         return quantize_per_token(x, bits)
-    if site.kind == PROBABILITIES:
+    if has_static_range(site):
         return quantize_range(x, x.new_zeros(()), x.new_ones(()), bits)
     found = ranges[site.name]
     return quantize_range(x, *(found[:2] if scheme.activations == "min-max" else found[2:]), bits)

@@ -381,7 +381,7 @@ def test_the_report(tmp_path, corpus):
         assert set(row) == set(COLUMNS)
         assert row["perplexity_rise"] == pytest.approx(row["perplexity"] - first["perplexity"], abs=1e-9)
         assert row["loss_rise"] == pytest.approx(row["loss"] - first["loss"], abs=1e-9)
-        assert (row["spread"] is not None) == scheme.calibrated
+        assert (row["spread"] is not None) == scheme.calibrated(model)
         assert row["standard_error"] > 0
     by_name = {row["scheme"]: row for row in rows}
     for name, scheme in {
@@ -395,7 +395,7 @@ def test_the_report(tmp_path, corpus):
         close = 1e-5  # of a mean of float32 losses in batches of another shape; of their perplexity as a share
         assert row["loss"] == pytest.approx(np.mean(losses), rel=close)
         assert row["perplexity"] == pytest.approx(np.mean(perplexities), rel=close)
-        if scheme.calibrated:
+        if scheme.calibrated(model):
             spread, close = abs(perplexities[1] - perplexities[0]) / 2**0.5, 2 * close * perplexities[0]
             assert row["spread"] == pytest.approx(spread, abs=close)
             assert spread > 10 * close
@@ -411,7 +411,7 @@ def test_the_report(tmp_path, corpus):
     assert all(row["spread"] is None for row in list(other.values())[1:])
     for row, scheme in zip(rows, schemes(), strict=True):
         if scheme.activation_bits and not scheme.weight_bits:  # those with weights have the head's in them now
-            assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated
+            assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated(model)
 
 
 def test_nan_weights_are_a_finding(tmp_path, corpus):
