@@ -33,6 +33,11 @@ def weight_kurtosis(model: GPT) -> dict[str, float | None]:
     return {name: excess_kurtosis(p) for name, p in model.named_parameters() if p.dim() >= 2}
 
 
+def rows_of_c_attn(x: Tensor, n_head: int) -> dict[str, Tensor]:
+    """x (3 C, …), the weight or bias of c_attn or its gradient: the rows that make q, k and v, (H, D, …) each."""
+    return {part: rows.unflatten(0, (n_head, -1)) for part, rows in zip("qkv", x.chunk(3), strict=True)}
+
+
 @torch.no_grad()
 def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
     """The excess kurtosis of the attention probabilities on idx (B, T), each layer's over all its (B, H, T, T) entries,

@@ -28,6 +28,7 @@ from harness.jacobian import (
     take_gradients,
 )
 from harness.perplexity import nonfinite_weights
+from harness.probe import rows_of_c_attn
 from harness.report import draw_heads, new_figure
 from model import find_normalizer
 
@@ -81,7 +82,7 @@ def measure(subject: Subject) -> Result:
         with backward_mode(model, mode):
             for x, y in subject.batches(what=f"{mode} backward"):
                 backpropagate(model, x, y)
-        products[mode] = products_of_parameters(take_gradients(model), full)
+        products[mode] = products_of_parameters(take_gradients(model), full, model.config.n_head)
 
     layers = [pool(split) for split in splits]
     queries_keys = [name for name in products["ste"] if name not in full]
@@ -117,14 +118,14 @@ def not_computed(name: str) -> list[str]:
     return notes
 
 
-def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor]) -> dict[str, Tensor]:
+def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor], n_head: int) -> dict[str, Tensor]:
     """`dot_products` with the full gradient, by parameter; of c_attn also those of its q and k, without v."""
     products = {}
     for name, gradient in gradients.items():
         products[name] = dot_products(gradient, full[name])
         if ".c_attn." in name:
-            queries_keys = 2 * len(gradient) // 3
-            products[f"{name} q, k"] = dot_products(gradient[:queries_keys], full[name][:queries_keys])
+            own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
+            products[f"{name} q, k"] = sum(dot_products(own[part], whole[part]) for part in "qk")
     return products
 
 

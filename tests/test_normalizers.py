@@ -34,7 +34,7 @@ from model import (
     softmax_weights,
     use_backend,
 )
-from scripts import activation_kurtosis, attention_kl_bound, quantization, sample
+from scripts import activation_kurtosis, attention_kl_bound, quantization, sample, weight_kurtosis
 from scripts import jacobian_energy as jacobian_script
 
 T, H, ZETA, GAMMA = 16, 2, 1.0, -0.03
@@ -278,7 +278,8 @@ def measured(name, workplace, monkeypatch):
     tokens = Corpus("corpus").tokens["val"]
 
     def report(script) -> dict:
-        assert command(monkeypatch, script.main, "out/run/ckpt.pt", "--batches", 1, "--batch-size", 3) == 0
+        amount = () if script is weight_kurtosis else ("--batches", 1, "--batch-size", 3)
+        assert command(monkeypatch, script.main, "out/run/ckpt.pt", *amount) == 0
         return json.loads(Path(f"out/run/diagnostics/{script.DIAGNOSTIC.name}.json").read_text())
 
     return name, model, tokens, report
@@ -399,6 +400,13 @@ def test_quantization_rounds_its_own_weights(measured):
             torch.testing.assert_close(model(x, y)[1], before)
     for P, expected in zip(seen, weights_of_layers(model.double(), name, x), strict=True):
         np.testing.assert_allclose(P, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_weights_it_brings_are_measured(measured):
+    name, model, _, report = measured
+    found = {row["name"] for row in report(weight_kurtosis)["rows"]}
+    assert {key for key, _ in model.named_parameters()} <= found
+    assert ("bias" in {row["name"] for row in report(weight_kurtosis)["kinds"]}) == (name == "sigmoid")
 
 
 def test_a_range_beyond_1_is_not_cut_off(workplace, monkeypatch):
