@@ -535,25 +535,30 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. Raises ValueError where it makes no sense."""
+    """The shape of a GPT. Raises ValueError where it makes no sense.
 
-    block_size: int = 1024
+    A field's metadata says what else depends on it, so that a new one escapes no list: `choices`, where a table holds
+    the values; `free`, where weights trained with one value may be trained on with another; `in_weights`, where the
+    shapes of the weights tell the value; `forward` False, where the forward pass of evaluation does not depend on it.
+    """
+
+    block_size: int = field(default=1024, metadata={"in_weights": True})
     """longest context, in tokens"""
-    vocab_size: int = 50304
+    vocab_size: int = field(default=50304, metadata={"in_weights": True})
     """token ids; GPT-2's 50257 padded to a multiple of 64 is faster"""
-    n_layer: int = 12
+    n_layer: int = field(default=12, metadata={"in_weights": True})
     """transformer blocks"""
     n_head: int = 12
     """attention heads a block"""
-    n_embd: int = 768
+    n_embd: int = field(default=768, metadata={"in_weights": True})
     """width of the residual stream; a multiple of n_head"""
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"free": True, "forward": False})
     """dropout of embeddings, attention weights and residual branches"""
-    bias: bool = True
+    bias: bool = field(default=True, metadata={"in_weights": True})
     """biases in linear layers and layer norms, as GPT-2; without is a bit faster"""
-    normalizer: str = field(default="softmax", metadata={"choices": NORMALIZERS})
+    normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
-    backward: Backward = "full"
+    backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
     activation: Activation = "gelu_tanh"
     """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
@@ -755,13 +760,17 @@ class GPT(nn.Module):
         ]
 
     def num_parameters(self) -> int:
-        """All parameters but the position table, which takes part in no matrix product (the tied head does)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        """All parameters but the tables that rows are only looked up in, for no matrix product takes these: that of the
+        positions, and that of the tokens where it is not the head's matrix too."""
+        multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
+        tables = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)} - multiplied
+        return sum(p.numel() for p in self.parameters()) - sum(table.numel() for table in tables)
 
     def flops_per_token(self) -> int:
-        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
-        c = self.config
-        return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B), where C is the
+        width of all of a layer's heads together and N `num_parameters`."""
+        widths = sum(m.c_proj.in_features for m in self.modules() if isinstance(m, CausalSelfAttention))
+        return 6 * self.num_parameters() + 12 * widths * self.config.block_size
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, dropping the later positions. ValueError if it would grow."""

@@ -16,13 +16,14 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
-from harness.checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import FORMAT, build_model, load_model, read_checkpoint, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
+from harness.optimizers import make_optimizer
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
@@ -101,12 +102,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     reference = Reference(config, raw_model.config, corpus, device, use_compile) if config.kl.reference else None
     if reference:
         say(reference.describe())
-    optimizer = torch.optim.AdamW(
-        raw_model.parameter_groups(config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        fused=True,
-    )
+    optimizer = make_optimizer(raw_model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best_val_loss = math.inf
     machine = {
@@ -145,7 +141,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
         corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
         checkpoint = {
-            "format": 1,
+            "format": FORMAT,
             "model": raw_model.state_dict(),
             "model_args": dataclasses.asdict(raw_model.config),
             "step": step,
@@ -310,7 +306,8 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         wanted = {
             k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
         }
-    free = () if checkpoint else ("dropout", "normalizer", "backward")  # a fine-tuning may choose these anew
+    # A fine-tuning may choose these anew.
+    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
     differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
         model.crop_block_size(wanted["block_size"])

@@ -14,6 +14,9 @@ import torch
 from harness.errors import UserError
 from model import GPT, GPTConfig
 
+FORMAT = 1
+"""Of the checkpoints that are written here. Larger where an older reader would take the keys for what they are not."""
+
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write to a temporary file in the same folder, flush it to the disk, rename it over `path`: whatever happens on
@@ -58,6 +61,10 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}"
+        )
+    if (version := checkpoint.get("format", FORMAT)) not in range(1, FORMAT + 1):
+        raise UserError(
+            f"{path} is a checkpoint of format {version!r}, and this version reads up to {FORMAT}: update it"
         )
     return checkpoint
 

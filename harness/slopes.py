@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.config import OptimizerConfig
 from harness.errors import UserError
 from harness.jacobian import backward_mode
+from harness.optimizers import make_optimizer
 from harness.probe import capture_qk
 from model import GPT, NORMALIZERS, attention_rows, materialized_attention
 
@@ -37,7 +39,7 @@ def adamw_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], info: 
     state = info.get("optimizer", {})
     if not state.get("state"):
         raise UserError(f"{path} holds no optimizer state, so there is no next AdamW update: {advice}")
-    optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.0))
+    optimizer = make_optimizer(model, OptimizerConfig(), fused=False)
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as e:

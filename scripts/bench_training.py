@@ -39,6 +39,7 @@ from harness.device import (
 )
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
+from harness.optimizers import make_optimizer
 from harness.report import print_table
 from harness.runfolder import write_text
 from model import GPT, GPTConfig
@@ -127,8 +128,7 @@ class Bench:
         self.reference = None
         if config.kl.reference:
             self.reference = Reference(config, self.raw_model.config, self.corpus, self.device, use_compile)
-        how = {"fused": False, "foreach": False} if baseline else {"fused": True}
-        self.optimizer = torch.optim.AdamW(self.raw_model.parameter_groups(config.optimizer.weight_decay), **how)
+        self.optimizer = make_optimizer(self.raw_model, config.optimizer, fused=not baseline)
         most = min(c.micro_batch_size or c.batch_size, c.batch_size)
         self.micro_batch_size = next(n for n in range(most, 0, -1) if c.batch_size % n == 0)
         self.seconds = {phase: [] for phase in PHASES}

@@ -21,6 +21,7 @@ KINDS = {
     "attention projection": ("attn.c_proj",),
     "MLP": ("mlp.c_fc", "mlp.c_proj"),
     "layer norm": ("ln_1", "ln_2", "ln_f"),
+    "sink": ("sink",),
 }
 DRAWN = (
     "c_attn.weight[q]",
@@ -75,7 +76,7 @@ def parts_of_qkv(name: str, parameter: Tensor, n_head: int) -> dict[str, Moments
 
 
 def kind_of(name: str) -> str:
-    """One of KINDS; of any other parameter, such as a normalizer brings (a sink), its own name."""
+    """One of KINDS; of any other parameter, such as a normalizer may bring, its own name."""
     kinds = (kind for kind, parts in KINDS.items() if any(f".{part}." in f".{name}." for part in parts))
     return next(kinds, name.rpartition(".")[2])
 

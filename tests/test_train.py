@@ -4,6 +4,7 @@ Each run is a process of its own, forked from a server that has imported train.p
 where a fresh interpreter takes seconds, and it can be killed like any other.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import torch
 
 from harness.corpus import write_corpus
 from harness.tokenizer import from_name
+from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -261,6 +263,22 @@ def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     for key, tensor in base.checkpoint()["model"].items():
         assert torch.equal(tensor, tuned.checkpoint()["model"][key]), key
     assert tuned.checkpoint()["model_args"]["normalizer"] == "softmax"
+
+
+def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
+    finished("base", "--training.max_steps", "1")
+    arguments = ("--training.init_from", "out/base/ckpt.pt", "--training.max_steps", "1", "--model.activation", "gelu")
+    assert "activation is gelu in the config and gelu_tanh in the checkpoint" in refused("tuned", *arguments)
+    free = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
+    assert free == {"dropout", "normalizer", "backward"}
+    others = {"model.dropout": 0.2, "model.normalizer": "sink", "model.backward": "ste"}
+    finished("tuned", *arguments[:-2], *(str(x) for key, value in others.items() for x in (f"--{key}", value)))
+
+
+def test_a_resume_of_a_newer_format_is_refused():
+    run = finished("run", "--training.max_steps", "1")
+    torch.save(run.checkpoint() | {"format": 2}, run.folder / "ckpt.pt")
+    assert "out/run/ckpt.pt is a checkpoint of format 2, and this version reads up to 1" in refused("run")
 
 
 def test_a_sink_is_trained_resumed_and_may_replace_softmax1():
