@@ -76,9 +76,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     )
 
     def evaluate(offsets) -> float:
-        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks."""
+        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks: to each
+        as many batches, of one shape, since the ranks of a sharded model only run together."""
         tokens = corpus.tokens["val"]
-        filler = np.full(-len(offsets) % micro_batch_size, len(tokens))  # all its targets are ignored; one batch shape
+        filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
         total = torch.zeros(2, dtype=torch.float64)  # Σ loss, targets
         model.eval()
@@ -86,8 +87,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             for batch in batches[ranks.rank :: ranks.size]:
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y)
-                targets = int((y >= 0).sum())
-                total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
+                if targets := int((y >= 0).sum()):  # the loss over none is NaN
+                    total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
         loss_sum, targets = ranks.sum(total).tolist()
         return loss_sum / targets
@@ -136,7 +137,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:
-        """Write ckpt.pt and, without the optimizer's state, best.pt."""
+        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank comes here, since those of a sharded
+        model gather its state together; rank 0 writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
         corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
@@ -152,12 +154,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(folder.checkpoint, checkpoint | state)
-        if best:
+        if ranks.is_main:
+            save_checkpoint(folder.checkpoint, checkpoint | state)
+        if ranks.is_main and best:
             save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
-        """Everything that is measured at an evaluation, and whether this is the best one so far."""
+        """Everything that is measured at an evaluation, on every rank, and whether this is the best one so far."""
         nonlocal best_val_loss
         loss = evaluate(windows)
         best = loss < best_val_loss  # on the same windows every time
@@ -167,15 +170,15 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         metrics = validation_metrics(loss, corpus)
         if ranks.is_main:
             progress.say(f"step {step}: {describe(metrics)}")
-            if config.evaluation.kurtosis:
-                metrics |= kurtosis_metrics(raw_model, corpus, device)
+        if config.evaluation.kurtosis:
+            metrics |= kurtosis_metrics(raw_model, corpus, device)
         return metrics, best
 
     if not resumed:
         metrics, best = measure(0)
         if ranks.is_main:
             tracker.log(0, metrics)
-            save(0, best)
+        save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stop = StopSignals(ranks.is_main)
@@ -233,7 +236,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 metrics |= measured
             if ranks.is_main:
                 tracker.log(step, metrics)
-        if (saving or best) and ranks.is_main:
+        if saving or best:
             save(step, best)
         clock, clock_step = now(device), step
         if stopping:

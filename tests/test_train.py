@@ -157,9 +157,66 @@ def test_two_ranks_train_as_one(normalizer, backward):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
-    for key in ("train/loss", "val/loss", "train/grad_norm"):
+    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention"):
         ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+WITNESS = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import train
+from model import GPT
+
+rank, seen = int(os.environ["RANK"]), []
+
+def noted(name, function):
+    def call(*args, **kwargs):
+        seen.append(name)
+        return function(*args, **kwargs)
+    return call
+
+forward = GPT.forward
+def watched(self, idx, targets=None):
+    if not self.training and not torch.is_grad_enabled():
+        seen.append(["forward", list(idx.shape)])
+    return forward(self, idx, targets)
+
+GPT.forward = watched
+GPT.state_dict = noted("state of the model", GPT.state_dict)
+torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
+train.kurtosis_metrics = noted("kurtosis", train.kurtosis_metrics)
+writes = []
+save = train.save_checkpoint
+train.save_checkpoint = lambda path, checkpoint: (writes.append(path.name), save(path, checkpoint))
+status = train.main()
+with open(f"seen_{rank}.json", "w") as f:
+    json.dump({"seen": seen, "writes": writes}, f)
+sys.exit(status)
+"""
+
+
+def test_every_rank_does_the_same_and_rank_0_alone_writes():
+    """What a sharded model needs: its parts are only whole where all ranks run it, measure it or save it together. The
+    last evaluation is of 63 batches, an odd number, for two ranks."""
+    Path("witness.py").write_text(WITNESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "witness.py"]
+    command += [str(ROOT), "config.yaml", "--run.name", "two", "--training.max_steps", "2"]
+    command += ["--evaluation.interval", "1", "--training.checkpoint_interval", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
+    assert first["seen"] == second["seen"]
+    assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
+    assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
+    assert "ckpt.pt" in first["writes"]
+    assert second["writes"] == []
+    one = finished("one", "--training.max_steps", "2", "--evaluation.interval", "1")
+    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
+    ours, theirs = ([line["val/loss"] for line in run] for run in (one.metrics(), lines))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
