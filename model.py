@@ -759,6 +759,11 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
+    def normalizer_parameters(self) -> dict[str, Tensor]:
+        """What the attention's normalizer learns, by the name of the parameter."""
+        names, layers = NORMALIZERS[self.config.normalizer].parameters, enumerate(self.transformer.h)
+        return {f"transformer.h.{i}.attn.{name}": getattr(block.attn, name) for i, block in layers for name in names}
+
     def num_parameters(self) -> int:
         """All parameters but the tables that rows are only looked up in, for no matrix product takes these: that of the
         positions, and that of the tokens where it is not the head's matrix too."""

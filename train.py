@@ -319,7 +319,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
     rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    rebuilt.load_state_dict(model.state_dict(), strict=False)  # sinks come and go with the normalizer, and start at 0
+    weights = model.state_dict()
+    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
+        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
+        weights |= rebuilt.normalizer_parameters()
+    rebuilt.load_state_dict(weights)
     return rebuilt
 
 

@@ -159,6 +159,23 @@ def test_training_and_resuming_take_what_the_table_holds(name, workplace, monkey
     assert all((whole["model"][key] != -1).any() for key in learned)  # trained, from their start
 
 
+def test_a_fine_tuning_to_another_normalizer_starts_what_that_learns_anew(workplace, monkeypatch):
+    for name, entry in ENTRIES.items():
+        monkeypatch.setitem(NORMALIZERS, name, entry)
+    scaled = Normalizer(lambda scores, bias: bias * scores.softmax(-1), parameters={"bias": lambda _: torch.ones(())})
+    monkeypatch.setitem(NORMALIZERS, "scaled", scaled)
+    how = ("--training.max_steps", 1, "--optimizer.lr", 0, "--optimizer.min_lr", 0)
+    base = trained(monkeypatch, "base", "sigmoid", "--training.max_steps", 1)["model"]
+    for name, start in {"scaled": torch.ones(()), "clipped": None}.items():
+        tuned = trained(monkeypatch, name, name, "--training.init_from", "out/base/ckpt.pt", *how)["model"]
+        for key in base.keys() | tuned.keys():
+            if key.endswith(".attn.bias"):
+                assert (key in tuned) == (start is not None)
+                assert start is None or torch.equal(tuned[key], start)
+            else:
+                assert torch.equal(tuned[key], base[key])
+
+
 def test_the_forward_pass_is_that_of_the_entrys_weights(name, workplace, monkeypatch):
     trained(monkeypatch, "run", name, "--training.max_steps", 4)
     model = load_model("out/run/ckpt.pt")[0].double()
