@@ -202,8 +202,8 @@ class AttentionStatistics:
         blocks, entropy, first_key = [], 0.0, 0.0
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            rows = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
-            P, null = (None if x is None else x[0] for x in rows)  # (H, end − start, end), and (H, end − start, 1)
+            P, null = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
+            P, null = P[0], None if null is None else null[0]  # (H, end − start, end) and (H, end − start, 1)
             # Before the block all keys are visible; within it a query sees those up to its own.
             visible = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
             rows = RowMoments.of(P[:, :, start:], visible)  # (H, end − start)

@@ -84,13 +84,14 @@ def split_of_sequence(
     for start in range(0, T, at_once):
         end = min(start + at_once, T)
         # (1, H, rows, end): the weights of these queries over all the keys that any of them sees
-        rows = attention_rows(q[None, :, start:end], k[None, :, :end], normalizer=normalizer, scale=scale, **parameters)
-        A, null = (None if x is None else x[0] for x in rows)
+        rows, keys = q[None, :, start:end], k[None, :, :end]
+        A, null = attention_rows(rows, keys, normalizer=normalizer, scale=scale, **parameters)
+        A, null = A[0], None if null is None else null[0]
         g = (grad_out[:, start:end] @ v[:, :end].transpose(-2, -1)).tril(start)
         if find_normalizer(normalizer).is_softmax:
             gradients = softmax_gradients(A, g)
         else:
-            scores = attention_scores(q[None, :, start:end], k[None, :, :end], scale)
+            scores = attention_scores(rows, keys, scale)
             gradients = general_gradients(scores, g, normalizer, parameters)
         block = _sums_of_rows(A, g, *gradients) | {"entropy": row_entropy(A, null, normalizer).sum(-1)}
         for name, value in block.items():
