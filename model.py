@@ -1,8 +1,9 @@
 """GPT-2 with a pluggable attention, in one file: read it from top to bottom.
 
-- `softmax1` and `attention`: the two functions this project is about. The *normalizer* of the forward pass (softmax;
-  softmax1, which may attend to nothing; or sink, which learns how readily) and the *backward* pass (full, diagonal or
-  straight-through) are chosen independently; the forward pass never depends on the backward.
+- `NORMALIZERS`: how a row of scores becomes attention weights, one entry for each way (softmax; softmax1, which may
+  attend to nothing; sink, which learns how readily).
+- `attention`: by any of these *normalizers* forward, and one of three *backward* passes (full, diagonal or
+  straight-through). The two are chosen independently; the forward pass never depends on the backward.
 - `GPT`: pre-LayerNorm, learned positions, tied embeddings. Modules and parameters carry nanoGPT's names, so that its
   checkpoints load.
 """
@@ -12,7 +13,8 @@ import importlib.util
 import math
 import os
 import warnings
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 import torch
@@ -20,11 +22,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-Normalizer = Literal["softmax", "softmax1", "sink"]
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
 
-# --- attention ------------------------------------------------------------------------------------------------------
+# --- normalizers: from a row of scores to attention weights ---------------------------------------------------------
 
 
 def softmax1(x: Tensor, dim: int = -1) -> Tensor:
@@ -43,16 +44,90 @@ def softmax1(x: Tensor, dim: int = -1) -> Tensor:
     return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
 
 
+def softmax_rows(scores: Tensor, null_logit: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A softmax over the keys and, with a `null_logit` (H,), over one slot more, whose value is zero.
+
+    scores (B, H, T_q, T_k) → the keys' weights, of that shape, and the null slot's share (B, H, T_q, 1), or None.
+    """
+    logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
+    if null_logit is None:
+        return (scores - logsumexp).exp(), None
+    null_logit = null_logit.to(scores.dtype).view(-1, 1, 1)
+    logsumexp = torch.logaddexp(logsumexp, null_logit)
+    return (scores - logsumexp).exp(), (null_logit - logsumexp).exp()
+
+
+def softmax_weights(scores: Tensor, null_logit: Tensor | None = None) -> Tensor:
+    return softmax_rows(scores, null_logit)[0]
+
+
+def softmax_diagonal(scores: Tensor, weights: Tensor, null_logit: Tensor | None = None) -> Tensor:
+    return weights * (1 - weights)
+
+
+@dataclass(frozen=True)
+class Normalizer:
+    """One way from scores to attention weights. An entry of `NORMALIZERS` is all that a new one takes: the config, the
+    model, training and the diagnostics read that table."""
+
+    weights: Callable[..., Tensor]
+    """The definition: scores (B, H, T_q, T_k), float32 at least and −∞ where a key is not visible, and the parameters
+    by name → the weights, of that shape. Each row by itself; a key that is not visible gets 0 whatever is returned."""
+    parameters: dict[str, Callable[["GPTConfig"], Tensor]] = field(default_factory=dict)
+    """What an attention module learns for it: name → its start value."""
+    diagonal: Callable[..., Tensor] | None = None
+    """(scores, weights, parameters) → ∂weights_ij/∂scores_ij, for the backward "diagonal", which is refused without."""
+    null_logit: float | str | None = None
+    """Of a softmax over one slot more than there are keys: that slot's logit, or the name of the parameter that is."""
+
+    def __post_init__(self):
+        if not self.is_softmax and self.null_logit is not None:
+            raise ValueError("a null_logit goes with softmax_weights: other weights have no slot for it")
+        known = {self.null_logit} if isinstance(self.null_logit, str) else set()
+        if self.is_softmax and set(self.parameters) != known:
+            raise ValueError("softmax_weights takes no parameter but the one that null_logit names")
+
+    @property
+    def is_softmax(self) -> bool:
+        """Whether it is a softmax over the keys and perhaps a null slot, which is what the fused kernels compute and
+        where a row, its null slot included, is a probability distribution. Others run materialized."""
+        return self.weights is softmax_weights
+
+
+NORMALIZERS: dict[str, Normalizer] = {
+    "softmax": Normalizer(softmax_weights, diagonal=softmax_diagonal),
+    "softmax1": Normalizer(softmax_weights, diagonal=softmax_diagonal, null_logit=0.0),
+    # Each head learns its null slot's logit, as in gpt-oss (OpenAI 2025); it starts as softmax1.
+    "sink": Normalizer(
+        softmax_weights,
+        diagonal=softmax_diagonal,
+        null_logit="sink",
+        parameters={"sink": lambda config: torch.zeros(config.n_head)},
+    ),
+}
+
+
+def find_normalizer(name: str) -> Normalizer:
+    """The entry of `NORMALIZERS`; ValueError, naming those there are, where there is none."""
+    if name not in NORMALIZERS:
+        raise ValueError(f"unknown normalizer {name!r}: choose from {', '.join(NORMALIZERS)}")
+    return NORMALIZERS[name]
+
+
+# --- attention ------------------------------------------------------------------------------------------------------
+
+
 def attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     *,
-    normalizer: Normalizer = "softmax",
+    normalizer: str = "softmax",
     backward: Backward = "full",
     null_logit: Tensor | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
+    **parameters: Tensor,
 ) -> Tensor:
     """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
 
@@ -60,23 +135,29 @@ def attention(
     `null_logit` (H,) gives every row one more slot of that logit and value zero: 0 is softmax1, log n softmax_n, and a
     learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is exact, whatever `backward`.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
+    `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit.
     `scale` multiplies q·k, 1/√D by default. The result can be differentiated once; under `materialized_attention()` as
     often as you like. Raises ValueError, naming what was given and what is allowed.
     """
-    _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale)
+    _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale, parameters)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    null_logit = torch.zeros(q.size(1), device=q.device) if normalizer == "softmax1" else null_logit
+    entry = NORMALIZERS[normalizer]
+    null_logit = _null_logit(entry, null_logit, q)
     stock = backward == "full" and null_logit is None
-    backend = attention_backend(q, k, dropout_p, stock) if q.numel() else "materialized"  # PyTorch's divide by T
+    backend = "materialized"
+    if q.numel():  # PyTorch's divide by T
+        backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax)
+    if backend != "materialized" and not entry.is_softmax:
+        raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
     if backend == "stock" and not stock:
         raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
     if backend.startswith("cpu") and dropout_p:
         raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
     if backend == "materialized":
-        weights = attention_weights(q, k, null_logit=null_logit, backward=backward, scale=scale, dropout_p=dropout_p)
-        return weights.to(v.dtype) @ v
+        arguments = parameters if null_logit is None else {"null_logit": null_logit}
+        return _materialized_weights(q, k, entry, arguments, backward, dropout_p, scale).to(v.dtype) @ v
     # The kernels align the causal mask at its start, so fewer queries than keys get empty ones in front; and those of
     # CUDA want D in eights.
     D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
@@ -212,9 +293,11 @@ def _one_pass(backend, D: int, dropout_p: float) -> bool:
     return True
 
 
-LINEAR_FROM = (
-    2048  # up to so many tokens STE's dQ and dK come from the masked matrix in model_triton.py, block by block
-)
+# Up to so many tokens STE's dQ and dK come from the masked matrix in model_triton.py, block by block, beyond from running
+# sums. The whole backward on an H100, heads of 64, 16,384 tokens in all, the former against the latter: 1.0 and 3.1 ms at
+# T = 2,048, 1.9 and 3.7 at 4,096, 3.7 and 4.8 at 8,192, 7.5 and 6.2 at 16,384. (2 ms of the latter are the launches of
+# its many small operations, which torch.compile joins.)
+LINEAR_FROM = 4096
 AT_ONCE = 2**20  # numbers; of a larger q value_gradient_on_cpu takes a head at a time, since it makes copies
 
 
@@ -281,14 +364,15 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
 SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well
 
 
-def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False) -> str:
+def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, fused: bool = True) -> str:
     """What computes attention on these: "cpu_native" (model_cpu.py), PyTorch's "cpu_flash", "cuda_flash" or
-    "cuda_efficient", "materialized", or, for the variant that PyTorch itself offers (`stock`), "stock": its own
-    function, which chooses a kernel by itself. "cuda_cudnn" is taken where `use_backend` asks for it.
+    "cuda_efficient", "cuda_cudnn" (on Hopper), "materialized", or, for the variant that PyTorch itself offers
+    (`stock`), "stock": its own function, which chooses a kernel by itself. A normalizer without a fused form (`fused`
+    False) is materialized.
     """
     if _backend_in_use is not None:
         return _backend_in_use
-    if q.size(-2) != k.size(-2) and q.size(-2) <= SHORT:
+    if not fused or (q.size(-2) != k.size(-2) and q.size(-2) <= SHORT):
         return "materialized"
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and _native():
@@ -374,49 +458,96 @@ def materialized_attention():
     return use_backend("materialized")
 
 
-def attention_weights(
-    q, k, *, null_logit=None, backward: Backward = "full", scale: float, dropout_p: float = 0.0
-) -> Tensor:
-    """The matrix P of causal attention: q (B, H, T_q, D), k (B, H, T_k, D) → (B, H, T_q, T_k), at least float32.
+def attention_rows(
+    q: Tensor,
+    k: Tensor,
+    *,
+    normalizer: str = "softmax",
+    null_logit: Tensor | None = None,
+    scale: float | None = None,
+    **parameters: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """The attention weights P, by any normalizer: what everything that looks at attention takes them from.
 
-    The normalizer's Jacobian in a row is `∂P/∂S = diag(P) − P Pᵀ`: local on its diagonal, `P(1 − P)`, lateral off it.
+    q (B, H, T_q, D), k (B, H, T_k, D), aligned at the end as in `attention`, so that a block of queries needs only the
+    keys up to its last → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row (B, H, T_q, 1),
+    None where there is no such slot. ValueError for an unknown normalizer.
     """
-    T_q, T_k = q.size(-2), k.size(-2)
-    visible = torch.ones(T_q, T_k, dtype=torch.bool, device=q.device).tril(T_k - T_q)
-    exact = torch.promote_types(q.dtype, torch.float32)
+    entry = find_normalizer(normalizer)
+    scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
+    if entry.is_softmax:
+        return softmax_rows(scores, _null_logit(entry, null_logit, q))
+    return _weights(entry, scores, parameters), None
+
+
+def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
+    """`scale·q kᵀ`, −∞ where a query does not see a key: (B, H, T_q, T_k), at least float32."""
+    visible = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril(k.size(-2) - q.size(-2))
+    dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q.to(exact) * scale) @ k.to(exact).mT
-    masked = scores.masked_fill(~visible, -math.inf)
-    lse = torch.logsumexp(masked, dim=-1, keepdim=True)
-    if null_logit is not None:  # one more slot in the row, its value zero
-        null_logit = null_logit.to(exact).view(-1, 1, 1)
-        lse = torch.logaddexp(lse, null_logit)
-    log_weights = masked - lse
-    weights = F.dropout(log_weights.exp(), dropout_p)
+        scores = (q.to(dtype) * scale) @ k.to(dtype).mT
+    return scores.masked_fill(~visible, -math.inf)
+
+
+def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) -> Tensor:
+    """The entry's weights, no key before its time among them."""
+    weights = entry.weights(scores, **arguments)
+    return weights if entry.is_softmax else weights.masked_fill(scores.isneginf(), 0)
+
+
+def _null_logit(entry: Normalizer, given: Tensor | None, q: Tensor) -> Tensor | None:
+    """The logit of each head's null slot (H,): the one given, or the entry's own number; None without such a slot."""
+    if isinstance(entry.null_logit, int | float):
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        return torch.full((q.size(1),), entry.null_logit, dtype=dtype, device=q.device)
+    return given
+
+
+def _materialized_weights(q, k, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float):
+    """The matrix P of causal attention with `backward` as its derivative and dropout: (B, H, T_q, T_k), as of
+    `attention_rows`.
+
+    The normalizer's Jacobian in a row, for a softmax `∂P/∂S = diag(P) − P Pᵀ`, is local on its diagonal, for a softmax
+    `P(1 − P)`, and lateral off it.
+    """
+    scores = attention_scores(q, k, scale)
     if backward == "full":
-        return weights
-    # The same weights as constants, with a slope along each score (and along the null logit the exact one, −P P_null).
-    # ste goes straight through the dropout as well.
-    slope = weights * -torch.expm1(log_weights) if backward == "diagonal" else visible.to(exact)
-    out = weights.detach() + slope.detach() * (scores - scores.detach())
-    if null_logit is not None:
-        out = out - (weights * (null_logit - lse).exp()).detach() * (null_logit - null_logit.detach())
-    return out
+        return F.dropout(_weights(entry, scores, arguments), dropout_p)
+    # The same weights, constant in the scores (in the parameters, a null logit among them, the gradient is exact), with
+    # a slope along each score. ste goes straight through the dropout as well.
+    weights = _weights(entry, scores.detach(), arguments)
+    visible = ~scores.isneginf()
+    slope = visible.to(scores.dtype)
+    if backward == "diagonal":
+        slope = entry.diagonal(scores.detach(), weights, **arguments).masked_fill(~visible, 0).detach()
+    if dropout_p:
+        kept = F.dropout(torch.ones_like(weights), dropout_p)
+        weights, slope = weights * kept, slope * kept if backward == "diagonal" else slope
+    level = scores.masked_fill(~visible, 0)
+    return weights + slope * (level - level.detach())
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale) -> None:
-    if normalizer not in get_args(Normalizer):
-        raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
+def _check_backward(backward: str, normalizer: str) -> None:
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
+    if backward == "diagonal" and find_normalizer(normalizer).diagonal is None:
+        raise ValueError(f"normalizer {normalizer!r} has no backward 'diagonal': its entry does not say the diagonal")
+
+
+def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale, parameters) -> None:
+    entry = find_normalizer(normalizer)
+    _check_backward(backward, normalizer)
+    if set(parameters) != (wanted := set(entry.parameters) - {entry.null_logit}):
+        what = f"takes the parameters {', '.join(sorted(wanted))}" if wanted else "takes no parameters"
+        raise ValueError(f"normalizer {normalizer!r} {what}, and not {', '.join(sorted(parameters)) or 'none'}")
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
-    for name, x in (("q", q), ("k", k), ("v", v), ("null_logit", null_logit)):
+    for name, x in (("q", q), ("k", k), ("v", v), ("null_logit", null_logit), *parameters.items()):
         if x is None and name == "null_logit":
             continue
         if not (torch.is_tensor(x) and x.dtype in FLOATS):
@@ -431,10 +562,13 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
         raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H, T_k, D), D ≥ 1")
     if q.size(-2) > k.size(-2):
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
-    if null_logit is not None and normalizer == "softmax1":
-        raise ValueError("softmax1 is the null logit 0: a null_logit goes with normalizer 'sink' or 'softmax'")
-    if null_logit is None and normalizer == "sink":
-        raise ValueError("normalizer 'sink' needs its null_logit, one learned logit a head")
+    if null_logit is not None and not entry.is_softmax:
+        raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
+    if null_logit is not None and isinstance(entry.null_logit, int | float):
+        fixed = f"{normalizer} is the null logit {entry.null_logit:g}"
+        raise ValueError(f"{fixed}: a null_logit goes with normalizer 'sink' or 'softmax'")
+    if null_logit is None and isinstance(entry.null_logit, str):
+        raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
     if null_logit is not None and null_logit.shape != (q.size(1),):
         raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
 
@@ -444,25 +578,30 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
 
 @dataclass
 class GPTConfig:
-    """The shape of a GPT. Raises ValueError where it makes no sense."""
+    """The shape of a GPT. Raises ValueError where it makes no sense.
 
-    block_size: int = 1024
+    A field's metadata says what else depends on it, so that a new one escapes no list: `choices`, where a table holds
+    the values; `free`, where weights trained with one value may be trained on with another; `in_weights`, where the
+    shapes of the weights tell the value; `forward` False, where the forward pass of evaluation does not depend on it.
+    """
+
+    block_size: int = field(default=1024, metadata={"in_weights": True})
     """longest context, in tokens"""
-    vocab_size: int = 50304
+    vocab_size: int = field(default=50304, metadata={"in_weights": True})
     """token ids; GPT-2's 50257 padded to a multiple of 64 is faster"""
-    n_layer: int = 12
+    n_layer: int = field(default=12, metadata={"in_weights": True})
     """transformer blocks"""
     n_head: int = 12
     """attention heads a block"""
-    n_embd: int = 768
+    n_embd: int = field(default=768, metadata={"in_weights": True})
     """width of the residual stream; a multiple of n_head"""
-    dropout: float = 0.0
+    dropout: float = field(default=0.0, metadata={"free": True, "forward": False})
     """dropout of embeddings, attention weights and residual branches"""
-    bias: bool = True
+    bias: bool = field(default=True, metadata={"in_weights": True})
     """biases in linear layers and layer norms, as GPT-2; without is a bit faster"""
-    normalizer: Normalizer = "softmax"
+    normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
-    backward: Backward = "full"
+    backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
     activation: Activation = "gelu_tanh"
     """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
@@ -471,9 +610,10 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
-        for name, choices in (("normalizer", Normalizer), ("backward", Backward), ("activation", Activation)):
-            if getattr(self, name) not in get_args(choices):
-                raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose from {', '.join(get_args(choices))}")
+        find_normalizer(self.normalizer)
+        _check_backward(self.backward, self.normalizer)
+        if self.activation not in get_args(Activation):
+            raise ValueError(f"unknown activation {self.activation!r}: choose from {', '.join(get_args(Activation))}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if not 0 <= self.dropout < 1:
@@ -496,6 +636,17 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
+class AttentionCore(nn.Module):
+    """From queries, keys and values to what the heads read: the one seam at which attention is watched and replaced.
+
+    It has no parameters and no buffers. Its hooks see q (B, H, T_q, D) and k (B, H, T_k, D) as they enter the scores,
+    v (B, H, T_k, D) and the output (B, H, T_q, D).
+    """
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
+        return attention(q, k, v, **how)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
@@ -504,14 +655,15 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = nn.Dropout(config.dropout)
-        if config.normalizer == "sink":
-            self.sink = nn.Parameter(torch.zeros(config.n_head))  # starts as softmax1
+        for name, start in NORMALIZERS[config.normalizer].parameters.items():
+            setattr(self, name, nn.Parameter(start(config)))
+        self.core = AttentionCore()
 
-    def null_logit(self) -> Tensor | None:
-        """The logit of each head's null slot (H,); None under softmax, which has no such slot."""
-        if self.normalizer == "softmax1":
-            return torch.zeros(self.n_head, device=self.c_attn.weight.device)
-        return self.sink if self.normalizer == "sink" else None
+    def arguments(self) -> dict[str, str | Tensor]:
+        """The normalizer and its parameters, by the names under which `attention` and `attention_rows` take them."""
+        entry = NORMALIZERS[self.normalizer]
+        names = {name: "null_logit" if name == entry.null_logit else name for name in entry.parameters}
+        return {"normalizer": self.normalizer} | {taken: getattr(self, name) for name, taken in names.items()}
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         B, T, C = x.shape
@@ -522,7 +674,7 @@ class CausalSelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
-        y = attention(q, k, v, null_logit=self.null_logit(), backward=self.backward_mode, dropout_p=dropout_p)
+        y = self.core(q, k, v, backward=self.backward_mode, dropout_p=dropout_p, **self.arguments())
         return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
 
 
@@ -650,14 +802,23 @@ class GPT(nn.Module):
             {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
         ]
 
+    def normalizer_parameters(self) -> dict[str, Tensor]:
+        """What the attention's normalizer learns, by the name of the parameter."""
+        names, layers = NORMALIZERS[self.config.normalizer].parameters, enumerate(self.transformer.h)
+        return {f"transformer.h.{i}.attn.{name}": getattr(block.attn, name) for i, block in layers for name in names}
+
     def num_parameters(self) -> int:
-        """All parameters but the position table, which takes part in no matrix product (the tied head does)."""
-        return sum(p.numel() for p in self.parameters()) - self.transformer.wpe.weight.numel()
+        """All parameters but the tables that rows are only looked up in, for no matrix product takes these: that of the
+        positions, and that of the tokens where it is not the head's matrix too."""
+        multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
+        tables = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)} - multiplied
+        return sum(p.numel() for p in self.parameters()) - sum(table.numel() for table in tables)
 
     def flops_per_token(self) -> int:
-        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B)."""
-        c = self.config
-        return 6 * self.num_parameters() + 12 * c.n_layer * c.n_embd * c.block_size
+        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B), where C is the
+        width of all of a layer's heads together and N `num_parameters`."""
+        widths = sum(m.c_proj.in_features for m in self.modules() if isinstance(m, CausalSelfAttention))
+        return 6 * self.num_parameters() + 12 * widths * self.config.block_size
 
     def crop_block_size(self, block_size: int) -> None:
         """Shorten the context, dropping the later positions. ValueError if it would grow."""

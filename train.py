@@ -16,17 +16,18 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
-from harness.checkpoint import build_model, load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import FORMAT, build_model, load_model, read_checkpoint, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
+from harness.optimizers import make_optimizer
 from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
-from model import GPT, GPTConfig, attention_backend
+from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
 def main() -> int:
@@ -64,6 +65,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     model = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
+    if not NORMALIZERS[a.normalizer].is_softmax:
+        say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
     say(
         f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward, "
@@ -73,9 +76,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     )
 
     def evaluate(offsets) -> float:
-        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks."""
+        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks: to each
+        as many batches, of one shape, since the ranks of a sharded model only run together."""
         tokens = corpus.tokens["val"]
-        filler = np.full(-len(offsets) % micro_batch_size, len(tokens))  # all its targets are ignored; one batch shape
+        filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
         total = torch.zeros(2, dtype=torch.float64)  # Σ loss, targets
         model.eval()
@@ -83,8 +87,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             for batch in batches[ranks.rank :: ranks.size]:
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y)
-                targets = int((y >= 0).sum())
-                total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
+                if targets := int((y >= 0).sum()):  # the loss over none is NaN
+                    total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
         loss_sum, targets = ranks.sum(total).tolist()
         return loss_sum / targets
@@ -99,12 +103,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     reference = Reference(config, raw_model.config, corpus, device, use_compile) if config.kl.reference else None
     if reference:
         say(reference.describe())
-    optimizer = torch.optim.AdamW(
-        raw_model.parameter_groups(config.optimizer.weight_decay),
-        lr=config.optimizer.lr,
-        betas=(config.optimizer.beta1, config.optimizer.beta2),
-        fused=True,
-    )
+    optimizer = make_optimizer(raw_model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best_val_loss = math.inf
     machine = {
@@ -138,12 +137,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:
-        """Write ckpt.pt and, without the optimizer's state, best.pt."""
+        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank comes here, since those of a sharded
+        model gather its state together; rank 0 writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
         corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
         checkpoint = {
-            "format": 1,
+            "format": FORMAT,
             "model": raw_model.state_dict(),
             "model_args": dataclasses.asdict(raw_model.config),
             "step": step,
@@ -154,12 +154,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        save_checkpoint(folder.checkpoint, checkpoint | state)
-        if best:
+        if ranks.is_main:
+            save_checkpoint(folder.checkpoint, checkpoint | state)
+        if ranks.is_main and best:
             save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
-        """Everything that is measured at an evaluation, and whether this is the best one so far."""
+        """Everything that is measured at an evaluation, on every rank, and whether this is the best one so far."""
         nonlocal best_val_loss
         loss = evaluate(windows)
         best = loss < best_val_loss  # on the same windows every time
@@ -169,15 +170,15 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         metrics = validation_metrics(loss, corpus)
         if ranks.is_main:
             progress.say(f"step {step}: {describe(metrics)}")
-            if config.evaluation.kurtosis:
-                metrics |= kurtosis_metrics(raw_model, corpus, device)
+        if config.evaluation.kurtosis:
+            metrics |= kurtosis_metrics(raw_model, corpus, device)
         return metrics, best
 
     if not resumed:
         metrics, best = measure(0)
         if ranks.is_main:
             tracker.log(0, metrics)
-            save(0, best)
+        save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stop = StopSignals(ranks.is_main)
@@ -235,7 +236,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 metrics |= measured
             if ranks.is_main:
                 tracker.log(step, metrics)
-        if (saving or best) and ranks.is_main:
+        if saving or best:
             save(step, best)
         clock, clock_step = now(device), step
         if stopping:
@@ -308,7 +309,8 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         wanted = {
             k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
         }
-    free = () if checkpoint else ("dropout", "normalizer", "backward")  # a fine-tuning may choose these anew
+    # A fine-tuning may choose these anew.
+    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
     differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
         model.crop_block_size(wanted["block_size"])
@@ -317,7 +319,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
     rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    rebuilt.load_state_dict(model.state_dict(), strict=False)  # sinks come and go with the normalizer, and start at 0
+    weights = model.state_dict()
+    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
+        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
+        weights |= rebuilt.normalizer_parameters()
+    rebuilt.load_state_dict(weights)
     return rebuilt
 
 
@@ -325,8 +331,9 @@ def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
     q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype)
-    stock = c.normalizer == "softmax" and c.backward == "full"
-    return attention_backend(q, q, c.dropout, stock)
+    normalizer = NORMALIZERS[c.normalizer]
+    stock = c.backward == "full" and normalizer.null_logit is None
+    return attention_backend(q, q, c.dropout, stock, fused=normalizer.is_softmax)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

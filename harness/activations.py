@@ -13,7 +13,7 @@ from torch import Tensor
 from harness.device import float64
 from harness.moments import CHUNK_ACCELERATOR, Moments, RowMoments
 from harness.probe import watch
-from model import GPT
+from model import GPT, attention_rows, find_normalizer
 
 OUTLIER_RMS = 6.0
 """A channel is an outlier where its root mean square exceeds this many times the median channel's."""
@@ -42,7 +42,7 @@ class Activations:
         self.tensors.setdefault(name, TensorStatistics()).update(x)
 
     def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor) -> None:
-        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, attn.null_logit())
+        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, **attn.arguments())
 
 
 class TensorStatistics:
@@ -189,29 +189,23 @@ class AttentionStatistics:
         self._row_mass = self._entropy = self._sinks = 0.0
 
     @torch.no_grad()
-    def update(self, q: Tensor, k: Tensor, null_logit: Tensor | None) -> "AttentionStatistics":
-        """q and k (B, H, T, D); null_logit (H,), or None where there is no null slot."""
+    def update(self, q: Tensor, k: Tensor, normalizer: str = "softmax", **parameters: Tensor) -> "AttentionStatistics":
+        """q and k (B, H, T, D) as they enter the scores; normalizer and parameters as `attention` takes them."""
+        device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
+        parameters = {name: parameter.to(device) for name, parameter in parameters.items()}
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):
-            self._update_sequence(q_1, k_1, null_logit)
+            self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
         return self
 
-    def _update_sequence(self, q: Tensor, k: Tensor, null_logit: Tensor | None) -> None:
-        _, H, T, D = q.shape
-        device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
-        q, k = (x[0].to(device, torch.promote_types(x.dtype, torch.float32)) for x in (q * D**-0.5, k))
-        b = None if null_logit is None else null_logit.to(q).view(-1, 1, 1)
+    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> None:
+        _, H, T, _ = q.shape
         blocks, entropy, first_key = [], 0.0, 0.0
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            # model.attention_weights, a few rows of it, by way of its logarithm, which the entropy needs. Before the
-            # block all keys are visible; within it a query sees those up to its own.
-            visible = torch.ones(end - start, end - start, dtype=torch.bool, device=device).tril()
-            log_P = q[:, start:end] @ k[:, :end].mT  # (H, end − start, end)
-            log_P[:, :, start:].masked_fill_(~visible, -math.inf)
-            lse = log_P.logsumexp(-1, keepdim=True)
-            lse = lse if b is None else torch.logaddexp(lse, b)
-            P = log_P.sub_(lse).exp()
-
+            P, null = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
+            P, null = P[0], None if null is None else null[0]  # (H, end − start, end) and (H, end − start, 1)
+            # Before the block all keys are visible; within it a query sees those up to its own.
+            visible = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
             rows = RowMoments.of(P[:, :, start:], visible)  # (H, end − start)
             if start:
                 heads = P[:, :, :start].split(max(1, chunk_size(P) // (start * (end - start))))
@@ -221,10 +215,7 @@ class AttentionStatistics:
             row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
             self._row_mass = self._row_mass + row_mass.sum(-1) / T
             first_key += P[:, :, 0].double().sum(-1)
-            log_P[:, :, start:].masked_fill_(~visible, 0)
-            entropy -= log_P.mul_(P).sum(-1).double().sum(-1)
-            if b is not None:
-                entropy -= ((b - lse).exp() * (b - lse)).double().sum((-2, -1))
+            entropy += row_entropy(P, null, normalizer).double().sum(-1)
         rows = RowMoments(*(torch.cat(field, dim=-1).flatten() for field in zip(*blocks, strict=True)))
         self._entropy = self._entropy + entropy / T
         # a comparison with NaN is false, and "no sink" would be a claim
@@ -247,5 +238,30 @@ class AttentionStatistics:
 
     @property
     def entropy(self) -> Tensor:
-        """In nats, averaged over queries; the null slot, where there is one, is part of the distribution."""
+        """In nats, averaged over queries, as of `row_entropy`."""
         return self._entropy / self.sequences
+
+
+def no_distribution(model: GPT) -> list[str]:
+    """A note on the entropy, where the model's attention rows are no probability distributions."""
+    name = model.config.normalizer
+    if find_normalizer(name).is_softmax:
+        return []
+    return [f"{name} is no softmax over the keys and perhaps a null slot: entropy is of each row over its own mass"]
+
+
+def row_entropy(P: Tensor, null: Tensor | None, normalizer: str) -> Tensor:
+    """In nats, of each row of attention weights P (…, T_k), null slot (…, 1) or None: (…,).
+
+    A softmax's row is a probability distribution together with its null slot. Other weights are none: theirs is the
+    entropy of the row over its own mass, 0 where that is 0.
+    """
+
+    def minus_x_log_x(x: Tensor) -> Tensor:  # torch.special.entr takes twice as long
+        return -x.clamp(min=torch.finfo(x.dtype).tiny).log_().mul_(x).sum(-1)
+
+    entropy = minus_x_log_x(P)
+    if find_normalizer(normalizer).is_softmax:
+        return entropy if null is None else entropy + minus_x_log_x(null)
+    mass = P.sum(-1)
+    return torch.where(mass == 0, 0.0, entropy / mass + mass.log())

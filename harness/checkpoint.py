@@ -14,6 +14,9 @@ import torch
 from harness.errors import UserError
 from model import GPT, GPTConfig
 
+FORMAT = 1
+"""Of the checkpoints that are written here. Larger where an older reader would take the keys for what they are not."""
+
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write to a temporary file in the same folder, flush it to the disk, rename it over `path`: whatever happens on
@@ -59,6 +62,10 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(
             f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}"
         )
+    if (version := checkpoint.get("format", FORMAT)) not in range(1, FORMAT + 1):
+        raise UserError(
+            f"{path} is a checkpoint of format {version!r}, and this version reads up to {FORMAT}: update it"
+        )
     return checkpoint
 
 
@@ -97,8 +104,10 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 
 
 def clean_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """Without torch.compile's prefix on every name, and without the causal mask that older models store as a buffer."""
-    return {k.removeprefix("_orig_mod."): v for k, v in state.items() if not k.endswith(".attn.bias")}
+    """Without torch.compile's prefix on every name, and without the causal mask (1, 1, T, T) that older models store as
+    a buffer `attn.bias`, which is also what a normalizer may call a parameter of its own."""
+    mask = {k for k, v in state.items() if k.endswith(".attn.bias") and v.dim() == 4}
+    return {k.removeprefix("_orig_mod."): v for k, v in state.items() if k not in mask}
 
 
 def _first_line(error: Exception) -> str:

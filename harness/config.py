@@ -220,11 +220,12 @@ def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> 
         sections = {section: {k: _plain(v) for k, v in vars(parsed[section]).items()} for section in SECTIONS}
         for section, cls in SECTIONS.items():
             for f in dataclasses.fields(cls):  # jsonargparse lets null pass for any type
-                if sections[section][f.name] is None and type(None) not in get_args(f.type):
+                value, choices = sections[section][f.name], f.metadata.get("choices")
+                if (value is None and type(None) not in get_args(f.type)) or (choices and value not in choices):
                     raise _InvalidValue(f"{section}.{f.name}")
     except _InvalidValue as e:
         section, _, name = e.key.partition(".")
-        wanted = describe({f.name: f.type for f in dataclasses.fields(SECTIONS[section])}[name])
+        wanted = describe_field(next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name))
         value = "nothing" if values[section][name] is None else repr(values[section][name])
         raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value}") from e
     try:
@@ -264,6 +265,11 @@ def describe(annotation: Any) -> str:
     return " or ".join(describe(a) for a in get_args(annotation))
 
 
+def describe_field(f: dataclasses.Field) -> str:
+    """What a key takes, in words: its type, or its choices where they are a table's entries (`model.NORMALIZERS`)."""
+    return " or ".join(f.metadata["choices"]) if "choices" in f.metadata else describe(f.type)
+
+
 def help_text() -> str:
     """Every key with its type, default and explanation."""
     lines = [
@@ -281,7 +287,7 @@ def help_text() -> str:
         for f in dataclasses.fields(cls):
             default = yaml.safe_dump(f.default).splitlines()[0]
             lines.append(f"  --{section}.{f.name}".ljust(34) + f"{explanations[f.name]}")
-            lines.append(" " * 34 + f"({describe(f.type)}; default: {default})")
+            lines.append(" " * 34 + f"({describe_field(f)}; default: {default})")
     return "\n".join(lines)
 
 

@@ -1,5 +1,6 @@
 """GPT-2's weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -9,6 +10,8 @@ from model import GPT, GPTConfig
 
 # Hugging Face keeps GPT-2's Conv1D layers, whose weights are (in, out); a Linear's are (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+# What GPT-2's class can say of a GPT; `backward` is of training alone.
+_EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
 _ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
@@ -66,6 +69,9 @@ def save_gpt2(model: GPT, folder: str | Path) -> None:
     c = model.config
     if c.normalizer != "softmax":
         raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")
+    for field in dataclasses.fields(c):
+        if field.name not in _EXPRESSED and (value := getattr(c, field.name)) != field.default:
+            raise UserError(f"GPT-2's class has no {field.name}, here {value!r}: this model cannot be exported")
     transformers = _import_transformers()
     config = transformers.GPT2Config(
         vocab_size=c.vocab_size,
@@ -80,6 +86,8 @@ def save_gpt2(model: GPT, folder: str | Path) -> None:
     )
     peer = transformers.GPT2LMHeadModel(config)
     state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in model.state_dict().items()}
+    if unknown := sorted(state.keys() - peer.state_dict().keys()):
+        raise UserError(f"GPT-2's class has no {', '.join(unknown)}: this model cannot be exported")
     for name, tensor in peer.state_dict().items():
         if name not in state:  # GPT-2's class always has biases: those of a model without are zero
             state[name] = torch.zeros_like(tensor)

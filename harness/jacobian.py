@@ -8,19 +8,23 @@ gradient of the scores is
 
 and `Σ s² = Σ d² + Σ o² + 2 Σ d·o`. The maps exist in float64, one row block of one layer and sequence at a time. A null
 slot (softmax1, sink) has value 0, so it adds nothing to m, and the sums run over the keys alone.
+
+For a normalizer that is no softmax, s is the derivative of its weights A(S), `s_ij = Σ_k g_ik ∂A_ik/∂S_ij`, and d is g
+times the diagonal that its entry in `model.NORMALIZERS` gives.
 """
 
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from harness.activations import row_entropy
 from harness.device import float64
 from harness.probe import capture_attention
-from model import GPT, Normalizer, attention_weights
+from model import GPT, attention_rows, attention_scores, find_normalizer
 
 # Elements of one map of a row block: 2 MiB in float64, of which some eight are alive at once. (Four times as many leave
 # the cache and take half as long again, a quarter as many make more calls than sums.)
@@ -32,72 +36,115 @@ def jacobian_energy(
     k: Tensor,
     v: Tensor,
     grad_out: Tensor,
-    normalizer: Normalizer = "softmax",
+    normalizer: str = "softmax",
     scale: float | None = None,
     *,
     null_logit: Tensor | None = None,
+    **parameters: Tensor,
 ) -> dict[str, Tensor]:
     """The split of causal attention's score gradient, per head: q, k, v and dL/dO (B, H, T, D) → (H,) float64 each.
 
     e_full, e_diag, e_lateral, e_cross: energies summed over batch and positions; e_full is the sum of the others.
     r_diag, r_lateral, r_cross: those over e_full, adding up to 1; r_offdiag = 1 − r_diag.
     cos_diag, cos_ste: cosine of d, and of g, with s over each sequence's (i, j ≤ i), averaged over the sequences.
-    mean_attention over (i, j ≤ i); entropy in nats, the null slot counted; row_mass `Σ_j A_ij`; and of the Jacobian
-    alone jacobian_diag `Σ A²(1 − A)²` and jacobian_offdiag `(Σ A²)² − Σ A⁴`: means over rows.
+    mean_attention over (i, j ≤ i); entropy in nats, the null slot counted (`row_entropy`); row_mass `Σ_j A_ij`; and of
+    the Jacobian alone jacobian_diag `Σ A²(1 − A)²` and jacobian_offdiag `(Σ A²)² − Σ A⁴`: means over rows.
 
-    A ratio or cosine with a zero norm is NaN; a sequence without one is left out of the average. `scale` multiplies
-    q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink". ValueError where the arguments do not fit.
+    A ratio or cosine with a zero norm is NaN; a sequence without one is left out of the average. NaN are also, of a
+    normalizer that is no softmax, jacobian_offdiag and, where its entry says no diagonal, all that needs that. `scale`
+    multiplies q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink", `parameters` with those that
+    take some. ValueError where the arguments do not fit.
     """
     shapes = {tuple(x.shape) for x in (q, k, v, grad_out)}
     if len(shapes) > 1 or q.dim() != 4 or not q.numel():
         raise ValueError(f"q, k, v and grad_out must share one shape (B, H, T, D), not {sorted(shapes)}")
-    if normalizer not in get_args(Normalizer):
-        raise ValueError(f"unknown normalizer {normalizer!r}: choose from {', '.join(get_args(Normalizer))}")
-    if (null_logit is not None) != (normalizer == "sink"):
-        raise ValueError("a null_logit, one learned logit a head, goes with normalizer 'sink', and with no other")
-    if normalizer == "softmax1":
-        null_logit = torch.zeros(q.size(1), device=q.device)
-    scale = q.size(-1) ** -0.5 if scale is None else scale
-    return pool([split_of_sequence(*one, null_logit, scale) for one in zip(q, k, v, grad_out, strict=True)])
+    learned = isinstance(find_normalizer(normalizer).null_logit, str)
+    if (null_logit is not None) != learned:
+        if learned:
+            raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
+        raise ValueError(f"a null_logit, one learned logit a head, goes with 'sink', and not with {normalizer!r}")
+    if null_logit is not None:
+        parameters["null_logit"] = null_logit
+    tensors = zip(q, k, v, grad_out, strict=True)
+    return pool([split_of_sequence(*one, normalizer, scale, **parameters) for one in tensors])
 
 
 @torch.no_grad()
-def split_of_sequence(q, k, v, grad_out, null_logit: Tensor | None, scale: float) -> dict[str, Tensor]:
-    """What `pool` makes the columns of, for one sequence: q, k, v and dL/dO (H, T, D) → (H,) float64 each."""
+def split_of_sequence(
+    q, k, v, grad_out, normalizer: str = "softmax", scale: float | None = None, **parameters: Tensor
+) -> dict[str, Tensor]:
+    """What `pool` makes the columns of, for one sequence: q, k, v and dL/dO (H, T, D) → (H,) float64 each. The
+    normalizer, its parameters (a null logit among them) and the scale as `attention` takes them."""
     q, k, v, grad_out = (float64(x) for x in (q, k, v, grad_out))
-    null_logit = None if null_logit is None else float64(null_logit)
+    parameters = {name: float64(x) for name, x in parameters.items()}
+    scale = q.size(-1) ** -0.5 if scale is None else scale
     H, T, _ = q.shape
     sums: dict[str, Tensor] = {}
-    rows = max(1, BLOCK_ELEMENTS // (H * T))
-    for start in range(0, T, rows):
-        end = min(start + rows, T)
+    at_once = max(1, BLOCK_ELEMENTS // (H * T))
+    for start in range(0, T, at_once):
+        end = min(start + at_once, T)
         # (1, H, rows, end): the weights of these queries over all the keys that any of them sees
-        A = attention_weights(q[None, :, start:end], k[None, :, :end], null_logit=null_logit, scale=scale)[0]
+        rows, keys = q[None, :, start:end], k[None, :, :end]
+        A, null = attention_rows(rows, keys, normalizer=normalizer, scale=scale, **parameters)
+        A, null = A[0], None if null is None else null[0]
         g = (grad_out[:, start:end] @ v[:, :end].transpose(-2, -1)).tril(start)
-        for name, value in _sums_of_rows(A, g, null_logit is not None).items():
+        if find_normalizer(normalizer).is_softmax:
+            gradients = softmax_gradients(A, g)
+        else:
+            scores = attention_scores(rows, keys, scale)
+            gradients = general_gradients(scores, g, normalizer, parameters)
+        block = _sums_of_rows(A, g, *gradients) | {"entropy": row_entropy(A, null, normalizer).sum(-1)}
+        for name, value in block.items():
             sums[name] = sums[name] + value if name in sums else value
     means = {"mean_attention": T * (T + 1) / 2, "entropy": T, "row_mass": T, "jacobian_diag": T, "jacobian_offdiag": T}
     return {name: value / means.get(name, 1) for name, value in sums.items()}
 
 
-def _sums_of_rows(A: Tensor, g: Tensor, null_slot: bool) -> dict[str, Tensor]:
-    """Sums over a block of rows, A and g (H, rows, keys) → (H,) each."""
+class ScoreGradients(NamedTuple):
+    """Of a block of rows, each of the shape of the weights (H, rows, keys) or, where that is smaller, (H, rows)."""
+
+    s: Tensor  # the full gradient of the scores
+    d: Tensor  # its diagonal part
+    jacobian_diag: Tensor  # the diagonal of each row's Jacobian
+    jacobian_offdiag: Tensor  # (H, rows): the squared norm of the rest of it
+
+
+def softmax_gradients(A: Tensor, g: Tensor) -> ScoreGradients:
+    """Of a softmax over the keys and perhaps a null slot, in closed form: A and g (H, rows, keys)."""
+    s = A * (g - (A * g).sum(-1, keepdim=True))
+    diagonal = A * (1 - A)
+    A_squared = A.square()
+    offdiag = (A_squared.sum(-1).square() - A_squared.square().sum(-1)).clamp(min=0)
+    return ScoreGradients(s, diagonal * g, diagonal, offdiag)
+
+
+def general_gradients(scores: Tensor, g: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> ScoreGradients:
+    """Of any normalizer: scores (1, H, rows, keys), −∞ where a key is not visible, and g (H, rows, keys) → by a
+    vector-Jacobian product through its weights. NaN what its entry does not say."""
+    entry = find_normalizer(normalizer)
+    with torch.enable_grad():
+        scores.requires_grad_()
+        weights = entry.weights(scores, **parameters)
+        (s,) = torch.autograd.grad(weights, scores, g[None])
+    scores, visible = scores.detach(), ~scores.isneginf()
+    if entry.diagonal is None:
+        diagonal = torch.full_like(scores, math.nan)
+    else:
+        diagonal = entry.diagonal(scores, weights.detach(), **parameters)
+    s, diagonal = (torch.where(visible, x, 0)[0] for x in (s, diagonal))
+    return ScoreGradients(s, diagonal * g, diagonal, torch.full(g.shape[:-1], math.nan).to(g))
+
+
+def _sums_of_rows(A: Tensor, g: Tensor, s: Tensor, d: Tensor, diagonal: Tensor, offdiag: Tensor) -> dict[str, Tensor]:
+    """Sums over a block of rows, A and g (H, rows, keys) and their `ScoreGradients` → (H,) each."""
 
     def total(x: Tensor) -> Tensor:
         return x.sum((-2, -1))
 
-    s = A * (g - (A * g).sum(-1, keepdim=True))
-    d = A * (1 - A) * g
     o = s - d
-    row_mass = A.sum(-1)
-    entropy = total(torch.special.entr(A))
-    if null_slot:
-        entropy += torch.special.entr((1 - row_mass).clamp(min=0)).sum(-1)
-    A_squared = A.square()
     return {
         "mean_attention": total(A),
-        "entropy": entropy,
-        "row_mass": row_mass.sum(-1),
+        "row_mass": A.sum(-1).sum(-1),
         "e_full": total(s.square()),
         "e_diag": total(d.square()),
         "e_lateral": total(o.square()),
@@ -105,8 +152,8 @@ def _sums_of_rows(A: Tensor, g: Tensor, null_slot: bool) -> dict[str, Tensor]:
         "e_ste": total(g.square()),
         "diag_dot_full": total(d * s),
         "ste_dot_full": total(g * s),
-        "jacobian_diag": total(A_squared * (1 - A).square()),
-        "jacobian_offdiag": (A_squared.sum(-1).square() - A_squared.square().sum(-1)).clamp(min=0).sum(-1),
+        "jacobian_diag": total(diagonal.square()),
+        "jacobian_offdiag": offdiag.sum(-1),
     }
 
 
@@ -156,7 +203,7 @@ def backpropagate(model: GPT, x: Tensor, y: Tensor, splits: list[list[dict[str, 
         if splits is not None:
             for layer, (attn, *tensors) in enumerate(captured):
                 q, k, v, grad_out = (tensor[0] for tensor in tensors)
-                splits[layer].append(split_of_sequence(q, k, v, grad_out, attn.null_logit(), q.size(-1) ** -0.5))
+                splits[layer].append(split_of_sequence(q, k, v, grad_out, **attn.arguments()))
     return total
 
 

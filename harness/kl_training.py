@@ -6,6 +6,7 @@ loss: as a barrier, which leaves the model free until an aggregate of the per-po
 are over the positions of a sequence and then averaged over sequences: micro-steps and ranks change nothing.
 """
 
+import dataclasses
 import hashlib
 
 import torch
@@ -97,9 +98,15 @@ def mismatch(reference: GPTConfig, model: GPTConfig, trained_on: dict, corpus: C
 
 
 def fingerprint(model: GPT) -> str:
-    """The sha256 of what a model computes, wherever it is kept: its weights, and what their shapes do not tell."""
+    """The sha256 of what a model computes, wherever it is kept: its weights, and what of its config their shapes do not
+    tell. An option that is younger than these counts only where it is not at its default, so that checkpoints keep the
+    hash that they recorded."""
     c = model.config
     digest = hashlib.sha256(f"{c.n_head} {c.normalizer} {c.activation}".encode())
+    for field in dataclasses.fields(c):
+        told = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
+        if not told and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
+            digest.update(f"{field.name} {value!r}".encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())

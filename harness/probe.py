@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.moments import Moments, excess_kurtosis
-from model import GPT, CausalSelfAttention, attention_weights
+from model import GPT, CausalSelfAttention, attention_rows
 
 # The tensors that `watch` sees, without the layer's number, and what they are.
 TENSORS = {
@@ -33,6 +33,11 @@ def weight_kurtosis(model: GPT) -> dict[str, float | None]:
     return {name: excess_kurtosis(p) for name, p in model.named_parameters() if p.dim() >= 2}
 
 
+def rows_of_c_attn(x: Tensor, n_head: int) -> dict[str, Tensor]:
+    """x (3 C, …), the weight or bias of c_attn or its gradient: the rows that make q, k and v, (H, D, …) each."""
+    return {part: rows.unflatten(0, (n_head, -1)) for part, rows in zip("qkv", x.chunk(3), strict=True)}
+
+
 @torch.no_grad()
 def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
     """The excess kurtosis of the attention probabilities on idx (B, T), each layer's over all its (B, H, T, T) entries,
@@ -43,25 +48,26 @@ def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
     for attn, q, k in captured:
         moments = Moments()
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):  # one sequence's T × T maps at a time
-            moments.update(attention_weights(q_1, k_1, null_logit=attn.null_logit(), scale=q.size(-1) ** -0.5))
+            moments.update(attention_rows(q_1, k_1, **attn.arguments())[0])
         kurtoses.append(moments.excess_kurtosis)
     return None if None in kurtoses else sum(kurtoses) / len(kurtoses)
 
 
 @contextlib.contextmanager
 def capture_qk(model: GPT):
-    """A list that fills, while the model runs, with (attention module, q, k) of each layer; q and k (B, H, T, D)."""
+    """A list that fills, while the model runs, with (attention module, q, k) of each layer; q and k (B, H, T, D), as
+    they enter the scores."""
     captured, handles = [], []
 
     def hook_for(attn):
-        def hook(_module, _inputs, qkv):
-            q, k, _ = qkv.chunk(3, dim=2)
-            captured.append((attn, heads_of(q, attn.n_head), heads_of(k, attn.n_head)))
+        def hook(_core, inputs):
+            q, k, _ = inputs
+            captured.append((attn, q, k))
 
         return hook
 
     for block in model.transformer.h:
-        handles.append(block.attn.c_attn.register_forward_hook(hook_for(block.attn)))
+        handles.append(block.attn.core.register_forward_pre_hook(hook_for(block.attn)))
     try:
         yield captured
     finally:
@@ -73,10 +79,10 @@ class AttentionPass(NamedTuple):
     """One layer's attention on a batch, there and back."""
 
     attn: CausalSelfAttention
-    q: Tensor  # (B, H, T, D), as are the others
+    q: Tensor  # (B, H, T, D), as are the others; q and k as they enter the scores
     k: Tensor
     v: Tensor
-    grad_out: Tensor  # dL/dO, O the output of `attention`
+    grad_out: Tensor  # dL/dO, O what the heads read
 
 
 @contextlib.contextmanager
@@ -84,24 +90,15 @@ def capture_attention(model: GPT):
     """A list that fills, while a loss runs back through the model, with each layer's AttentionPass, in their order."""
     captured, handles = [], []
 
-    def watch(attn):
-        qkv = None
+    def hook_for(attn):
+        def hook(_core, inputs, out):
+            qkv = [x.detach() for x in inputs]  # the backward pass reaches the last layer first, hence the insert
+            out.register_hook(lambda grad: captured.insert(0, AttentionPass(attn, *qkv, grad.detach())))
 
-        def heads(x):
-            return x.detach().unflatten(-1, (attn.n_head, -1)).transpose(1, 2)
-
-        def keep_qkv(_module, _inputs, output):
-            nonlocal qkv
-            qkv = [heads(x) for x in output.chunk(3, dim=-1)]
-
-        def keep_gradient(_module, inputs):  # the backward pass comes by the last layer first
-            inputs[0].register_hook(lambda grad: captured.insert(0, AttentionPass(attn, *qkv, heads(grad))))
-
-        handles.append(attn.c_attn.register_forward_hook(keep_qkv))
-        handles.append(attn.c_proj.register_forward_pre_hook(keep_gradient))
+        return hook
 
     for block in model.transformer.h:
-        watch(block.attn)
+        handles.append(block.attn.core.register_forward_hook(hook_for(block.attn)))
     try:
         yield captured
     finally:
@@ -109,9 +106,9 @@ def capture_attention(model: GPT):
             handle.remove()
 
 
-def heads_of(x: Tensor, n_head: int) -> Tensor:
-    """(B, T, C) → (B, H, T, D)"""
-    return x.unflatten(2, (n_head, -1)).transpose(1, 2)
+def side_by_side(x: Tensor) -> Tensor:
+    """(B, H, T, D) → (B, T, H·D)"""
+    return x.transpose(1, 2).flatten(2)
 
 
 @contextlib.contextmanager
@@ -121,7 +118,8 @@ def watch(
     on_attention: Callable[[int, CausalSelfAttention, Tensor, Tensor], None],
 ):
     """While the model runs, call on_tensor(name, x) for every tensor on its way, as soon as it is there: x (B, T, C) of
-    each of `TENSORS`, and call on_attention(layer, attn, q, k) for each attention: q and k (B, H, T, D)."""
+    each of `TENSORS`, and call on_attention(layer, attn, q, k) for each attention: q and k (B, H, T, D) as they enter
+    the scores."""
     handles = []
 
     def outputs(module: nn.Module, name: str) -> None:
@@ -131,17 +129,17 @@ def watch(
         handles.append(module.register_forward_hook(hook))
 
     def attention(attn: CausalSelfAttention, name: str, layer: int) -> None:
-        def after_qkv(_module, _inputs, qkv):
-            q, k, v = qkv.chunk(3, dim=2)
+        def before(_core, inputs):
+            q, k, v = inputs
             for part, x in (("q", q), ("k", k), ("v", v)):
-                on_tensor(f"{name}.{part}", x)
-            on_attention(layer, attn, heads_of(q, attn.n_head), heads_of(k, attn.n_head))
+                on_tensor(f"{name}.{part}", side_by_side(x))
+            on_attention(layer, attn, q, k)
 
-        def before_projection(_module, inputs):
-            on_tensor(f"{name}.output", inputs[0])
+        def after(_core, _inputs, out):
+            on_tensor(f"{name}.output", side_by_side(out))
 
-        handles.append(attn.c_attn.register_forward_hook(after_qkv))
-        handles.append(attn.c_proj.register_forward_pre_hook(before_projection))
+        handles.append(attn.core.register_forward_pre_hook(before))
+        handles.append(attn.core.register_forward_hook(after))
 
     try:
         outputs(model.transformer.drop, "transformer.drop")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model import GPT, attention_weights
+from model import GPT, CausalSelfAttention, attention_rows, find_normalizer
 
 LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of each block
 PROBABILITIES, RESIDUAL, HEAD = "attention probabilities", "residual stream", "lm_head input"
@@ -97,6 +97,11 @@ def sites(model: GPT, head: bool = False) -> list[Site]:
     return found
 
 
+def has_static_range(site: Site) -> bool:
+    """Whether its values lie in [0, 1] whatever the text: a softmax's probabilities. Other normalizers' may not."""
+    return site.kind == PROBABILITIES and find_normalizer(site.module.normalizer).is_softmax
+
+
 Visit = Callable[[Site, Tensor, Callable[[Tensor], Tensor]], Tensor]
 
 
@@ -114,23 +119,21 @@ def _hooks(site: Site, visit: Visit):
     if site.kind == RESIDUAL:
         yield site.module.register_forward_hook(lambda _module, _args, x: visit(site, x, site.then))
     elif site.kind == PROBABILITIES:
-        attn, seen = site.module, {}
-        yield attn.c_attn.register_forward_hook(lambda _module, _args, qkv: seen.update(qkv=qkv))
-        yield attn.c_proj.register_forward_pre_hook(lambda _module, _args: _attend(attn, seen.pop("qkv"), site, visit))
+        attn = site.module
+        yield attn.core.register_forward_hook(lambda _core, qkv, _out: _attend(attn, *qkv, site, visit))
     else:
         yield site.module.register_forward_pre_hook(lambda _module, args: visit(site, args[0], site.then))
 
 
-def _attend(attn: nn.Module, qkv: Tensor, site: Site, visit: Visit) -> Tensor:
-    """The attention's output (B, T, C) with its probabilities as `visit` leaves them, in place of the fused one."""
-    B, T, C = qkv.size(0), qkv.size(1), qkv.size(2) // 3
-    qkv = [z.view(B, T, attn.n_head, -1).transpose(1, 2) for z in qkv.split(C, dim=2)]  # (B, H, T, D)
+def _attend(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, site: Site, visit: Visit) -> Tensor:
+    """The attention's output (B, H, T, D) with its probabilities as `visit` leaves them, in place of the fused one."""
+    at_once = max(1, _CHUNK // (q.size(1) * q.size(2) * k.size(2)))  # sequences
     outputs = []
-    for q, k, v in zip(*(z.split(max(1, _CHUNK // (attn.n_head * T * T))) for z in qkv), strict=True):
-        P = attention_weights(q, k, null_logit=attn.null_logit(), scale=q.size(-1) ** -0.5)
-        then = partial(torch.matmul, other=v)
+    for q_, k_, v_ in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
+        P, _ = attention_rows(q_, k_, **attn.arguments())
+        then = partial(torch.matmul, other=v_)
         outputs.append(then(visit(site, P, then)))
-    return torch.cat(outputs).transpose(1, 2).reshape(B, T, C)
+    return torch.cat(outputs)
 
 
 # --- schemes ----------------------------------------------------------------------------------------------------------
@@ -149,14 +152,14 @@ class Scheme:
     activation_bits: int | None = None
     activations: How = "min-max"
     """how an activation's range is found: over the calibration windows, all of it or without its extremes; or anew for
-    each token. The probabilities' static range is [0, 1] and needs none."""
+    each token. A softmax's probabilities have the static range [0, 1], and need none."""
     kinds: tuple[str, ...] = KINDS
     """the sites whose activations are rounded"""
 
-    @property
-    def calibrated(self) -> bool:
+    def calibrated(self, model: GPT) -> bool:
         """Whether its result depends on the calibration windows."""
-        return self.activation_bits is not None and self.activations != "per token" and self.kinds != (PROBABILITIES,)
+        ranges_matter = self.activation_bits is not None and self.activations != "per token"
+        return ranges_matter and any(s.kind in self.kinds and not has_static_range(s) for s in sites(model, head=True))
 
 
 def schemes(head: bool = False) -> list[Scheme]:
@@ -204,7 +207,7 @@ def calibrate(model: GPT, windows: Tensor, batch_size: int, percentile: float, h
         largest[site.name] = tuple(y.topk(min(keep, len(y))).values for y in values)
         return x
 
-    with visiting([site for site in sites(model, head) if site.kind != PROBABILITIES], observe):
+    with visiting([site for site in sites(model, head) if not has_static_range(site)], observe):
         for x in windows.split(batch_size):
             model(x)
     return {name: Range(-down[0], up[0], -down[-1], up[-1]) for name, (down, up) in largest.items()}
@@ -217,7 +220,7 @@ def quantize_activation(x: Tensor, site: Site, scheme: Scheme, ranges: dict[str,
         return x
     if scheme.activations == "per token":
         return quantize_per_token(x, bits)
-    if site.kind == PROBABILITIES:
+    if has_static_range(site):
         return quantize_range(x, x.new_zeros(()), x.new_ones(()), bits)
     found = ranges[site.name]
     return quantize_range(x, *(found[:2] if scheme.activations == "min-max" else found[2:]), bits)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from harness.config import OptimizerConfig
 from harness.errors import UserError
 from harness.jacobian import backward_mode
+from harness.optimizers import make_optimizer
 from harness.probe import capture_qk
-from model import GPT, materialized_attention
+from model import GPT, NORMALIZERS, attention_rows, materialized_attention
 
 Direction = dict[str, Tensor]
 DIRECTIONS = ("adamw", "gradient", "random")
@@ -37,7 +39,7 @@ def adamw_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], info: 
     state = info.get("optimizer", {})
     if not state.get("state"):
         raise UserError(f"{path} holds no optimizer state, so there is no next AdamW update: {advice}")
-    optimizer = torch.optim.AdamW(model.parameter_groups(weight_decay=0.0))
+    optimizer = make_optimizer(model, OptimizerConfig(), fused=False)
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as e:
@@ -99,8 +101,15 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     a is the total derivative of the logits S = QKᵀ/√D, through everything below: `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot
     has slope 0, a sink's that of its parameter. Where a query cannot see (α⁰ = 0), a is that of its first key, so that
     it does not count in the spread. One forward pass with its tangents; the forward pass does not depend on `backward`,
-    so neither do the slopes.
+    so neither do the slopes. ValueError for a normalizer that is no softmax: its weights are no α ∝ e^S, along whose
+    ray the KL has its bounds.
     """
+    normalizer = NORMALIZERS[model.config.normalizer]
+    if not normalizer.is_softmax:
+        raise ValueError(
+            f"normalizer '{model.config.normalizer}' is no softmax over the keys and perhaps a null slot, and only of "
+            "such rows are KL, variance and bounds along a ray of logits defined"
+        )
 
     def queries_and_keys(parameters):
         with capture_qk(model) as captured, materialized_attention():
@@ -114,17 +123,16 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     H, T, D = primals[0][0].shape
     visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
     for layer, ((q, k), (dq, dk)) in enumerate(zip(primals, tangents, strict=True)):
-        logits = (q @ k.mT / D**0.5).masked_fill(~visible, float("-inf"))
-        slopes = (dq @ k.mT + q @ dk.mT) / D**0.5
+        with torch.no_grad():
+            alpha0, null = attention_rows(q[None], k[None], **model.transformer.h[layer].attn.arguments())
+        alpha0, slopes = alpha0[0], (dq @ k.mT + q @ dk.mT) / D**0.5
         slopes = torch.where(visible, slopes, slopes[..., :1])
-        null_logit = model.transformer.h[layer].attn.null_logit()
-        if null_logit is not None:
-            null_slope = direction.get(f"transformer.h.{layer}.attn.sink", torch.zeros_like(null_logit))
-            logits, slopes = (
-                torch.cat((x, null.detach().to(x).view(H, 1, 1).expand(H, T, 1)), -1)
-                for x, null in ((logits, null_logit), (slopes, null_slope))
-            )
-        yield logits.softmax(-1), slopes
+        if null is not None:
+            fixed = torch.zeros(H, dtype=slopes.dtype, device=slopes.device)
+            null_slope = direction.get(f"transformer.h.{layer}.attn.{normalizer.null_logit}", fixed)
+            alpha0 = torch.cat((alpha0, null[0]), -1)
+            slopes = torch.cat((slopes, null_slope.to(slopes).view(H, 1, 1).expand(H, T, 1)), -1)
+        yield alpha0, slopes
 
 
 class _Features(torch.nn.Module):

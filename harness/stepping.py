@@ -17,6 +17,7 @@ from harness.config import Config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops
 from harness.kl_training import Reference
+from harness.optimizers import make_optimizer
 from harness.timing import Laps
 from model import GPT, GPTConfig, use_backend
 
@@ -53,13 +54,7 @@ class Stepper:
         self.reference = None
         if config.kl.reference:
             self.reference = Reference(config, self.raw_model.config, self.corpus, self.device, use_compile)
-        self.optimizer = torch.optim.AdamW(
-            self.raw_model.parameter_groups(config.optimizer.weight_decay),
-            lr=config.optimizer.lr,
-            betas=(config.optimizer.beta1, config.optimizer.beta2),
-            fused=on_gpu or not nanogpt,
-            foreach=False,
-        )
+        self.optimizer = make_optimizer(self.raw_model, config.optimizer, fused=on_gpu or not nanogpt)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         most = min(c.micro_batch_size or c.batch_size, c.batch_size)
         self.micro_batch_size = next(n for n in range(most, 0, -1) if c.batch_size % n == 0)

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from harness.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics
+from harness.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
 from harness.moments import COLUMNS
@@ -53,6 +53,7 @@ def measure(subject: Subject) -> Result:
     ]
     sequences = activations.attention[0].sequences
     notes = [f"{sequences} sequences of T = {T} tokens, from {subject.corpus.folder}, {subject.args.split}"]
+    notes += no_distribution(subject.model)
     notes += (
         nonfinite(rows)
         + constant(rows)
@@ -234,7 +235,8 @@ DIAGNOSTIC = Diagnostic(
             "sink_rate": "the share of sequences in which the first key's attention, averaged over all queries, "
             f"exceeds {SINK} (Gu et al. 2024); it depends on T, which is in the summary",
             "row_mass": "what a query gives to keys, averaged over queries: 1 under softmax, less with a null slot",
-            "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the distribution",
+            "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the "
+            "distribution; where the normalizer is no softmax, of the row over its own mass",
         },
     },
     reading="How to read it: the pooled kurtosis is large where few elements lie far out, but it is the same whether "

@@ -22,6 +22,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import get_args
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -32,9 +33,10 @@ from harness.device import choose_device, keep_freed_memory, now, processor_name
 from harness.errors import UserError, run_cli
 from harness.report import RUN_STYLES, new_figure, print_table, save_figure
 from harness.runfolder import write_text
-from model import attention, attention_backend, materialized_attention
+from model import NORMALIZERS, Backward, attention, attention_backend, materialized_attention
 
-VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
+FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured
+VARIANTS = list(itertools.product(FUSED, get_args(Backward)))
 STOCK = "scaled_dot_product_attention"
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -100,7 +102,8 @@ def forward(name: str, q, k, v) -> torch.Tensor:
     if name == STOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
     normalizer, backward = name.split("/")
-    null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if normalizer == "sink" else None
+    learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
+    null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
     return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
 
 
@@ -205,7 +208,7 @@ def style(name: str) -> dict:
         return {"color": "#000000", "linewidth": 2.5}
     normalizer, backward = name.split("/")
     own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
-    return own | {"linestyle": {"softmax": "-", "softmax1": "--", "sink": ":"}[normalizer]}
+    return own | {"linestyle": ("-", "--", ":", "-.")[FUSED.index(normalizer) % 4]}
 
 
 def draw(rows: list[dict], title: str, path: Path) -> Path:

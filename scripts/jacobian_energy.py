@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from harness.activations import no_distribution
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
 from harness.jacobian import (
@@ -27,11 +28,14 @@ from harness.jacobian import (
     take_gradients,
 )
 from harness.perplexity import nonfinite_weights
+from harness.probe import rows_of_c_attn
 from harness.report import draw_heads, new_figure
+from model import find_normalizer
 
 SPLIT = {
     "mean_attention": "mean weight A_ij over j ≤ i",
-    "entropy": "of a row of A, in nats, averaged; with softmax1 and sink the null slot counts as one of the row's",
+    "entropy": "of a row of A, in nats, averaged; with softmax1 and sink the null slot counts as one of the row's; "
+    "where the normalizer is no softmax, of the row over its own mass",
     "row_mass": "Σ_j A_ij, averaged over rows: 1 under softmax; the rest goes to the null slot",
     "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA",
     "e_diag": "Σ d², d_ij = A_ij (1 − A_ij) g_ij: what the Jacobian's diagonal passes on",
@@ -73,11 +77,12 @@ def measure(subject: Subject) -> Result:
             sequences += len(x)
     full = take_gradients(model)
     products = {}  # mode → parameter → dot products with the full gradient
-    for mode in MODES:
+    normalizer = find_normalizer(model.config.normalizer)
+    for mode in MODES if normalizer.diagonal else ("ste",):
         with backward_mode(model, mode):
             for x, y in subject.batches(what=f"{mode} backward"):
                 backpropagate(model, x, y)
-        products[mode] = products_of_parameters(take_gradients(model), full)
+        products[mode] = products_of_parameters(take_gradients(model), full, model.config.n_head)
 
     layers = [pool(split) for split in splits]
     queries_keys = [name for name in products["ste"] if name not in full]
@@ -97,27 +102,39 @@ def measure(subject: Subject) -> Result:
     notes = [
         f"{sequences} windows of {model.config.block_size} tokens",
         *nonfinite_weights(model),
+        *no_distribution(model),
+        *not_computed(model.config.normalizer),
         *findings(layers, loss, products),
     ]
     return Result(rows, summary, notes, {"layers": pooled, "gradients": gradients})
 
 
-def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor]) -> dict[str, Tensor]:
+def not_computed(name: str) -> list[str]:
+    """What is null for a normalizer that is no softmax, whose closed forms are not its own."""
+    normalizer = find_normalizer(name)
+    notes = [] if normalizer.is_softmax else [f"jacobian_offdiag has a closed form of a softmax alone, not of {name}"]
+    if normalizer.diagonal is None:
+        notes.append(f"{name} does not say its Jacobian's diagonal: whatever compares with that is null")
+    return notes
+
+
+def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor], n_head: int) -> dict[str, Tensor]:
     """`dot_products` with the full gradient, by parameter; of c_attn also those of its q and k, without v."""
     products = {}
     for name, gradient in gradients.items():
         products[name] = dot_products(gradient, full[name])
         if ".c_attn." in name:
-            queries_keys = 2 * len(gradient) // 3
-            products[f"{name} q, k"] = dot_products(gradient[:queries_keys], full[name][:queries_keys])
+            own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
+            products[f"{name} q, k"] = sum(dot_products(own[part], whole[part]) for part in "qk")
     return products
 
 
 def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dict[str, float | None]:
     """Cosine and norm ratio, for each mode, of these parameters' gradients taken as one vector."""
-    values = {}
-    for mode, by_name in products.items():
-        cosine, ratio = cosine_and_norm_ratio(sum(by_name[name] for name in names))
+    values, names = {}, list(names)
+    for mode in MODES:
+        measured = mode in products
+        cosine, ratio = cosine_and_norm_ratio(sum(products[mode][name] for name in names)) if measured else (None, None)
         values |= {f"cos_{mode}": cosine, f"norm_ratio_{mode}": ratio}
     return finite(values)
 
@@ -134,7 +151,7 @@ def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, d
         found = ((layer, condition(columns[column]).nonzero().flatten()) for layer, columns in enumerate(layers))
         return [f"{layer}.{head}" for layer, which in found for head in which]
 
-    squared_norms = {"full": {name: product[2] for name, product in products[MODES[0]].items()}}
+    squared_norms = {"full": {name: product[2] for name, product in products["ste"].items()}}
     squared_norms |= {
         mode: {name: product[1] for name, product in by_name.items()} for mode, by_name in products.items()
     }

@@ -13,8 +13,8 @@ The schemes:
   W8A8, W6A6 percentile    the same without the extremes of that range, see --percentile
   W8A8, W6A6 per token     a scale for each weight tensor, and for each token's activations anew; no calibration
   A8, A6 only SITE         activations alone, min-max, at one kind of site
-The calibration windows are drawn at random from the training split, --seeds times. The attention probabilities need no
-calibration, their static range is [0, 1].
+The calibration windows are drawn at random from the training split, --seeds times. The attention probabilities of a
+softmax need no calibration, their static range is [0, 1].
 
 The layers' signal-to-noise ratio is 10 log₁₀ Σy² / Σ(ŷ − y)², where ŷ is computed from the quantized tensor (and linear
 layer's weight) alone and y without: y is the linear layer's output, P v for the attention probabilities P, and the next
@@ -85,7 +85,7 @@ def measure(subject: Subject) -> Result:
                 reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
                 layers = signal_to_noise(model, reading, compared, ranges, args.head)
             for scheme, losses in found.items():
-                if scheme.calibrated or not losses:
+                if scheme.calibrated(model) or not losses:
                     with quantized(model, scheme, ranges, args.head):
                         losses.append(score(model, batches, offsets, T).losses)
                 bar.update()

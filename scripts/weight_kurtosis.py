@@ -12,6 +12,7 @@ from tqdm import tqdm
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
 from harness.moments import COLUMNS, Moments
+from harness.probe import rows_of_c_attn
 from harness.report import RUN_STYLES, new_figure, scale_tails
 
 KINDS = {
@@ -41,7 +42,7 @@ def measure(subject: Subject) -> Result:
         moments = parts_of_qkv(name, parameter, n_head) if ".c_attn." in name else {name: Moments().update(parameter)}
         rows += [{"name": part} | found.row() for part, found in moments.items()]
         whole = moments[name]
-        kinds[kind_of(name)].merge(whole)
+        kinds.setdefault(kind_of(name), Moments()).merge(whole)
         if whole.nonfinite:
             notes.append(f"{name}: {whole.nonfinite} of its {parameter.numel()} numbers are NaN or infinite")
         constant = []
@@ -64,20 +65,20 @@ def measure(subject: Subject) -> Result:
 
 def parts_of_qkv(name: str, parameter: Tensor, n_head: int) -> dict[str, Moments]:
     """The moments of the fused c_attn: of the whole, of q, k and v, and of each of their heads, in that order."""
-    D = len(parameter) // (3 * n_head)  # the rows are those of q's heads, then k's, then v's
-    heads = [Moments().update(rows) for rows in parameter.split(D)]
     whole, thirds, single = Moments(), {}, {}
-    for i, part in enumerate("qkv"):
+    for part, heads in rows_of_c_attn(parameter, n_head).items():
         thirds[f"{name}[{part}]"] = third = Moments()
-        for head, moments in enumerate(heads[i * n_head : (i + 1) * n_head]):
-            single[f"{name}[{part}, head {head}]"] = moments
+        for head, rows in enumerate(heads):
+            single[f"{name}[{part}, head {head}]"] = moments = Moments().update(rows)
             third.merge(moments)
         whole.merge(third)
     return {name: whole, **thirds, **single}
 
 
 def kind_of(name: str) -> str:
-    return next(kind for kind, parts in KINDS.items() if any(f".{part}." in f".{name}." for part in parts))
+    """One of KINDS; of any other parameter, such as a normalizer may bring, its own name."""
+    kinds = (kind for kind, parts in KINDS.items() if any(f".{part}." in f".{name}." for part in parts))
+    return next(kinds, name.rpartition(".")[2])
 
 
 def draw(result: Result, title: str) -> Figure:

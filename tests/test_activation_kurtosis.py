@@ -189,12 +189,17 @@ def explicit_probabilities(q, k, null_logit) -> np.ndarray:
     return torch.softmax(torch.cat((scores, slot), -1), -1).detach().numpy()
 
 
+def null_logit_of(attn) -> torch.Tensor | None:
+    return {"softmax": None, "softmax1": torch.zeros(attn.n_head), "sink": getattr(attn, "sink", None)}[attn.normalizer]
+
+
 @pytest.mark.parametrize("null_logit", [None, torch.zeros(3), torch.tensor([2.0, -1.0, 0.5])])
 @pytest.mark.parametrize("queries", [1, 4, 128])
 def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_logit, queries):
     monkeypatch.setattr(activations_module, "QUERIES", queries)
     q, k = 2 * heavy_tailed(2, 3, 9, 4, seed=1), heavy_tailed(2, 3, 9, 4, seed=2)
-    found = AttentionStatistics().update(q, k, null_logit)
+    parameters = {} if null_logit is None else {"null_logit": null_logit}
+    found = AttentionStatistics().update(q, k, **parameters)
     P = explicit_probabilities(q, k, null_logit)
     visible = np.tril(np.ones((9, 9), dtype=bool))
     same_moments(found.all.moments, P[..., :9])
@@ -213,19 +218,19 @@ def test_sink_rate_and_row_mass_by_hand():
     q = torch.ones(1, 3, n, 1, dtype=torch.float64)
     k = torch.zeros(1, 3, n, 1, dtype=torch.float64)
     k[0, 0, 0] = 1000
-    even = AttentionStatistics().update(q, k, None)
+    even = AttentionStatistics().update(q, k)
     # the first key of an even head: (1 + 1/2 + 1/3 + 1/4) / 4 = 25/48 > 0.3
     assert even.sink_rate.tolist() == [1, 1, 1]
     assert even.row_mass.tolist() == pytest.approx([1, 1, 1], abs=1e-12)
     spread = math.log(math.factorial(n)) / n  # rows of entropy log 1, log 2, log 3, log 4
     assert even.entropy.tolist() == pytest.approx([0, spread, spread], abs=1e-12)
     # with a null slot of logit 0, row i of an even head gives 1/(i + 1) to each of its i keys
-    null = AttentionStatistics().update(q, k, torch.zeros(3))
+    null = AttentionStatistics().update(q, k, "softmax1")
     assert null.row_mass.tolist() == pytest.approx([1, *2 * [(1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4]], abs=1e-12)
     # its first key then has (1/2 + 1/3 + 1/4 + 1/5) / 4 = 0.3208, and of eight queries 0.2286
     assert null.sink_rate.tolist() == [1, 1, 1]
     q, k = q.repeat(1, 1, 2, 1), torch.cat((k, torch.zeros_like(k)), 2)
-    assert AttentionStatistics().update(q, k, torch.zeros(3)).sink_rate.tolist() == [1, 0, 0]
+    assert AttentionStatistics().update(q, k, "softmax1").sink_rate.tolist() == [1, 0, 0]
 
 
 @every_normalizer
@@ -250,7 +255,7 @@ def recomputed(model: GPT, idx: torch.Tensor) -> dict[str, torch.Tensor]:
         q, k, v = block.attn.c_attn(normed).split(C, dim=-1)
         found |= {f"{name}.attn.q": q, f"{name}.attn.k": k, f"{name}.attn.v": v}
         q, k, v = (z.view(-1, idx.size(1), H, C // H).transpose(1, 2) for z in (q, k, v))
-        P = torch.from_numpy(explicit_probabilities(q, k, block.attn.null_logit()))[..., :-1].to(v.dtype)
+        P = torch.from_numpy(explicit_probabilities(q, k, null_logit_of(block.attn)))[..., :-1].to(v.dtype)
         found[f"{name}.attn.output"] = y = (P @ v).transpose(1, 2).reshape(x.shape)
         found[f"{name}.attn.c_proj"] = block.attn.c_proj(y)
         x = x + block.attn.c_proj(y)

@@ -66,8 +66,8 @@ def logits_of(model: GPT, idx: torch.Tensor) -> list[torch.Tensor]:
     found = []
     for attn, q, k in captured:
         logits = q[0] @ k[0].mT / math.sqrt(q.size(-1))
-        null = attn.null_logit()
-        null = torch.full((q.size(1),), -math.inf) if null is None else null
+        nulls = {"softmax": -math.inf, "softmax1": 0.0}
+        null = attn.sink if attn.normalizer == "sink" else torch.full((q.size(1),), nulls[attn.normalizer])
         found.append(torch.cat((logits, null.to(logits).view(-1, 1, 1).expand(-1, len(idx), 1)), -1))
     return found
 

@@ -212,6 +212,14 @@ def save_pickle(content, path):
     path.write_bytes(pickle.dumps(content))
 
 
+@pytest.mark.parametrize("version", [2, "2025-01", 0])
+def test_a_newer_format_is_refused(tmp_path, version):
+    path = tmp_path / "ckpt.pt"
+    torch.save(checkpoint_of(random_gpt()) | {"format": version}, path)
+    message = refusal(path, load_model)
+    assert f"ckpt.pt is a checkpoint of format {version!r}, and this version reads up to 1: update it" in message
+
+
 @pytest.mark.parametrize("write", [torch.save, save_pickle])
 def test_code_in_a_file_is_never_run(tmp_path, write):
     victim, path = tmp_path / "victim", tmp_path / "ckpt.pt"

@@ -1,5 +1,6 @@
 """GPT-2 weights from and to Hugging Face's class, which is also the model's independent peer."""
 
+import dataclasses
 import shutil
 from dataclasses import replace
 
@@ -88,6 +89,21 @@ def test_exported_model_gives_the_same_logits_there_and_back(tmp_path, bias, act
         torch.testing.assert_close(peer(IDX).logits, logits, **SAME_LOGITS)
         torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], logits, **SAME_LOGITS)
     assert logits.std() > 0.5
+
+
+def test_an_option_or_a_parameter_that_gpt2_does_not_have_is_refused(tmp_path):
+    Younger = dataclasses.make_dataclass("Younger", [("n_kv_head", int, 4)], bases=(GPTConfig,))
+    model = random_gpt()
+    model.config = Younger(**vars(model.config))
+    save_gpt2(model, tmp_path / "as_ever")
+    model.config.n_kv_head = 2
+    with pytest.raises(UserError, match="GPT-2's class has no n_kv_head, here 2"):
+        save_gpt2(model, tmp_path / "younger")
+    model.config.n_kv_head = 4
+    model.transformer.h[0].attn.gate = torch.nn.Parameter(torch.zeros(2))
+    with pytest.raises(UserError, match=r"GPT-2's class has no transformer\.h\.0\.attn\.gate"):
+        save_gpt2(model, tmp_path / "younger")
+    assert not (tmp_path / "younger").exists()
 
 
 def test_softmax1_cannot_be_exported(tmp_path):

@@ -167,13 +167,13 @@ def test_row_blocks_of_any_size_give_the_same(normalizer, monkeypatch):
 
 def test_maps_are_never_larger_than_a_row_block(monkeypatch):
     monkeypatch.setattr(jacobian, "BLOCK_ELEMENTS", 4 * 3 * 64)
-    shapes, original = [], jacobian.attention_weights
+    shapes, original = [], jacobian.attention_rows
 
     def watched(*args, **kwargs):
-        shapes.append(tuple((weights := original(*args, **kwargs)).shape))
-        return weights
+        shapes.append(tuple((rows := original(*args, **kwargs))[0].shape))
+        return rows
 
-    monkeypatch.setattr(jacobian, "attention_weights", watched)
+    monkeypatch.setattr(jacobian, "attention_rows", watched)
     energy(*qkvg(T=64))
     assert shapes == 2 * [(1, 3, 4, end) for end in range(4, 65, 4)]  # one sequence after the other, no future keys
 
@@ -183,9 +183,10 @@ def test_maps_are_never_larger_than_a_row_block(monkeypatch):
 def test_any_split_into_batches_gives_what_one_batch_does(sizes, normalizer):
     tensors = qkvg(B=sum(sizes), T=5)
     whole = energy(*tensors, normalizer)
+    null_logit = {} if normalizer == "softmax" else {"null_logit": NORMALIZERS[normalizer]}
     splits = []
     for batch in zip(*(x.split(sizes) for x in tensors), strict=True):
-        splits += [split_of_sequence(*one, NORMALIZERS[normalizer], 0.5) for one in zip(*batch, strict=True)]
+        splits += [split_of_sequence(*one, scale=0.5, **null_logit) for one in zip(*batch, strict=True)]
     for name, value in pool(splits).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-12, atol=1e-13)
 
@@ -193,7 +194,7 @@ def test_any_split_into_batches_gives_what_one_batch_does(sizes, normalizer):
 def test_pooled_over_heads_energies_add_up_and_the_rest_is_averaged():
     tensors = qkvg()
     heads = energy(*tensors)
-    pooled = pool([split_of_sequence(*one, None, 0.5) for one in zip(*tensors, strict=True)], over_heads=True)
+    pooled = pool([split_of_sequence(*one, scale=0.5) for one in zip(*tensors, strict=True)], over_heads=True)
     assert pooled["e_diag"].item() == pytest.approx(heads["e_diag"].sum().item(), rel=1e-12)
     ratio = heads["e_diag"].sum() / heads["e_full"].sum()
     assert pooled["r_diag"].item() == pytest.approx(ratio.item(), rel=1e-12)
@@ -324,9 +325,8 @@ def test_captured_tensors_give_the_gradients_that_autograd_gives(normalizer):
     assert [attn for attn, *_ in captured] == [block.attn for block in model.transformer.h]
     for (attn, q, k, v, grad_out), expected in zip(captured, grads, strict=True):
         q, k, v = (z.clone().requires_grad_() for z in (q, k, v))
-        attention(
-            q, k, v, normalizer=normalizer, null_logit=attn.null_logit() if normalizer == "sink" else None
-        ).backward(grad_out)
+        null_logit = attn.sink if normalizer == "sink" else None
+        attention(q, k, v, normalizer=normalizer, null_logit=null_logit).backward(grad_out)
         found = torch.cat([z.grad.transpose(1, 2).flatten(2) for z in (q, k, v)], dim=-1)
         torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-16)
     hooks = [h for m in model.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks, *m._backward_hooks)]

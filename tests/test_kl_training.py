@@ -1,6 +1,8 @@
 """Training beside a reference: the penalty is the formula, costs nothing where there is nothing to penalise, and leaves
 everything that a run promises as it was."""
 
+import dataclasses
+import hashlib
 import json
 import math
 import os
@@ -207,6 +209,19 @@ def test_a_fingerprint_is_of_what_the_model_computes():
     with torch.no_grad():
         nudged.transformer.wpe.weight[0, 0].mul_(1 + 2 * EPS)
     assert len({fingerprint(m) for m in (model, nudged, *others)}) == 6
+
+
+def test_a_fingerprint_counts_options_that_are_younger_than_it():
+    model, before = new_model(1), fingerprint(new_model(1))
+    older = hashlib.sha256(b"2 softmax1 gelu_tanh")  # what checkpoints have recorded so far
+    for name, weight in model.named_parameters():
+        older.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode() + weight.detach().numpy().tobytes())
+    assert before == older.hexdigest()
+    fields = [("theta", float, 1e4), ("z_loss", float, dataclasses.field(default=0.0, metadata={"forward": False}))]
+    Younger = dataclasses.make_dataclass("Younger", fields, bases=(GPTConfig,))
+    for changed, theta, z_loss in ((False, 1e4, 0.0), (False, 1e4, 0.1), (True, 5e5, 0.0)):
+        model.config = Younger(**vars(new_model(1).config), theta=theta, z_loss=z_loss)
+        assert (fingerprint(model) != before) == changed
 
 
 def refusal(*arguments, **how) -> str:

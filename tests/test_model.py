@@ -124,6 +124,21 @@ def test_flops_per_token_is_the_count_by_hand():
     assert model.flops_per_token() == 6 * weights + 2 * 3 * (2 * 2 * 6 * 8) == 11088
 
 
+def test_the_counts_follow_what_the_model_is_made_of():
+    """A head of its own makes the token table one of look-ups, a model without a position table has none to leave out,
+    and a layer more or less counts."""
+    model = GPT(GPTConfig(block_size=6, vocab_size=10, n_layer=2, n_head=2, n_embd=8, bias=False))
+    weights, flops = model.num_parameters(), model.flops_per_token()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(10, 8))
+    assert (model.num_parameters(), model.flops_per_token()) == (weights, flops)
+    del model.transformer.wpe
+    assert (model.num_parameters(), model.flops_per_token()) == (weights, flops)
+    block = sum(p.numel() for p in model.transformer.h[1].parameters())
+    del model.transformer.h[1]
+    assert model.num_parameters() == weights - block
+    assert model.flops_per_token() == flops - 6 * block - 3 * (2 * 2 * 6 * 8)
+
+
 # --- logits and loss ------------------------------------------------------------------------------------------------
 
 

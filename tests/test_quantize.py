@@ -34,7 +34,7 @@ from harness.quantize import (
     visiting,
 )
 from harness.tokenizer import Bytes
-from model import GPT, GPTConfig, attention_weights
+from model import GPT, GPTConfig, attention_rows
 from scripts.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 
 T, V = 16, 256
@@ -147,7 +147,7 @@ def written_out(model: GPT, idx: torch.Tensor, weight, activation) -> torch.Tens
             z.unflatten(-1, (2, -1)).transpose(1, 2)
             for z in linear(block.attn.c_attn, "attn.c_attn input", block.ln_1(x)).chunk(3, dim=-1)
         )
-        P = attention_weights(q, k, null_logit=block.attn.null_logit(), scale=q.size(-1) ** -0.5)
+        P = attention_rows(q, k, **block.attn.arguments())[0]
         y = (activation(PROBABILITIES, P) @ v).transpose(1, 2).flatten(2)
         x = x + linear(block.attn.c_proj, "attn.c_proj input", y)
         y = block.mlp.gelu(linear(block.mlp.c_fc, "mlp.c_fc input", block.ln_2(x)))
@@ -381,7 +381,7 @@ def test_the_report(tmp_path, corpus):
         assert set(row) == set(COLUMNS)
         assert row["perplexity_rise"] == pytest.approx(row["perplexity"] - first["perplexity"], abs=1e-9)
         assert row["loss_rise"] == pytest.approx(row["loss"] - first["loss"], abs=1e-9)
-        assert (row["spread"] is not None) == scheme.calibrated
+        assert (row["spread"] is not None) == scheme.calibrated(model)
         assert row["standard_error"] > 0
     by_name = {row["scheme"]: row for row in rows}
     for name, scheme in {
@@ -395,7 +395,7 @@ def test_the_report(tmp_path, corpus):
         close = 1e-5  # of a mean of float32 losses in batches of another shape; of their perplexity as a share
         assert row["loss"] == pytest.approx(np.mean(losses), rel=close)
         assert row["perplexity"] == pytest.approx(np.mean(perplexities), rel=close)
-        if scheme.calibrated:
+        if scheme.calibrated(model):
             spread, close = abs(perplexities[1] - perplexities[0]) / 2**0.5, 2 * close * perplexities[0]
             assert row["spread"] == pytest.approx(spread, abs=close)
             assert spread > 10 * close
@@ -411,7 +411,7 @@ def test_the_report(tmp_path, corpus):
     assert all(row["spread"] is None for row in list(other.values())[1:])
     for row, scheme in zip(rows, schemes(), strict=True):
         if scheme.activation_bits and not scheme.weight_bits:  # those with weights have the head's in them now
-            assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated
+            assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated(model)
 
 
 def test_nan_weights_are_a_finding(tmp_path, corpus):

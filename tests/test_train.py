@@ -4,6 +4,7 @@ Each run is a process of its own, forked from a server that has imported train.p
 where a fresh interpreter takes seconds, and it can be killed like any other.
 """
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -19,6 +20,7 @@ import torch
 
 from harness.corpus import write_corpus
 from harness.tokenizer import from_name
+from model import GPTConfig
 
 ROOT = Path(__file__).parents[1]
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -155,9 +157,66 @@ def test_two_ranks_train_as_one(normalizer, backward):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
-    for key in ("train/loss", "val/loss", "train/grad_norm"):
+    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention"):
         ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+
+
+WITNESS = """
+import json, os, sys
+sys.path.insert(0, sys.argv.pop(1))
+import torch
+import train
+from model import GPT
+
+rank, seen = int(os.environ["RANK"]), []
+
+def noted(name, function):
+    def call(*args, **kwargs):
+        seen.append(name)
+        return function(*args, **kwargs)
+    return call
+
+forward = GPT.forward
+def watched(self, idx, targets=None):
+    if not self.training and not torch.is_grad_enabled():
+        seen.append(["forward", list(idx.shape)])
+    return forward(self, idx, targets)
+
+GPT.forward = watched
+GPT.state_dict = noted("state of the model", GPT.state_dict)
+torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
+train.kurtosis_metrics = noted("kurtosis", train.kurtosis_metrics)
+writes = []
+save = train.save_checkpoint
+train.save_checkpoint = lambda path, checkpoint: (writes.append(path.name), save(path, checkpoint))
+status = train.main()
+with open(f"seen_{rank}.json", "w") as f:
+    json.dump({"seen": seen, "writes": writes}, f)
+sys.exit(status)
+"""
+
+
+def test_every_rank_does_the_same_and_rank_0_alone_writes():
+    """What a sharded model needs: its parts are only whole where all ranks run it, measure it or save it together. The
+    last evaluation is of 63 batches, an odd number, for two ranks."""
+    Path("witness.py").write_text(WITNESS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "witness.py"]
+    command += [str(ROOT), "config.yaml", "--run.name", "two", "--training.max_steps", "2"]
+    command += ["--evaluation.interval", "1", "--training.checkpoint_interval", "1"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
+    assert first["seen"] == second["seen"]
+    assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
+    assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
+    assert "ckpt.pt" in first["writes"]
+    assert second["writes"] == []
+    one = finished("one", "--training.max_steps", "2", "--evaluation.interval", "1")
+    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
+    ours, theirs = ([line["val/loss"] for line in run] for run in (one.metrics(), lines))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -261,6 +320,22 @@ def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     for key, tensor in base.checkpoint()["model"].items():
         assert torch.equal(tensor, tuned.checkpoint()["model"][key]), key
     assert tuned.checkpoint()["model_args"]["normalizer"] == "softmax"
+
+
+def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
+    finished("base", "--training.max_steps", "1")
+    arguments = ("--training.init_from", "out/base/ckpt.pt", "--training.max_steps", "1", "--model.activation", "gelu")
+    assert "activation is gelu in the config and gelu_tanh in the checkpoint" in refused("tuned", *arguments)
+    free = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
+    assert free == {"dropout", "normalizer", "backward"}
+    others = {"model.dropout": 0.2, "model.normalizer": "sink", "model.backward": "ste"}
+    finished("tuned", *arguments[:-2], *(str(x) for key, value in others.items() for x in (f"--{key}", value)))
+
+
+def test_a_resume_of_a_newer_format_is_refused():
+    run = finished("run", "--training.max_steps", "1")
+    torch.save(run.checkpoint() | {"format": 2}, run.folder / "ckpt.pt")
+    assert "out/run/ckpt.pt is a checkpoint of format 2, and this version reads up to 1" in refused("run")
 
 
 def test_a_sink_is_trained_resumed_and_may_replace_softmax1():
