@@ -24,9 +24,9 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
-from harness.probe import attention_kurtosis, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Progress, Tracker
+from measure.probe import attention_kurtosis, weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 

@@ -6,7 +6,6 @@ import shutil
 from time import perf_counter
 
 import torch
-from torch import Tensor
 
 from harness.errors import UserError
 
@@ -26,11 +25,6 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' is not there: PyTorch sees no Apple GPU")
     return device
-
-
-def float64(x: Tensor) -> Tensor:
-    """x in float64, where it lies; from MPS, which has no such numbers, on the CPU."""
-    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

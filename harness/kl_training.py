@@ -16,9 +16,9 @@ from torch import Tensor
 from harness.checkpoint import load_model
 from harness.config import Config
 from harness.corpus import Corpus
-from harness.divergence import AGGREGATES, aggregate, kl_divergence
 from harness.errors import UserError
 from harness.tokenizer import different_tokenizers
+from measure.divergence import AGGREGATES, aggregate, kl_divergence
 from model import GPT, GPTConfig
 
 

@@ -108,7 +108,8 @@ class Stepper:
             del loss
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
-        return max(((b - a).norm() / a.norm()).item() for a, b in zip(*gradients, strict=True))
+        errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
+        return torch.stack(errors).max().item()  # which a NaN among them makes NaN
 
     def describe(self) -> dict:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the

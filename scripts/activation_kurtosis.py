@@ -11,12 +11,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from matplotlib.figure import Figure
 
-from harness.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
-from harness.moments import COLUMNS
-from harness.probe import TENSORS
 from harness.report import RUN_STYLES, draw_heads, new_figure, scale_tails
+from measure.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
+from measure.moments import COLUMNS
+from measure.probe import TENSORS
 
 SPIKE = 6.0
 """The first token spikes where its largest |x| exceeds that of all other tokens this many times."""

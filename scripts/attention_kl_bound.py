@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
-from harness.divergence import Ray, kl_along_ray
 from harness.errors import UserError, run_cli
-from harness.perplexity import nonfinite
+from harness.optimizers import saved_optimizer
 from harness.report import RUN_STYLES, draw_heads, new_figure, print_table, save_figure
-from harness.slopes import (
+from measure.divergence import Ray, kl_along_ray
+from measure.perplexity import nonfinite
+from measure.slopes import (
     DIRECTIONS,
     LR,
     Direction,
@@ -35,6 +36,7 @@ from harness.slopes import (
     learning_rate,
     length,
     random_direction,
+    run_config,
 )
 
 BLOCK = 2**20  # slots of attention rows worked on at a time
@@ -165,11 +167,15 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
 
     if kind == "adamw":
         notes = [f"τ = 1 is the next AdamW update, at the learning rate {lr:g}"]
-        return adamw_direction(model, batches(), subject.info, subject.path), notes
+        optimizer = saved_optimizer(model, subject.info, subject.path)
+        return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
     whose = "the run's learning rate" if known else "as the checkpoint knows no learning rate"
     notes = [f"τ = 1 is a step whose root mean square over the parameters is {lr:g}, {whose}"]
     if kind == "gradient":
-        return gradient_direction(model, batches(), lr), notes
+        try:
+            return gradient_direction(model, batches(), lr), notes
+        except ValueError as e:
+            raise UserError(f"{subject.path}: {e}") from e
     return random_direction(model, lr, args.seed), notes
 
 

@@ -28,14 +28,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.activations import Activations
 from harness.config import load_config
 from harness.device import choose_device, now, processor_name
 from harness.errors import UserError, run_cli
-from harness.jacobian import backpropagate, take_gradients
-from harness.perplexity import score
 from harness.report import print_table
 from harness.runfolder import write_text
+from measure.activations import Activations
+from measure.jacobian import backpropagate, take_gradients
+from measure.perplexity import score
 from model import GPT, GPTConfig
 from scripts import weight_kurtosis
 

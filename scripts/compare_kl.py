@@ -20,7 +20,10 @@ from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
-from harness.divergence import (
+from harness.errors import UserError, run_cli
+from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.tokenizer import Tokenizer, different_tokenizers
+from measure.divergence import (
     AGGREGATES,
     aggregate,
     hellinger,
@@ -29,10 +32,7 @@ from harness.divergence import (
     renyi,
     total_variation,
 )
-from harness.errors import UserError, run_cli
-from harness.perplexity import nonfinite
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
-from harness.tokenizer import Tokenizer, different_tokenizers
+from measure.perplexity import nonfinite
 
 BLOCK = 2**21  # log-probabilities of a model that are held in float64 at a time
 CONTEXT = 40  # tokens of text shown before a worst position

@@ -16,10 +16,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from harness.activations import no_distribution
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
-from harness.jacobian import (
+from harness.report import draw_heads, new_figure
+from measure.activations import no_distribution
+from measure.jacobian import (
     backpropagate,
     backward_mode,
     cosine_and_norm_ratio,
@@ -27,9 +28,8 @@ from harness.jacobian import (
     pool,
     take_gradients,
 )
-from harness.perplexity import nonfinite_weights
-from harness.probe import rows_of_c_attn
-from harness.report import draw_heads, new_figure
+from measure.perplexity import nonfinite_weights
+from measure.probe import rows_of_c_attn
 from model import find_normalizer
 
 SPLIT = {

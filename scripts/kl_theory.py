@@ -21,12 +21,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from harness import kl_theory as theory
 from harness.diagnostics import Result, entry, write_json
-from harness.divergence import jensen_shannon, kl_divergence, renyi, total_variation
 from harness.errors import run_cli
-from harness.kl_theory import Check, bernoulli
 from harness.report import RUN_STYLES, new_figure, save_figure
+from measure.divergence import jensen_shannon, kl_divergence, renyi, total_variation
+from measure.theory import kl_theory as theory
+from measure.theory.kl_theory import Check, bernoulli
 
 
 def main(argv: list[str] | None = None) -> int:

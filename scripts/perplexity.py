@@ -25,7 +25,8 @@ from matplotlib.figure import Figure
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import UserError, run_cli
-from harness.perplexity import (
+from harness.report import RUN_STYLES, new_figure
+from measure.perplexity import (
     loss_by_position,
     nonfinite,
     perplexity,
@@ -34,7 +35,6 @@ from harness.perplexity import (
     standard_error,
     stretches,
 )
-from harness.report import RUN_STYLES, new_figure
 
 COLUMNS = {
     "position": "how many tokens the prediction could see, from 1 to block_size; a row is a bin, this its first",

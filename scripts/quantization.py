@@ -38,9 +38,9 @@ from tqdm import tqdm
 from harness.batches import gather, training_offsets
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import UserError, run_cli
-from harness.perplexity import nonfinite, perplexity, score, standard_error, stretches
-from harness.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
 from harness.report import RUN_STYLES, new_figure
+from measure.perplexity import nonfinite, perplexity, score, standard_error, stretches
+from measure.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
 
 FLOAT = "float"
 COLUMNS = {

@@ -1,4 +1,4 @@
-"""harness/activations.py and scripts/activation_kurtosis.py: everything on the way through a model, in one pass."""
+"""measure/activations.py and scripts/activation_kurtosis.py: everything on the way through a model, in one pass."""
 
 import json
 import math
@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness import activations as activations_module
-from harness.activations import Activations, AttentionStatistics, TensorStatistics
 from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import Corpus, write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.huggingface import save_gpt2
-from harness.moments import Moments, RowMoments
-from harness.probe import TENSORS, attention_kurtosis
 from harness.report import new_figure
 from harness.tokenizer import Chars
+from measure import activations as activations_module
+from measure.activations import Activations, AttentionStatistics, TensorStatistics
+from measure.moments import Moments, RowMoments
+from measure.probe import TENSORS, attention_kurtosis
 from model import GPT, GPTConfig
 from scripts.activation_kurtosis import DIAGNOSTIC, constant, kind_of
 

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from kernels import fused
+from kernels.fused import FusedAttention, straight_through_gradients
 from model import (
-    FusedAttention,
     attention,
     attention_backend,
     materialized_attention,
     softmax1,
-    straight_through_gradients,
     use_backend,
 )
 from scripts.bench_attention import STOCK, peak_memory
@@ -653,7 +653,7 @@ def test_the_value_gradient_is_the_same_head_by_head(dtype, monkeypatch):
     assert q.size(1) > 1
     results = []
     for at_once in (0, q.numel()):
-        monkeypatch.setattr("model.AT_ONCE", at_once)
+        monkeypatch.setattr("kernels.fused.AT_ONCE", at_once)
         with use_backend("cpu_flash"):
             results.append(value_and_gradients(*(x.requires_grad_() for x in (q, k, v)), g, backward="ste"))
     for a, b in zip(*results, strict=True):
@@ -722,6 +722,45 @@ def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, bac
     assert (out.shape, out.dtype) == (q.shape, q.dtype)
     for x, gradient in zip((q, k, v, b), torch.autograd.grad(out.sum(), (q, k, v, b)), strict=True):
         assert (x.shape, x.dtype) == (gradient.shape, gradient.dtype)
+
+
+LAYOUTS = []
+
+
+@torch.library.custom_op("offbyone_tests::backward", mutates_args=())
+def stand_in(
+    grad: torch.Tensor, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """For cuDNN's backward: the layouts that it is given when it runs."""
+    LAYOUTS.append((q.stride(), out.stride(), grad.stride()))
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@stand_in.register_fake
+def _(grad, q, k, v, out, lse):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+@pytest.mark.parametrize("variant", ["softmax", "softmax1"])
+def test_cudnn_gets_the_gradient_in_one_layout_compiled_or_not(variant, monkeypatch):
+    """PyTorch keeps cuDNN's plans by the strides of q, k and v alone, and compiles with dL/dO in another layout: the
+    second of two layouts would run on the plan of the first."""
+    kernel = fused.kernel_forward
+    monkeypatch.setattr(fused, "kernel_forward", lambda _, *arguments: kernel("cpu_flash", *arguments))
+    monkeypatch.setattr(fused, "kernel_backward", lambda _, *arguments: stand_in(*arguments[:6]))
+    LAYOUTS.clear()
+    torch.compiler.reset()
+    packed = torch.randn(B, 6, 3 * H * D)
+    q, k, v = (x.view(B, 6, H, D).transpose(1, 2).detach().requires_grad_() for x in packed.split(H * D, -1))
+    grad = torch.randn(B, 6, H, D).transpose(1, 2)
+    for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
+        for g in (grad, grad.contiguous()):
+            with use_backend("cuda_cudnn"):
+                out = function(q, k, v, normalizer=variant)
+            torch.autograd.grad(out, (q, k, v), g)
+    assert len(LAYOUTS) == 4
+    assert len(set(LAYOUTS)) == 1
+    assert LAYOUTS[0][1] == LAYOUTS[0][2]
 
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

@@ -17,10 +17,12 @@ import torch
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Subject
-from harness.divergence import kl_divergence
 from harness.errors import UserError, run_cli
-from harness.probe import capture_qk
-from harness.slopes import (
+from harness.optimizers import saved_optimizer
+from harness.tokenizer import Bytes
+from measure.divergence import kl_divergence
+from measure.probe import capture_qk
+from measure.slopes import (
     adamw_direction,
     attention_slopes,
     float64_copy,
@@ -28,7 +30,6 @@ from harness.slopes import (
     length,
     random_direction,
 )
-from harness.tokenizer import Bytes
 from model import GPT, GPTConfig
 from scripts import attention_kl_bound
 
@@ -131,6 +132,11 @@ def info_of(optimizer) -> dict:
     return {"optimizer": copy.deepcopy(optimizer.state_dict()), "config": {"optimizer": {"grad_clip": 0.5, "lr": 7.0}}}
 
 
+def next_update(model, batches, info: dict) -> dict:
+    clip = info.get("config", {}).get("optimizer", {}).get("grad_clip")
+    return adamw_direction(model, saved_optimizer(model, info, "ckpt.pt"), batches, clip)
+
+
 @pytest.mark.parametrize("backward", ["full", "ste"])
 def test_adamw_is_the_next_update_of_the_run(backward):
     model = tiny(normalizer="sink", backward=backward).double()
@@ -139,7 +145,7 @@ def test_adamw_is_the_next_update_of_the_run(backward):
     info, copied = info_of(optimizer), float64_copy(model)
     batch = tokens(4, 13, seed=0)
     halves = [(half[:, :-1], half[:, 1:]) for half in batch.split(2)]  # the mean over two is that of the whole
-    direction = adamw_direction(copied, halves, info, "ckpt.pt")
+    direction = next_update(copied, halves, info)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, optimizer, steps=1)
     for name, p in model.named_parameters():
@@ -154,7 +160,7 @@ def test_adamw_by_hand():
     train(model, optimizer, steps=2)
     x = tokens(4, 13, seed=9)
     batch = [(x[:, :-1], x[:, 1:])]
-    direction = adamw_direction(float64_copy(model), batch, info_of(optimizer) | {"config": {}}, "ckpt.pt")
+    direction = next_update(float64_copy(model), batch, info_of(optimizer) | {"config": {}})
     model(*batch[0])[1].backward()
     for name, decay in (("transformer.h.1.mlp.c_fc.weight", 0.1), ("transformer.h.0.ln_1.weight", 0.0)):
         p = dict(model.named_parameters())[name]
@@ -193,14 +199,14 @@ def test_an_optimizer_state_that_is_not_there_or_does_not_fit():
     fresh = {"optimizer": optimizer_of(tiny()).state_dict()}
     for nothing in ({}, {"source": "hf:gpt2"}, fresh):
         with pytest.raises(UserError, match=r"ckpt\.pt holds no optimizer state.*--direction gradient"):
-            adamw_direction(float64_copy(model), batch, nothing, "ckpt.pt")
+            next_update(float64_copy(model), batch, nothing)
     for changes in ({"n_layer": 3}, {"n_embd": 16}):
         with pytest.raises(UserError, match=r"does not fit its model.*--direction gradient"):
-            adamw_direction(float64_copy(tiny(**changes)), batch, info, "ckpt.pt")
+            next_update(float64_copy(tiny(**changes)), batch, info)
     momentum = torch.optim.SGD(model.parameter_groups(0.1), lr=0.1, momentum=0.9)
     train(model, momentum, steps=1)
     with pytest.raises(UserError, match="--direction gradient"):
-        adamw_direction(float64_copy(model), batch, info_of(momentum), "ckpt.pt")
+        next_update(float64_copy(model), batch, info_of(momentum))
 
 
 # --- the script -------------------------------------------------------------------------------------------------------

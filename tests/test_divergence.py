@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.spatial.distance import jensenshannon
 from torch.nn import functional as F
 
-from harness.divergence import (
+from measure.divergence import (
     AGGREGATES,
     aggregate,
     hellinger,

@@ -13,12 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
-from harness import jacobian
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.errors import run_cli
-from harness.jacobian import (
+from harness.tokenizer import Bytes
+from measure import jacobian
+from measure.jacobian import (
     backpropagate,
     backward_mode,
     cosine_and_norm_ratio,
@@ -28,8 +29,7 @@ from harness.jacobian import (
     split_of_sequence,
     take_gradients,
 )
-from harness.probe import capture_attention
-from harness.tokenizer import Bytes
+from measure.probe import capture_attention
 from model import GPT, GPTConfig, attention
 from scripts import jacobian_energy as script
 

@@ -14,9 +14,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import divergence, kl_theory
 from harness.errors import run_cli
-from harness.kl_theory import at_least, at_most, equal, figures
+from measure import divergence
+from measure.theory import kl_theory
+from measure.theory.kl_theory import at_least, at_most, equal, figures
 from scripts import kl_theory as script
 
 NUMBERS = range(1, 18)

@@ -19,10 +19,10 @@ from test_train import ROOT, Run, assert_same_run, finished, refused, workplace 
 from harness.checkpoint import load_model, save_checkpoint
 from harness.config import load_config
 from harness.corpus import Corpus, write_corpus
-from harness.divergence import AGGREGATES
 from harness.errors import UserError
 from harness.kl_training import Reference, fingerprint, position_kl
 from harness.tokenizer import from_name
+from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 
 SHAPE = GPTConfig(block_size=16, vocab_size=256, n_layer=2, n_head=2, n_embd=32, bias=False, normalizer="softmax1")

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness import moments as moments_module
-from harness.moments import Moments, excess_kurtosis
+from measure import moments as moments_module
+from measure.moments import Moments, excess_kurtosis
 
 STATISTICS = ("count", "mean", "variance", "std", "skewness", "excess_kurtosis", "max_abs", "max_abs_over_std")
 

@@ -21,9 +21,9 @@ from harness.checkpoint import load_model
 from harness.config import help_text
 from harness.corpus import Corpus, write_corpus
 from harness.errors import run_cli
-from harness.jacobian import jacobian_energy
-from harness.quantize import PROBABILITIES, sites, visiting
 from harness.tokenizer import from_name
+from measure.jacobian import jacobian_energy
+from measure.quantize import PROBABILITIES, sites, visiting
 from model import (
     GPT,
     NORMALIZERS,

@@ -20,7 +20,8 @@ from harness.corpus import Corpus, write_corpus
 from harness.diagnostics import run
 from harness.errors import run_cli
 from harness.huggingface import save_gpt2
-from harness.perplexity import (
+from harness.tokenizer import Bytes, Chars
+from measure.perplexity import (
     Scores,
     loss_by_position,
     nonfinite,
@@ -30,7 +31,6 @@ from harness.perplexity import (
     standard_error,
     stretches,
 )
-from harness.tokenizer import Bytes, Chars
 from model import GPT, GPTConfig
 from scripts.perplexity import DIAGNOSTIC
 

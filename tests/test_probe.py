@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-from harness.activations import Activations
-from harness.jacobian import backpropagate, jacobian_energy, pool
-from harness.probe import attention_kurtosis, capture_attention, capture_qk, rows_of_c_attn, watch
-from harness.quantize import PROBABILITIES, sites, visiting
-from harness.slopes import attention_slopes, float64_copy, random_direction
+from measure.activations import Activations
+from measure.jacobian import backpropagate, jacobian_energy, pool
+from measure.probe import attention_kurtosis, capture_attention, capture_qk, rows_of_c_attn, watch
+from measure.quantize import PROBABILITIES, sites, visiting
+from measure.slopes import attention_slopes, float64_copy, random_direction
 from model import GPT, CausalSelfAttention, GPTConfig, attention
 
 T, H = 12, 2

@@ -16,8 +16,9 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import run
 from harness.errors import run_cli
-from harness.perplexity import score, sliding_offsets
-from harness.quantize import (
+from harness.tokenizer import Bytes
+from measure.perplexity import score, sliding_offsets
+from measure.quantize import (
     HEAD,
     KINDS,
     PROBABILITIES,
@@ -33,7 +34,6 @@ from harness.quantize import (
     sites,
     visiting,
 )
-from harness.tokenizer import Bytes
 from model import GPT, GPTConfig, attention_rows
 from scripts.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 

@@ -14,9 +14,9 @@ import torch
 from scipy import stats
 
 from harness.errors import UserError
-from harness.probe import attention_kurtosis, capture_qk, weight_kurtosis
 from harness.runfolder import RunFolder, run_files, write_text
 from harness.tracking import Tracker
+from measure.probe import attention_kurtosis, capture_qk, weight_kurtosis
 from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]

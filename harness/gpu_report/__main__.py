@@ -18,7 +18,7 @@ def main(name: str, options: str, rows: str) -> None:
 
     with open(rows, "w", encoding="utf-8") as file:
         for row in SECTIONS[name].run(Task(**fields)):
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
             file.flush()
 
 

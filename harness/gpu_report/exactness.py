@@ -7,6 +7,7 @@ a score is a sum of D products, whose error the exponential passes on: 4 √D ε
 
 import contextlib
 import itertools
+import math
 import multiprocessing
 import os
 from collections.abc import Iterator
@@ -15,9 +16,9 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-import model
 from harness.corpus import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
+from kernels import fused
 from model import attention, materialized_attention, use_backend
 
 VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
@@ -111,24 +112,25 @@ def compare(cpu: bool, inputs, exact: dict[str, Tensor], backend: str, normalize
     allowed = 4 * D**0.5 * eps if dtype == torch.float32 else 2 * eps
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     good = all(error <= allowed for error in errors.values())
-    return {"error": errors[worst], "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
+    error = errors[worst] if math.isfinite(errors[worst]) else None
+    return {"error": error, "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
 
 
 @contextlib.contextmanager
 def backend_of(name: str, cpu: bool):
     """`attention` on that backend; in the dry run the CPU's flash kernel stands in for CUDA's."""
-    triton, kernels = os.environ.pop("OFFBYONE_TRITON", None), (model._kernel_forward, model._kernel_backward)
+    triton, kernels = os.environ.pop("OFFBYONE_TRITON", None), (fused.kernel_forward, fused.kernel_backward)
     try:
         if "without Triton" in name:
             os.environ["OFFBYONE_TRITON"] = "0"
         if cpu and name.startswith("cuda"):
             forward, backward = kernels
-            model._kernel_forward = lambda backend, *arguments: forward("cpu_flash", *arguments)
-            model._kernel_backward = lambda backend, *arguments: backward("cpu_flash", *arguments)
+            fused.kernel_forward = lambda backend, *arguments: forward("cpu_flash", *arguments)
+            fused.kernel_backward = lambda backend, *arguments: backward("cpu_flash", *arguments)
         with use_backend(name.split(",")[0].split()[0]):
             yield
     finally:
-        model._kernel_forward, model._kernel_backward = kernels
+        fused.kernel_forward, fused.kernel_backward = kernels
         os.environ.pop("OFFBYONE_TRITON", None)
         if triton is not None:
             os.environ["OFFBYONE_TRITON"] = triton
@@ -164,5 +166,5 @@ def other_shapes(task: Task) -> Iterator[dict]:
     return run(task, SMALL_OTHERS if task.cpu else OTHERS, ("bfloat16", *FLOAT32))
 
 
-SECTION = Section("Attention against float64, T = 1,024", 1.2, main_shape, present)
-OTHER_SHAPES = Section("Attention against float64, other shapes", 1.0, other_shapes, present)
+SECTION = Section("Attention against float64, T = 1,024", 0.8, main_shape, present)
+OTHER_SHAPES = Section("Attention against float64, other shapes", 0.8, other_shapes, present)

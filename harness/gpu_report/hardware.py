@@ -68,4 +68,4 @@ def present(rows: list[dict]) -> list[Table]:
     return [Table("", [{"what": row["what"], "value": cell(row)} for row in rows])]
 
 
-SECTION = Section("Card, versions, ceilings", 0.7, run, present)
+SECTION = Section("Card, versions, ceilings", 0.5, run, present)

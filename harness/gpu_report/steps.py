@@ -2,9 +2,10 @@
 
 Each variant is a harness.stepping.Stepper in a process of its own; a few of them compile at the same time, and then
 step in turn with the baseline, a burst of steps each. Before that the gradient of the compiled model is compared with
-that of the same model run eagerly, on one batch: the relative error, which bfloat16 leaves near a hundredth.
+that of the same model run eagerly, on one batch: the relative error, a few thousandths in bfloat16.
 """
 
+import math
 import os
 import random
 from collections.abc import Iterator
@@ -63,7 +64,8 @@ def group(task: Task, variants) -> Iterator[dict]:
     for name, worker in list(workers.items()):
         try:
             worker.result()
-            checks[name] = worker.ask("compiled_error")
+            error = worker.ask("compiled_error")
+            checks[name] = error if error is None or math.isfinite(error) else "gradient not finite"
             worker.ask("release")
         except WorkerError as error:
             yield {"variant": name, "note": str(error)[:200]}
@@ -99,7 +101,7 @@ def present(rows: list[dict]) -> list[Table]:
             "speed": with_error(row["speed"], row["error of the speed"]) if "speed" in row else "–",
             "MFU": f"{row['mfu']:.1%}",
             "peak GiB": f"{row['peak GiB']:.1f}",
-            "compiled against eager": "–" if row["compiled_error"] is None else f"{row['compiled_error']:.1e}",
+            "compiled against eager": compiled_error(row["compiled_error"]),
         }
         for row in rows
     ]
@@ -108,5 +110,9 @@ def present(rows: list[dict]) -> list[Table]:
     return [Table(f"{what}speed is the baseline's time over the variant's", shown)]
 
 
-SECTION = Section("A training step of 124M: softmax, softmax1", 1.6, run, present)
-OTHER_VARIANTS = Section("A training step of 124M: the other variants", 2.2, lambda task: run(task, OTHERS), present)
+def compiled_error(error: float | str | None) -> str:
+    return "–" if error is None else f"{error:.1e}" if isinstance(error, float) else error
+
+
+SECTION = Section("A training step of 124M: softmax, softmax1", 1.4, run, present)
+OTHER_VARIANTS = Section("A training step of 124M: the other variants", 3.0, lambda task: run(task, OTHERS), present)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import model
+from kernels import backends, fused
 from model import attention, materialized_attention, use_backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,7 +19,7 @@ with pytest.MonkeyPatch.context() as _environment:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from model_triton import score_backward, value_gradient
+    from kernels.triton import score_backward, value_gradient
 
 # T on either side of a block, head sizes that fill their power of two and one that does not; in pairs, to be quick.
 SHAPES = [(1, 16), (2, 80), (63, 64), (64, 16), (65, 80), (130, 64)]
@@ -173,7 +173,7 @@ HOPPER = """
 import sys, torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
-import model_triton
+from kernels import triton as model_triton
 
 class Hopper:
     get_current_target = lambda self: GPUTarget("cuda", 90, 32)
@@ -216,14 +216,14 @@ def test_kernels_compile_for_a_gpu(tmp_path):
 def flash(monkeypatch):
     """What `attention` does on a GPU in half types; without one, with the CPU's flash kernel in place of CUDA's."""
     calls = []
-    for name in ("_kernel_forward", "_kernel_backward"):
-        kernel = getattr(model, name)
+    for name in ("kernel_forward", "kernel_backward"):
+        kernel = getattr(fused, name)
 
         def counted(backend, *arguments, name=name, kernel=kernel):
             calls.append(name)
             return kernel("cpu_flash" if DEVICE == "cpu" else backend, *arguments)
 
-        monkeypatch.setattr(model, name, counted)
+        monkeypatch.setattr(fused, name, counted)
     with use_backend("cuda_flash"):
         yield calls
 
@@ -243,7 +243,7 @@ def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, mon
         flash.clear()
         monkeypatch.setenv("OFFBYONE_TRITON", setting)
         gradients[setting] = attention_gradients(q, k, v, g, sink, backward)
-        assert flash.count("_kernel_backward") == calls
+        assert flash.count("kernel_backward") == calls
     with materialized_attention():
         expected = attention_gradients(*(x.double() for x in (q, k, v, g, sink)), backward)
     for one_pass, two_calls, exact in zip(gradients["1"], gradients["0"], expected, strict=True):
@@ -263,11 +263,11 @@ def test_one_graph_under_torch_compile(backward, flash):
 
 def test_what_one_pass_is_for(monkeypatch):
     monkeypatch.delenv("OFFBYONE_TRITON", raising=False)
-    assert model.TRITON
-    assert model._one_pass("cuda_flash", 128, 0.0)
-    assert not model._one_pass("cuda_flash", 136, 0.0)
-    assert not model._one_pass("cuda_flash", 64, 0.1)
-    assert model._one_pass("cuda_cudnn", 64, 0.0)
-    assert not model._one_pass("cuda_efficient", 64, 0.0)
-    monkeypatch.setattr(model, "TRITON", False)
-    assert not model._one_pass("cuda_flash", 64, 0.0)
+    assert backends.TRITON
+    assert backends.one_pass("cuda_flash", 128, 0.0)
+    assert not backends.one_pass("cuda_flash", 136, 0.0)
+    assert not backends.one_pass("cuda_flash", 64, 0.1)
+    assert backends.one_pass("cuda_cudnn", 64, 0.0)
+    assert not backends.one_pass("cuda_efficient", 64, 0.0)
+    monkeypatch.setattr(backends, "TRITON", False)
+    assert not backends.one_pass("cuda_flash", 64, 0.0)

@@ -1,4 +1,4 @@
-// Causal attention on a CPU, forward and in every backward, in one pass over the scores: see model_cpu.py for its use.
+// Causal attention on a CPU, forward and in every backward, in one pass over the scores: see kernels/cpu.py for its use.
 //
 // As FlashAttention-2 (Dao 2023): the scores exist only as tiles of 64 × 64, which stay in the cache. All products are
 // one small routine, `multiply`, that keeps 6 rows × a few vectors of the result in registers; on the diagonal it
@@ -488,7 +488,7 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 
 }  // namespace
 
-// --- what model_cpu.py calls -----------------------------------------------------------------------------------------
+// --- what kernels/cpu.py calls -----------------------------------------------------------------------------------------
 
 extern "C" {
 

@@ -21,9 +21,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from harness.activations import row_entropy
-from harness.device import float64
-from harness.probe import capture_attention
+from measure.activations import row_entropy
+from measure.moments import float64
+from measure.probe import capture_attention
 from model import GPT, attention_rows, attention_scores, find_normalizer
 
 # Elements of one map of a row block: 2 MiB in float64, of which some eight are alive at once. (Four times as many leave

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from harness.moments import Moments, excess_kurtosis
+from measure.moments import Moments, excess_kurtosis
 from model import GPT, CausalSelfAttention, attention_rows
 
 # The tensors that `watch` sees, without the layer's number, and what they are.

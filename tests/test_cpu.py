@@ -13,10 +13,10 @@ import warnings
 import pytest
 import torch
 
-import model_cpu
+from kernels import cpu
 from model import attention, attention_backend, materialized_attention, use_backend
 
-if model_cpu.load() is None:
+if cpu.load() is None:
     pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)
 
 BACKWARDS = ("full", "diagonal", "ste")
@@ -52,10 +52,10 @@ def check_against_the_readable_form(T: int, D: int, H: int = 3, dtype=torch.floa
 @pytest.fixture
 def anew(monkeypatch):
     """As in a process that has not loaded the kernel yet."""
-    model_cpu.load.cache_clear()
+    cpu.load.cache_clear()
     yield monkeypatch
     monkeypatch.undo()
-    model_cpu.load.cache_clear()
+    cpu.load.cache_clear()
 
 
 # --- the choice and the build ---------------------------------------------------------------------------------------
@@ -79,31 +79,31 @@ def test_other_dtypes_are_refused_where_it_is_forced():
 
 
 def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
-    path = model_cpu.build(["c++"])
+    path = cpu.build(["c++"])
     before = path.stat().st_mtime_ns
-    assert model_cpu.build(["c++"]) == path
+    assert cpu.build(["c++"]) == path
     assert path.stat().st_mtime_ns == before
     anew.delenv("CXX", raising=False)
     anew.setenv("PATH", "")
-    assert model_cpu.load() is not None
+    assert cpu.load() is not None
 
 
 def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
-    source = tmp_path / "model_cpu.cpp"
-    shutil.copy(model_cpu.SOURCE, source)
-    anew.setattr(model_cpu, "SOURCE", source)
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
+    anew.setattr(cpu, "SOURCE", source)
     anew.delenv("CXX", raising=False)
-    model_cpu.build(["c++"]).write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="model_cpu"):
-        assert model_cpu.load() is None
-    model_cpu.load.cache_clear()
-    assert model_cpu.load() is not None
+    cpu.build(["c++"]).write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="cpu.cpp"):
+        assert cpu.load() is None
+    cpu.load.cache_clear()
+    assert cpu.load() is not None
 
 
 @pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default
 def test_the_compiler_is_the_users(words, anew):
     anew.setenv("CXX", words)
-    assert model_cpu.load() is not None
+    assert cpu.load() is not None
 
 
 @pytest.mark.parametrize(
@@ -117,9 +117,9 @@ def test_the_compiler_is_the_users(words, anew):
     ],
 )
 def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, anew, tmp_path):
-    source = tmp_path / "model_cpu.cpp"
+    source = tmp_path / "cpu.cpp"
     source.write_text("this is no C++;")
-    anew.setattr(model_cpu, "SOURCE", source)
+    anew.setattr(cpu, "SOURCE", source)
     anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     if compiler is None:
         anew.delenv("CXX", raising=False)
@@ -133,24 +133,24 @@ def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, a
     assert len(messages) == (said is not None)  # that there is just no compiler is no reason to warn
     for message in messages:
         assert re.search(said, message)
-    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["model_cpu.cpp"]  # nothing half made is left
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["cpu.cpp"]  # nothing half made is left
     with pytest.raises(ValueError, match=r"compiler"), use_backend("cpu_native"):
         pass
 
 
 def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tmp_path):
-    source = tmp_path / "model_cpu.cpp"
-    shutil.copy(model_cpu.SOURCE, source)
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
     (tmp_path / "__pycache__").write_text("a file where the folder would be")
-    anew.setattr(model_cpu, "SOURCE", source)
+    anew.setattr(cpu, "SOURCE", source)
     anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert model_cpu.load() is not None
+    assert cpu.load() is not None
     assert [p.suffix for p in (tmp_path / "cache" / "offbyone").iterdir()] == [".so"]
     (tmp_path / "none").write_text("")
     anew.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
-    model_cpu.load.cache_clear()
+    cpu.load.cache_clear()
     with pytest.warns(UserWarning, match="no folder to keep it in"):
-        assert model_cpu.load() is None
+        assert cpu.load() is None
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's vectors")
@@ -158,11 +158,11 @@ def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tm
 def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
     if target == "-march=x86-64-v3" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
         pytest.skip("this processor has no AVX2")
-    source = tmp_path / "model_cpu.cpp"
-    shutil.copy(model_cpu.SOURCE, source)
-    anew.setattr(model_cpu, "SOURCE", source)
-    anew.setattr(model_cpu, "FLAGS", tuple(target if flag == "-march=native" else flag for flag in model_cpu.FLAGS))
-    if model_cpu.load() is None:
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
+    anew.setattr(cpu, "SOURCE", source)
+    anew.setattr(cpu, "FLAGS", tuple(target if flag == "-march=native" else flag for flag in cpu.FLAGS))
+    if cpu.load() is None:
         pytest.skip(f"this compiler knows no {target}")
     for T, D in ((1, 5), (65, 12), (130, 64)):
         check_against_the_readable_form(T, D)
@@ -190,9 +190,9 @@ def test_threads_share_the_heads_and_their_parts(count, T, dtype):
 
 def test_many_heads_are_not_divided():
     with threads(4):
-        assert model_cpu._parts(torch.empty(2, 3, 300, 16)) == 2
-        assert model_cpu._parts(torch.empty(2, 3, 64, 16)) == 1  # one block of rows
-        assert model_cpu._parts(torch.empty(17, 1, 300, 16)) == 1
+        assert cpu._parts(torch.empty(2, 3, 300, 16)) == 2
+        assert cpu._parts(torch.empty(2, 3, 64, 16)) == 1  # one block of rows
+        assert cpu._parts(torch.empty(17, 1, 300, 16)) == 1
 
 
 @pytest.mark.parametrize("backend", ["cpu_native", "cpu_flash", "materialized"])
@@ -268,10 +268,11 @@ def test_nan_is_not_hidden(backward):
 def test_nothing_is_read_or_written_beyond_the_tensors(tmp_path):
     """Under the address sanitizer, in a process of its own."""
     program = f"""
-import pathlib, torch, model_cpu
-model_cpu.SOURCE = pathlib.Path({str(tmp_path)!r}) / "model_cpu.cpp"
-model_cpu.FLAGS += ("-fsanitize=address",)
-assert model_cpu.load() is not None
+import pathlib, torch
+from kernels import cpu
+cpu.SOURCE = pathlib.Path({str(tmp_path)!r}) / "cpu.cpp"
+cpu.FLAGS += ("-fsanitize=address",)
+assert cpu.load() is not None
 from model import attention
 for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
     for dtype in (torch.float32, torch.bfloat16):
@@ -282,7 +283,7 @@ for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
                 attention(q, k, v, normalizer=normalizer, backward=backward).sum().backward()
 print("done")
 """
-    shutil.copy(model_cpu.SOURCE, tmp_path)
+    shutil.copy(cpu.SOURCE, tmp_path)
     found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
     if not found.startswith("/"):
         pytest.skip("this compiler has no address sanitizer")
@@ -290,7 +291,7 @@ print("done")
     done = subprocess.run(
         [sys.executable, "-c", program],
         env=os.environ | environment,
-        cwd=model_cpu.SOURCE.parent,
+        cwd=cpu.SOURCE.parents[1],
         capture_output=True,
         text=True,
     )

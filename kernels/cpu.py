@@ -1,6 +1,6 @@
-"""Attention on a CPU by a kernel of our own, model_cpu.cpp, which the system's C++ compiler builds at first use.
+"""Attention on a CPU by a kernel of our own, kernels/cpu.cpp, which the system's C++ compiler builds at first use.
 
-PyTorch's fused kernels give `diagonal` in two backward passes and no STE at all (see FusedAttention in model.py); this
+PyTorch's fused kernels give `diagonal` in two backward passes and no STE at all (see FusedAttention in fused.py); this
 one does every variant in one, the null logit included, and bfloat16 at the speed of float32 where the processor only
 emulates it. It is compiled for the processor it runs on, in some three seconds, into `__pycache__`; where there is no
 compiler (and but for Linux, so far) `load` says so and attention runs on PyTorch's kernels.
@@ -26,9 +26,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-SOURCE = Path(__file__).with_name("model_cpu.cpp")
+SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
-BACKWARDS = ("full", "diagonal", "ste", "values")  # model_cpu.cpp's enum Backward; the last is dV alone
+BACKWARDS = ("full", "diagonal", "ste", "values")  # kernels/cpu.cpp's enum Backward; the last is dV alone
 
 # Up to so many tokens STE's dQ and dK come faster from the masked matrix, tile by tile, beyond from running sums. The
 # whole backward on 2 cores of Zen 4, heads of 64, the former against the latter: 4.3 and 6.1 ms at T = 128 (96 heads),
@@ -37,7 +37,7 @@ LINEAR_FROM = 256
 
 
 class _Tensor(ctypes.Structure):
-    """model_cpu.cpp's Tensor: the data and the strides of (B, H, T), in numbers."""
+    """kernels/cpu.cpp's Tensor: the data and the strides of (B, H, T), in numbers."""
 
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
 

@@ -10,9 +10,8 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from harness.device import float64
-from harness.moments import CHUNK_ACCELERATOR, Moments, RowMoments
-from harness.probe import watch
+from measure.moments import CHUNK_ACCELERATOR, Moments, RowMoments, float64
+from measure.probe import watch
 from model import GPT, attention_rows, find_normalizer
 
 OUTLIER_RMS = 6.0

@@ -17,7 +17,7 @@ from torch import Tensor, distributions
 from torch.distributions import Bernoulli, Categorical, MixtureSameFamily, MultivariateNormal, Normal, Poisson
 from torch.nn import functional as F
 
-from harness.divergence import hellinger, jensen_shannon, kl_divergence, renyi, total_variation
+from measure.divergence import hellinger, jensen_shannon, kl_divergence, renyi, total_variation
 
 LN_2 = math.log(2)
 

@@ -11,11 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.config import OptimizerConfig
-from harness.errors import UserError
-from harness.jacobian import backward_mode
-from harness.optimizers import make_optimizer
-from harness.probe import capture_qk
+from measure.jacobian import backward_mode
+from measure.probe import capture_qk
 from model import GPT, NORMALIZERS, attention_rows, materialized_attention
 
 Direction = dict[str, Tensor]
@@ -28,30 +25,18 @@ def float64_copy(model: GPT) -> GPT:
     return copy.deepcopy(model).double().eval()
 
 
-def adamw_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], info: dict[str, Any], path: str) -> Direction:
-    """What the optimizer in a checkpoint's `info` would add to the parameters at its next step.
+def adamw_direction(
+    model: GPT, optimizer: torch.optim.Optimizer, batches: Iterable[tuple[Tensor, Tensor]], grad_clip: float | None
+) -> Direction:
+    """What the model's `optimizer`, with its state, would add to the parameters at its next step.
 
-    PyTorch's AdamW makes that step, at the learning rate, betas and weight decay saved with the state (those of the
-    run's last step), from the mean gradient over `batches` (x, y), as the run's own backward pass gives it and clipped
-    as the run clips. UserError where there is no state, or one that does not fit the model; `path` is for the error.
+    The step is made from the mean gradient over `batches` (x, y), as the run's own backward pass gives it, clipped to
+    the norm `grad_clip` if there is one; then the parameters are as they were.
     """
-    advice = "take --direction gradient, or random"
-    state = info.get("optimizer", {})
-    if not state.get("state"):
-        raise UserError(f"{path} holds no optimizer state, so there is no next AdamW update: {advice}")
-    optimizer = make_optimizer(model, OptimizerConfig(), fused=False)
-    try:
-        optimizer.load_state_dict(state)
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{path}: its optimizer state does not fit its model ({e}): {advice}") from e
-    for parameter in model.parameters():
-        moments = optimizer.state[parameter]
-        if not all(key in moments and moments[key].shape == parameter.shape for key in ("exp_avg", "exp_avg_sq")):
-            raise UserError(f"{path}: its optimizer state does not fit its model, or is not AdamW's: {advice}")
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     _backward(model, batches)
-    if clip := _run_config(info, "grad_clip"):
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+    if grad_clip:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip)
     optimizer.step()
     direction = {name: p.detach() - before[name] for name, p in model.named_parameters()}
     model.load_state_dict(before, strict=False)
@@ -76,10 +61,10 @@ def random_direction(model: GPT, lr: float, seed: int) -> Direction:
 
 def scaled(direction: Direction, lr: float) -> Direction:
     """With a root mean square of `lr` over all parameters: about the length of Adam's steps, which move each parameter
-    by some lr, whatever the gradient's."""
+    by some lr, whatever the gradient's. ValueError where the direction has no finite length, or none at all."""
     norm, count = length(direction), sum(x.numel() for x in direction.values())
     if not 0 < norm < float("inf"):
-        raise UserError(f"the gradient has the norm {norm}: it gives no direction; take --direction random")
+        raise ValueError(f"the gradient has the norm {norm}: it gives no direction; take --direction random")
     return {name: x * (lr * count**0.5 / norm) for name, x in direction.items()}
 
 
@@ -91,7 +76,7 @@ def length(direction: Direction) -> float:
 def learning_rate(info: dict[str, Any]) -> float | None:
     """Of the run's last step, from its optimizer; else its config's; None where the checkpoint says neither."""
     groups = info.get("optimizer", {}).get("param_groups", [])
-    return groups[0]["lr"] if groups else _run_config(info, "lr") or _run_config(info, "learning_rate")
+    return groups[0]["lr"] if groups else run_config(info, "lr") or run_config(info, "learning_rate")
 
 
 def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -156,7 +141,7 @@ def _backward(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         parameter.grad /= count
 
 
-def _run_config(info: dict[str, Any], key: str):
+def run_config(info: dict[str, Any], key: str):
     """Of this project's config, or of nanoGPT's flat one."""
     config = info.get("config") or {}
     return config.get("optimizer", config).get(key)

@@ -10,8 +10,7 @@ import sys
 from typing import NamedTuple
 
 import torch
-
-from harness.device import float64
+from torch import Tensor
 
 # A chunk is read about ten times. On a CPU it should stay in the cache, and be worth waking the other threads for,
 # which costs much where the cores are busy. Elsewhere it should amortise the launches.
@@ -29,6 +28,11 @@ COLUMNS = {
     "max_abs": "the largest |x|",
     "max_abs_over_std": "the largest |x| in units of σ: a Gaussian has about 5 among a million numbers",
 }
+
+
+def float64(x: Tensor) -> Tensor:
+    """x in float64, where it lies; from MPS, which has no such numbers, on the CPU."""
+    return (x.cpu() if x.device.type == "mps" else x).double()
 
 
 class Moments:

@@ -1,6 +1,6 @@
 """The backward pass of attention's `diagonal` and `ste` in one pass over the scores, for NVIDIA GPUs, in Triton.
 
-PyTorch's fused kernels give the diagonal backward in two calls (see FusedAttention in model.py) and compute dQ and dK
+PyTorch's fused kernels give the diagonal backward in two calls (see FusedAttention in fused.py) and compute dQ and dK
 for STE only to drop them. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal), `P = exp(S − lse)` and
 `dP = g Vᵀ`:
 

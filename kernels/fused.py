@@ -1,0 +1,203 @@
+"""Attention as one autograd function over fused kernels: softmax with or without a null slot, and every backward pass.
+
+Which kernel computes it is for backends.py to say; what PyTorch's kernels cannot do themselves is derived here.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from kernels.backends import one_pass
+
+
+class FusedAttention(torch.autograd.Function):
+    """Every normalizer and backward in O(T) memory, by fused kernels.
+
+    Our own (kernels/cpu.py) takes the null logit and the backward as arguments. PyTorch's know neither, but their
+    backward takes the output and the rows' logsumexp, and for whatever `out` and `lse` it is given it computes, with
+    `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
+    `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
+    `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernels read garbage
+        if backend == "cpu_native":
+            (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
+        else:
+            out, lse, state = kernel_forward(backend, q, k, v, dropout_p, scale)
+            if null_logit is not None:
+                lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
+                share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
+                out, lse = _scaled(out, share.view(*q.shape[:-1], 1)), lse_1
+        ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
+        ctx.arguments = (backward, dropout_p, scale, backend)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
+        backward, dropout_p, scale, backend = ctx.arguments
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        if backend == "cuda_cudnn" and grad.stride() != out.stride():
+            # PyTorch keeps cuDNN's plans by the strides of q, k and v alone: with one and the same layout of q there
+            # has to be one of dL/dO too, or the second runs on the plan of the first and gives garbage.
+            grad = torch.empty_like(out).copy_(grad)
+
+        def kernel(out, lse, scale):
+            return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
+
+        wants_null = null_logit is not None and ctx.needs_input_grad[3]
+        if wants_null and backend != "cpu_native":  # first: the product is as large as each of the gradients to come
+            delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T), of whatever shape the kernel has it
+        in_one_pass = backward != "full" and one_pass(backend, q.size(-1), dropout_p)
+        if backend == "cpu_native":
+            operator = torch.ops.offbyone.cpu_backward
+            grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward)
+        elif backward == "full":
+            grad_q, grad_k, grad_v = kernel(out, lse, scale)
+        elif in_one_pass and (backward == "diagonal" or q.size(-2) <= LINEAR_FROM):
+            operator = torch.ops.offbyone.score_backward
+            grad_q, grad_k, grad_v = operator(grad, q, k, v, rows_lse, scale, backward)
+        elif backward == "diagonal":
+            # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
+            # (CUDA's kernels read a whole tensor of zeros, the CPU's is content with one row of them.)
+            zero = out.new_zeros(out.size(-1)).expand_as(out) if backend == "cpu_flash" else torch.zeros_like(out)
+            grad_q, grad_k, grad_v = kernel(zero, lse, scale)
+            grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
+            grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
+        else:
+            if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
+                grad_v = value_gradient_on_cpu(grad, q, k, lse, scale)
+            elif in_one_pass:
+                grad_v = torch.ops.offbyone.value_gradient(grad, q, k, rows_lse, scale)
+            else:
+                _, _, grad_v = kernel(out, lse, scale)
+            grad_q, grad_k = straight_through_gradients(q, k, v, grad, scale)
+
+        grad_null = None
+        if wants_null:
+            # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
+            grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
+        return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+def _scaled(out: Tensor, share: Tensor) -> Tensor:
+    """out (B, H, T, D) times share (B, H, T, 1), in out's dtype.
+
+    In place, which saves a copy. Not so where it is compiled: PyTorch 2.11 then gives an output that is another
+    tensor's alias, as `mul_`'s result is and that of a `to` which has nothing to do, a gradient of zeros.
+    """
+    if not torch.compiler.is_compiling():
+        return out.mul_(share)
+    product = out * share
+    return product if product.dtype == out.dtype else product.to(out.dtype)
+
+
+def kernel_forward(backend, q, k, v, dropout_p, scale):
+    """(out, logsumexp of the rows, what the backward needs besides). PyTorch's private names stay here and below."""
+    if backend == "cpu_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = kernel(q, k, v, 0.0, True, scale=scale)
+        return out, lse, ()
+    if backend == "cuda_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention
+        out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, dropout_p, True, scale=scale)
+        return out, lse, (seed, offset)
+    if backend == "cuda_cudnn":
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
+        out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
+        return out, lse, (seed, offset)
+    kernel = torch.ops.aten._scaled_dot_product_efficient_attention
+    out, lse, seed, offset = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
+    return out, lse, (seed, offset)
+
+
+def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
+    """(dQ, dK, dV) from the given output and logsumexp; see FusedAttention."""
+    T = q.size(-2)
+    if backend == "cpu_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        return kernel(grad, q, k, v, out, lse, 0.0, True, scale=scale)
+    if backend == "cuda_flash":
+        kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
+        return kernel(grad, q, k, v, out, lse, None, None, T, T, dropout_p, True, *state, scale=scale)
+    if backend == "cuda_cudnn":
+        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        return kernel(grad, q, k, v, out, lse, *state, None, None, None, T, T, dropout_p, True, scale=scale)
+    kernel, needed = torch.ops.aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
+    return kernel(grad, q, k, v, None, out, lse, *state, dropout_p, needed, True, scale=scale)[:3]
+
+
+# --- STE ------------------------------------------------------------------------------------------------------------
+
+# Up to so many tokens STE's dQ and dK come from the masked matrix in kernels/triton.py, block by block, beyond from
+# running sums. The whole backward on an H100, heads of 64, 16,384 tokens in all, the former against the latter: 1.0 and
+# 3.1 ms at T = 2,048, 1.9 and 3.7 at 4,096, 3.7 and 4.8 at 8,192, 7.5 and 6.2 at 16,384. (2 ms of the latter are the
+# launches of its many small operations, which torch.compile joins.)
+LINEAR_FROM = 4096
+AT_ONCE = 2**20  # numbers; of a larger q value_gradient_on_cpu takes a head at a time, since it makes copies
+
+
+def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
+    """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
+
+    Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
+    column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
+    """
+    if q.numel() > AT_ONCE and q.size(1) > 1:
+        heads = (
+            value_gradient_on_cpu(*each, scale)
+            for each in zip(*(x.split(1, 1) for x in (grad, q, k, lse)), strict=True)
+        )
+        return torch.cat(list(heads), dim=1)
+    D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
+    for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
+        columns.append(rest.to(q.dtype))
+        rest = rest - columns[-1]
+    queries = torch.cat((q.flip(2), *columns), dim=-1)
+    keys = F.pad(k.flip(2), (0, len(columns)), value=1.0)
+    out, log_sum, _ = kernel_forward("cpu_flash", keys, queries, F.pad(grad.flip(2), (0, len(columns))), 0.0, scale)
+    del queries, keys
+    return (out[..., :D] * log_sum.exp().unsqueeze(-1)).flip(2).to(q.dtype)
+
+
+def straight_through_gradients(q, k, v, grad, scale: float) -> tuple[Tensor, Tensor]:
+    """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory."""
+    return linear_attention(grad, v, k, scale), linear_attention(v, grad, q, scale, anticausal=True)
+
+
+def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int = 128, segment: int = 1024) -> Tensor:
+    """`scale·tril(a bᵀ) c`, or triu if anticausal, all (B, H, T, D), in O(T) (Katharopoulos et al. 2020).
+
+    Within a chunk as it stands; what lies before the chunk (or after it) enters through the running sum `Σ b cᵀ`. The
+    chunks of a segment go at once, the segments one after another. Sums are float32 at least, and so are the factors of
+    products, but for bfloat16 on CUDA: there they keep their dtype, as the weights do in a flash kernel.
+    """
+    B, H, T, D = a.shape
+    sums_dtype = torch.promote_types(a.dtype, torch.float32)
+    factors = a.dtype if a.is_cuda and a.dtype == torch.bfloat16 else sums_dtype
+    chunk, segment = min(chunk, T), 4 * segment if a.is_cuda else segment
+    out, outside = torch.empty_like(a), None  # Σ b cᵀ of the segments that are done (B·H, 1, D, D)
+    starts = range(0, T, segment)
+    with torch.autocast(a.device.type, enabled=False):
+        for start in reversed(starts) if anticausal else starts:
+            rows = min(segment, T - start)
+            a_, b_, c_ = (
+                F.pad(x[:, :, start : start + rows].to(factors), (0, 0, 0, -rows % chunk)).reshape(-1, chunk, D)
+                for x in (a, b, c)
+            )  # (B·H·N, chunk, D)
+            scores = torch.bmm(a_, b_.mT)
+            part = torch.bmm(scores.triu_() if anticausal else scores.tril_(), c_)
+            if chunk < T:
+                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D).to(sums_dtype)  # of each chunk
+                sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
+                sums = sums if outside is None else sums + outside
+                part.baddbmm_(a_, (sums - own).view(-1, D, D).to(factors))
+                outside = sums[:, :1] if anticausal else sums[:, -1:]
+            out[:, :, start : start + rows] = part.mul_(scale).view(B, H, -1, D)[:, :, :rows]
+    return out

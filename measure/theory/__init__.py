@@ -1,0 +1,1 @@
+"""What the diagnostics rest on, verified numerically."""
