@@ -86,7 +86,8 @@ def test_the_markdown_has_a_row_for_each_measurement(dry_run):
     for section in report["sections"]:
         for row in section["rows"]:
             if "attention" in row:
-                assert sum(line.startswith(f"| {row['attention']} |") for line in lines) == 1
+                start = f"| {row['attention']} | {row['forward + backward, ms']:.2f} ms, "
+                assert any(line.startswith(start) for line in lines)
             if "variant" in row and "ms" in row:
                 assert any(line.startswith(f"| {row['variant']} | {row['ms']:.1f} ± ") for line in lines)
 
