@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
-from harness.report import RUN_STYLES, draw_heads, new_figure, scale_tails
+from harness.figures import RUN_STYLES, draw_heads, new_figure, scale_tails
 from measure.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
 from measure.moments import COLUMNS
 from measure.probe import TENSORS

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
 from harness.errors import UserError, run_cli
+from harness.figures import RUN_STYLES, draw_heads, new_figure, print_table, save_figure
 from harness.optimizers import saved_optimizer
-from harness.report import RUN_STYLES, draw_heads, new_figure, print_table, save_figure
 from measure.divergence import Ray, kl_along_ray
 from measure.perplexity import nonfinite
 from measure.slopes import (

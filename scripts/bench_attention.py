@@ -31,7 +31,7 @@ import torch.nn.functional as F
 
 from harness.device import choose_device, keep_freed_memory, now, processor_name
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 from harness.runfolder import write_text
 from model import NORMALIZERS, Backward, attention, attention_backend, materialized_attention
 

@@ -31,7 +31,7 @@ from tqdm import tqdm
 from harness.config import load_config
 from harness.device import choose_device, now, processor_name
 from harness.errors import UserError, run_cli
-from harness.report import print_table
+from harness.figures import print_table
 from harness.runfolder import write_text
 from measure.activations import Activations
 from measure.jacobian import backpropagate, take_gradients

@@ -26,7 +26,7 @@ from harness.diagnostics import (
     write_json,
 )
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 from harness.tracking import log_diagnostic
 
 NAME = "compare_checkpoints"

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, entry, run, write_json
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 from harness.tokenizer import Tokenizer, different_tokenizers
 from measure.divergence import (
     AGGREGATES,

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
-from harness.report import draw_heads, new_figure
+from harness.figures import draw_heads, new_figure
 from measure.activations import no_distribution
 from measure.jacobian import (
     backpropagate,

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from harness.diagnostics import Result, entry, write_json
 from harness.errors import run_cli
-from harness.report import RUN_STYLES, new_figure, save_figure
+from harness.figures import RUN_STYLES, new_figure, save_figure
 from measure.divergence import jensen_shannon, kl_divergence, renyi, total_variation
 from measure.theory import kl_theory as theory
 from measure.theory.kl_theory import Check, bernoulli

@@ -25,7 +25,7 @@ from matplotlib.figure import Figure
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure
+from harness.figures import RUN_STYLES, new_figure
 from measure.perplexity import (
     loss_by_position,
     nonfinite,

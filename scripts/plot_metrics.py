@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 
 MAX_PANELS = 48
 

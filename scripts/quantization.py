@@ -38,7 +38,7 @@ from tqdm import tqdm
 from harness.batches import gather, training_offsets
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure
+from harness.figures import RUN_STYLES, new_figure
 from measure.perplexity import nonfinite, perplexity, score, standard_error, stretches
 from measure.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
 

@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from harness.diagnostics import Diagnostic, Result, Subject, run
 from harness.errors import run_cli
-from harness.report import RUN_STYLES, new_figure, scale_tails
+from harness.figures import RUN_STYLES, new_figure, scale_tails
 from measure.moments import COLUMNS, Moments
 from measure.probe import rows_of_c_attn
 

@@ -16,8 +16,8 @@ from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import Corpus, write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.figures import new_figure
 from harness.huggingface import save_gpt2
-from harness.report import new_figure
 from harness.tokenizer import Chars
 from measure import activations as activations_module
 from measure.activations import Activations, AttentionStatistics, TensorStatistics

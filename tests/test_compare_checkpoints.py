@@ -12,7 +12,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import run
 from harness.errors import UserError
-from harness.report import new_figure
+from harness.figures import new_figure
 from harness.tokenizer import Chars
 from model import GPT, GPTConfig
 from scripts import activation_kurtosis, compare_checkpoints, weight_kurtosis

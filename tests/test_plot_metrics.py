@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 from scripts import plot_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
