@@ -23,7 +23,7 @@ from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device
 from harness.errors import UserError
 from harness.figures import check_folder, make_folder, print_table, save_figure
-from harness.runfolder import write_text
+from harness.files import write_text
 from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT

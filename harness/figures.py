@@ -1,4 +1,4 @@
-"""How results look: one figure style for all scripts, files that are never half-written, tables in plain text."""
+"""How results look: one figure style for all scripts, tables in plain text."""
 
 import math
 import os
@@ -13,6 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from harness.errors import UserError
+from harness.files import written_whole
 
 # Okabe & Ito (2008) without their yellow, which vanishes on white. Colour, dash and marker each tell the runs apart, so
 # that a grey print or a colour-blind eye loses nothing; 7, 4 and 7 repeat together only after 28 runs.
@@ -80,12 +81,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a picture file in it")
     make_folder(path.parent)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(unfinished, format=kind)
-        os.replace(unfinished, path)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, format=kind)
     finally:
-        unfinished.unlink(missing_ok=True)
         plt.close(figure)
     return path
 

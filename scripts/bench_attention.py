@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from harness.device import choose_device, keep_freed_memory, now, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
-from harness.runfolder import write_text
+from harness.files import write_text
 from model import NORMALIZERS, Backward, attention, attention_backend, materialized_attention
 
 FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured

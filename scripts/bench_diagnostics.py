@@ -10,10 +10,8 @@ jacobian_energy is the full backward pass with the split of every layer; the scr
 """
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
-import resource
 import statistics
 import sys
 from collections.abc import Callable
@@ -29,10 +27,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from harness.config import load_config
-from harness.device import choose_device, now, processor_name
+from harness.device import choose_device, now, peak_memory, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.runfolder import write_text
+from harness.files import write_text
+from harness.models import gpt_config
 from measure.activations import Activations
 from measure.jacobian import backpropagate, take_gradients
 from measure.perplexity import score
@@ -82,8 +81,7 @@ def shape(path: str | None, overrides: list[str]) -> GPTConfig:
     """The model of a config, or GPT-2's 124M, with what the command line changes."""
     default = Path(__file__).resolve().parents[1] / "configs" / "gpt2_124m_softmax.yaml"
     model = load_config([str(path or default), *overrides]).model
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(GPTConfig)}
-    return GPTConfig(**fields | {"vocab_size": model.vocab_size or GPT2_VOCABULARY})
+    return gpt_config(model, GPT2_VOCABULARY)
 
 
 def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device: str) -> dict:
@@ -120,13 +118,6 @@ def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device: str
         "peak MiB": peak / 2**20,
         "added MiB": (peak - before) / 2**20,
     }
-
-
-def peak_memory(device: torch.device) -> int:
-    """In bytes, since the process began: of the GPU's memory, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 @torch.no_grad()

@@ -23,7 +23,7 @@ from harness.corpus import Corpus
 from harness.device import processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.runfolder import write_text
+from harness.files import write_text
 from harness.stepping import PHASES, Stepper
 from harness.timing import median
 from harness.workers import Worker

@@ -31,9 +31,9 @@ import torch
 
 from harness.errors import UserError, run_cli
 from harness.figures import make_folder
+from harness.files import write_text
 from harness.gpu_report.document import markdown, print_section
 from harness.gpu_report.plan import SECTIONS
-from harness.runfolder import write_text
 
 ROOT, MINUTES = Path(__file__).resolve().parents[1], 8.0
 
