@@ -11,6 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from harness.errors import UserError
 from harness.files import written_whole
@@ -97,6 +98,19 @@ def scale_tails(panel: Axes) -> None:
     panel.axhline(0, color="#777777", linewidth=0.8)
 
 
+def heat_map(panel: Axes, grid: np.ndarray, low: float | None, high: float | None, figures: str = "") -> AxesImage:
+    """A grid (rows, columns) in colours from `low` to `high`, the first row on top; with `figures`, a format, each
+    value stands in its cell. NaN is an empty cell."""
+    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    low, high = image.get_clim()
+    for (row, column), value in np.ndenumerate(grid) if figures else ():
+        if np.isfinite(value):
+            color = "white" if value < (low + high) / 2 else "black"
+            panel.text(column, row, figures.format(value), ha="center", va="center", color=color, fontsize=7)
+    panel.grid(False)
+    return image
+
+
 def draw_heads(
     panel: Axes, heads: list[dict], column: str, label: str, low: float | None = None, high: float | None = None
 ) -> None:
@@ -108,15 +122,10 @@ def draw_heads(
             panel.text(h["head"], h["layer"], "×", ha="center", va="center")
         else:
             grid[h["layer"], h["head"]] = h[column]
-    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    image = heat_map(panel, grid, low, high, "{:.2f}" if grid.size <= 36 else "")
     low, high = image.get_clim()
     beyond = np.nanmax(grid, initial=high) > high + 1e-5 * (high - low)  # a row mass of 1 has a float32's rounding
     panel.figure.colorbar(image, ax=panel, label=label, extend="max" if beyond else None)
-    for (layer, head), value in np.ndenumerate(grid) if grid.size <= 36 else ():
-        if not np.isnan(value):
-            color = "white" if value < (low + high) / 2 else "black"
-            panel.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
-    panel.grid(False)
     panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):
         axis.get_major_locator().set_params(integer=True)
