@@ -15,10 +15,10 @@ from measure.weights import pooled_by_kind, weight_moments
 from model import GPT, GPTConfig
 
 
-def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device: str) -> dict:
+def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device_name: str) -> dict:
     """One row: the diagnostic and the bare forward passes in turn, `repeat` times after a warm-up."""
     torch.manual_seed(0)
-    device = choose_device(device)
+    device = choose_device(device_name)
     model = GPT(config).to(device).eval()
     idx = torch.randint(config.vocab_size, (sequences, config.block_size), device=device)
     diagnostic, compared = DIAGNOSTICS[name]

@@ -4,6 +4,7 @@ import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import ticker
@@ -96,7 +97,8 @@ def read_run(file: Path) -> Series:
     return series
 
 
-def parse_line(line: str, where: str) -> dict[str, float | None]:
+def parse_line(line: str, where: str) -> dict[str, Any]:
+    """A line of metrics.jsonl: `step`, an int, and numbers or None. UserError, saying `where`, for anything else."""
     try:
         record = json.loads(line)
     except json.JSONDecodeError as error:
@@ -110,7 +112,8 @@ def parse_line(line: str, where: str) -> dict[str, float | None]:
 
 
 def kurtosis_over_groups(record: dict[str, float | None]) -> dict[str, float]:
-    summary = {}
+    """`median GROUP` and `max GROUP` of the KURTOSIS_GROUPS that the record has values of."""
+    summary: dict[str, float] = {}
     for group in KURTOSIS_GROUPS:
         values = [value for name, value in record.items() if name.startswith(group + "/") and value is not None]
         if values:
@@ -120,9 +123,10 @@ def kurtosis_over_groups(record: dict[str, float | None]) -> dict[str, float]:
 
 def last_values(runs: dict[str, Series], panels: list[Panel]) -> list[dict]:
     """Rows of the table: a metric, and its last finite value in each run."""
-    rows = [{"last value": "step"} | {run: int(max(s[-1] for s, _ in series.values())) for run, series in runs.items()}]
+    rows: list[dict] = [{"last value": "step"}]
+    rows[0] |= {run: int(max(s[-1] for s, _ in series.values())) for run, series in runs.items()}
     for name in (name for panel in panels for name in (panel.aside, panel.main) if name):
-        row = {"last value": name}
+        row: dict[str, Any] = {"last value": name}
         for run, series in runs.items():
             if name in series:
                 row[run] = float(series[name][1][np.isfinite(series[name][1])][-1])
@@ -203,7 +207,7 @@ def draw_panel(axes: Axes, panel: Panel, runs: dict[str, Series]) -> None:
     axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
     set_scale(axes, panel.scale, np.concatenate(drawn))
     if panel.aside:
-        grey = {"color": "#555555", "markersize": 4}
+        grey: dict[str, Any] = {"color": "#555555", "markersize": 4}
         handles = [Line2D([], [], **grey, marker="o"), Line2D([], [], **grey, linewidth=0.9, alpha=0.6)]
         axes.legend(handles, panel.legend, fontsize="small")
 
