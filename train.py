@@ -22,9 +22,11 @@ from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
+from harness.files import write_text
 from harness.kl_training import Reference
+from harness.models import gpt_config
 from harness.optimizers import make_optimizer
-from harness.runfolder import RunFolder, run_files, write_text
+from harness.runfolder import RunFolder, run_files
 from harness.tracking import Progress, Tracker
 from measure.probe import attention_kurtosis, weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -296,7 +298,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
     Keys of the model section that the config leaves out are then those of `init_from`; those it sets have to agree.
     """
     init_from = config.training.init_from
-    scratch = GPTConfig(**vars(config.model) | {"vocab_size": config.model.vocab_size or corpus.vocab_size})
+    scratch = gpt_config(config.model, corpus.vocab_size)
     if not checkpoint and init_from == "scratch":
         if config.evaluation.only:
             raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from harness.errors import UserError
+from harness.files import written_whole
 from model import GPT, GPTConfig
 
 FORMAT = 1
@@ -21,19 +22,13 @@ FORMAT = 1
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
     """Write to a temporary file in the same folder, flush it to the disk, rename it over `path`: whatever happens on
     the way, `path` is the former checkpoint or the new one. UserError if the disk is full or cannot be written."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
+        with written_whole(path) as temporary, open(temporary, "wb") as f:
             torch.save(checkpoint, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
     except (OSError, RuntimeError) as e:  # torch's zip writer wraps a full disk in a RuntimeError
         cause = e if isinstance(e, OSError) else e.__context__ or e
         former = "the former checkpoint is intact" if path.exists() else "there was none before"
         raise UserError(f"cannot write {path} at step {checkpoint['step']}: {cause}; {former}") from e
-    finally:
-        temporary.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk once its folder is
     os.fsync(folder)
     os.close(folder)

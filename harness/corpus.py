@@ -31,6 +31,7 @@ from typing import NamedTuple
 import numpy as np
 
 from harness.errors import UserError
+from harness.files import put_in_place
 from harness.tokenizer import GPT2, Chars, Tokenizer, from_meta
 
 SPLITS = ("train", "val")
@@ -238,9 +239,6 @@ def write_corpus(
                 count["bytes"] += size
                 count["documents"] += starts
                 bar.update(size)
-            for file in files.values():
-                file.flush()
-                os.fsync(file.fileno())
         for split in SPLITS:
             if not counts[split]["tokens"]:
                 raise UserError(f"{folder}: no text for the {split} split: give more documents or another fraction")
@@ -249,10 +247,7 @@ def write_corpus(
         meta = _describe(tokenizer, source, counts, dtype) | (extra or {})
         with open(temporary["meta.json"], "w", encoding="utf-8") as file:
             file.write(json.dumps(meta, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        for name, path in temporary.items():
-            os.replace(path, folder / name)
+        put_in_place({path: folder / name for name, path in temporary.items()})
     except OSError as error:
         error.filename = error.filename or str(folder)  # a full disk does not say where
         raise

@@ -2,7 +2,9 @@
 
 import ctypes
 import platform
+import resource
 import shutil
+import sys
 from time import perf_counter
 
 import torch
@@ -95,6 +97,14 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
         a @ a
         seconds.append(now(device) - start)
     return 2 * n**3 / min(seconds), f"a {n} × {n} product timed on this device"
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes in use at the most, of the GPU's memory by this process (since `torch.cuda.reset_peak_memory_stats`) or of
+    the process itself, since it began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def now(device: torch.device) -> float:

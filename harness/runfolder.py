@@ -55,16 +55,3 @@ class RunFolder:
 def run_files(folder: Path) -> list[str]:
     """What a run has left in its folder."""
     return [name for name in _OURS if (folder / name).exists()]
-
-
-def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as f:
-            f.write(text)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -5,8 +5,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import resource
-import sys
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +13,12 @@ from torch.nn import functional as F
 from harness.batches import gather, prefetch, training_offsets
 from harness.config import Config
 from harness.corpus import Corpus
-from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops
+from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops, peak_memory
 from harness.kl_training import Reference
+from harness.models import gpt_config
 from harness.optimizers import make_optimizer
 from harness.timing import Laps
-from model import GPT, GPTConfig, use_backend
+from model import GPT, use_backend
 
 PHASES = ("data", "forward", "kl", "backward", "optimizer")
 
@@ -38,15 +37,14 @@ class Stepper:
         on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
         self.corpus = Corpus(config.data.corpus, verify=False)
-        fields = {f.name: getattr(config.model, f.name) for f in dataclasses.fields(GPTConfig)}
-        fields["vocab_size"] = config.model.vocab_size or self.corpus.vocab_size
+        shape = gpt_config(config.model, self.corpus.vocab_size)
         if nanogpt:
-            fields |= {"normalizer": "softmax", "backward": "full"}
+            shape = dataclasses.replace(shape, normalizer="softmax", backward="full")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             keep_freed_memory()
         torch.manual_seed(config.run.seed)
-        self.raw_model = GPT(GPTConfig(**fields)).to(self.device)
+        self.raw_model = GPT(shape).to(self.device)
         model = NanoGPT(self.raw_model) if nanogpt else self.raw_model
         use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device)
         self.eager, self.model = model, torch.compile(model) if use_compile else model
@@ -115,16 +113,12 @@ class Stepper:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the
         process began, of the GPU's memory or of the process."""
         tokens = self.config.training.batch_size * self.raw_model.config.block_size
-        if self.device.type == "cuda":
-            peak_bytes = torch.cuda.max_memory_allocated(self.device)
-        else:
-            peak_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "tokens": tokens,
             "flops": self.raw_model.flops_per_token() * tokens,
             "peak_flops": peak_flops(self.device, self.dtype)[0],
-            "peak_bytes": peak_bytes,
+            "peak_bytes": peak_memory(self.device),
         }
 
     def release(self) -> None:

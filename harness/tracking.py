@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from harness.config import Config, load_config
 from harness.errors import UserError
-from harness.runfolder import write_text
+from harness.files import write_text
 
 
 class Tracker:

@@ -10,34 +10,25 @@ jacobian_energy is the full backward pass with the split of every layer; the scr
 """
 
 import argparse
-import dataclasses
 import json
 import multiprocessing
-import resource
-import statistics
 import sys
-from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
+from harness.bench_diagnostics import DIAGNOSTICS, bench
 from harness.config import load_config
-from harness.device import choose_device, now, processor_name
+from harness.device import choose_device, processor_name
 from harness.errors import UserError, run_cli
-from harness.report import print_table
-from harness.runfolder import write_text
-from measure.activations import Activations
-from measure.jacobian import backpropagate, take_gradients
-from measure.perplexity import score
-from model import GPT, GPTConfig
-from scripts import weight_kurtosis
+from harness.figures import print_table
+from harness.files import write_text
+from harness.models import gpt_config
+from model import GPTConfig
 
 GPT2_VOCABULARY = 50257
 
@@ -82,86 +73,7 @@ def shape(path: str | None, overrides: list[str]) -> GPTConfig:
     """The model of a config, or GPT-2's 124M, with what the command line changes."""
     default = Path(__file__).resolve().parents[1] / "configs" / "gpt2_124m_softmax.yaml"
     model = load_config([str(path or default), *overrides]).model
-    fields = {field.name: getattr(model, field.name) for field in dataclasses.fields(GPTConfig)}
-    return GPTConfig(**fields | {"vocab_size": model.vocab_size or GPT2_VOCABULARY})
-
-
-def bench(name: str, config: GPTConfig, sequences: int, repeat: int, device: str) -> dict:
-    """One row: the diagnostic and the bare forward passes in turn, `repeat` times after a warm-up."""
-    torch.manual_seed(0)
-    device = choose_device(device)
-    model = GPT(config).to(device).eval()
-    idx = torch.randint(config.vocab_size, (sequences, config.block_size), device=device)
-    diagnostic, compared = DIAGNOSTICS[name]
-
-    def seconds_of(work: Callable[[GPT, Tensor], None]) -> float:
-        start = now(device)
-        work(model, idx)
-        return now(device) - start
-
-    bare = []
-    if compared:
-        forward_passes(model, idx)
-        bare.append(seconds_of(forward_passes))
-    before = peak_memory(device)
-    measured = []
-    for _ in range(repeat):
-        measured.append(seconds_of(diagnostic))
-        if compared:
-            bare.append(seconds_of(forward_passes))
-    peak = peak_memory(device)
-    seconds = statistics.median(measured)
-    forward = statistics.median(bare) if bare else None
-    return {
-        "diagnostic": name,
-        "seconds": seconds,
-        "forward passes": forward,
-        "ratio": seconds / forward if forward else None,
-        "peak MiB": peak / 2**20,
-        "added MiB": (peak - before) / 2**20,
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """In bytes, since the process began: of the GPU's memory, or of the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-@torch.no_grad()
-def forward_passes(model: GPT, idx: Tensor) -> None:
-    for x in idx.split(1):
-        model(x)
-
-
-def weights(model: GPT, idx: Tensor) -> None:
-    weight_kurtosis.measure(SimpleNamespace(model=model))
-
-
-def activations(model: GPT, idx: Tensor) -> None:
-    watched = Activations(model)
-    for x in idx.split(1):
-        watched.update(x)
-
-
-@torch.no_grad()
-def perplexity(model: GPT, idx: Tensor) -> None:
-    T = idx.size(1)
-    score(model, ((x, x) for x in idx.split(1)), np.arange(len(idx)) * T, T)
-
-
-def jacobian(model: GPT, idx: Tensor) -> None:
-    backpropagate(model, idx, idx, [[] for _ in model.transformer.h])
-    take_gradients(model)
-
-
-DIAGNOSTICS = {
-    "weight_kurtosis": (weights, False),
-    "activation_kurtosis": (activations, True),
-    "perplexity": (perplexity, True),
-    "jacobian_energy": (jacobian, True),
-}
+    return gpt_config(model, GPT2_VOCABULARY)
 
 
 if __name__ == "__main__":

@@ -22,8 +22,8 @@ from harness.config import load_config
 from harness.corpus import Corpus
 from harness.device import processor_name
 from harness.errors import UserError, run_cli
-from harness.report import print_table
-from harness.runfolder import write_text
+from harness.figures import print_table
+from harness.files import write_text
 from harness.stepping import PHASES, Stepper
 from harness.timing import median
 from harness.workers import Worker

@@ -3,49 +3,34 @@ picture. `python scripts/NAME.py --help` explains each diagnostic's values; its 
 """
 
 import argparse
-import importlib
+import importlib.util
 import sys
 import textwrap
-from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
-from matplotlib.figure import Figure
 from tqdm import tqdm
 
+from harness.comparison import draw, headlines
 from harness.diagnostics import (
     Diagnostic,
     Subject,
     argument_parser,
-    check_arguments,
+    arguments_for,
     check_files,
     entry,
     labels,
     write_json,
 )
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import print_table, save_figure
 from harness.tracking import log_diagnostic
 
 NAME = "compare_checkpoints"
 SCRIPTS = Path(__file__).parent
 DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
 """Those that need no more than a checkpoint and its corpus."""
-PANELS_A_ROW = 4
-HEADLINES = {
-    "weight_kurtosis": ("excess_kurtosis/attention qkv", "excess_kurtosis/MLP", "max_abs_over_std/MLP"),
-    "activation_kurtosis": ("avg kurtosis", "max infinity norm", "sink_rate", "row_mass"),
-    "perplexity": ("loss", "bits_per_byte"),
-    "jacobian_energy": ("r_diag", "cos_diag", "gradient_cos_diagonal", "gradient_cos_ste"),
-    "quantization": (
-        "perplexity_rise W8 per channel",
-        "perplexity_rise W4 per channel",
-        "perplexity_rise W8A8 min-max",
-    ),
-}
-"""What the picture shows of a diagnostic; of another, its first four values."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -87,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
         print(f"\n{notes} notes are in the JSON")
     written = [
         write_json(folder / f"{NAME}.json", [{"script": NAME, "rows": rows, "checkpoints": entries}]),
-        save_figure(draw(rows, headlines(values)), folder / f"{NAME}.png"),
+        save_figure(draw(rows, headlines(values, diagnostics)), folder / f"{NAME}.png"),
     ]
     for path, row in zip(args.checkpoints, rows, strict=True) if args.wandb else ():
         log_diagnostic(Path(path).parent, NAME, {v: row.get(v) for v in values}, written[-1])
@@ -97,10 +82,10 @@ def main(argv: list[str] | None = None) -> None:
 def find_diagnostic(name: str) -> Diagnostic:
     if not (SCRIPTS / f"{name}.py").is_file():
         raise UserError(f"--diagnostics {name}: there is no scripts/{name}.py; choose from {', '.join(DIAGNOSTICS)}")
-    diagnostic = getattr(importlib.import_module(f"scripts.{name}"), "DIAGNOSTIC", None)
-    if diagnostic is None:
+    module = f"harness.diagnostics.{name}"
+    if importlib.util.find_spec(module) is None:
         raise UserError(f"--diagnostics {name}: it takes more than checkpoints; choose from {', '.join(DIAGNOSTICS)}")
-    return diagnostic
+    return importlib.import_module(module).DIAGNOSTIC
 
 
 def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
@@ -109,44 +94,7 @@ def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.N
     diagnostic.add_arguments(parser)
     own = parser.parse_args(args.checkpoints)
     vars(own).update({name: value for name, value in vars(args).items() if value is not None and name in own})
-    check_arguments(own)
-    diagnostic.check_arguments(own)
-    return own
-
-
-def headlines(values: Sequence[str]) -> list[str]:
-    """Those of the `values`, named diagnostic/value, that the picture shows."""
-    by_diagnostic: dict[str, list[str]] = {}
-    for diagnostic, slash, value in (name.partition("/") for name in values):
-        if slash:  # without one it is the step
-            by_diagnostic.setdefault(diagnostic, []).append(value)
-    return [
-        f"{diagnostic}/{value}"
-        for diagnostic, found in by_diagnostic.items()
-        for value in found
-        if value in HEADLINES.get(diagnostic, found[:PANELS_A_ROW])
-    ]
-
-
-def draw(rows: list[dict], values: Sequence[str]) -> Figure:
-    """A panel a value, a marker a checkpoint; a value that is the same for all has none."""
-    values = [v for v in values if len({row.get(v) for row in rows}) > 1] or values
-    columns = min(PANELS_A_ROW, len(values))
-    figure, panels = new_figure(-(-len(values) // columns), columns)
-    for panel, value in zip(panels, values, strict=False):
-        for y, (row, style) in enumerate(zip(rows, RUN_STYLES * (len(rows) // len(RUN_STYLES) + 1), strict=False)):
-            x = np.nan if row.get(value) is None else row[value]
-            marker = {"color": style["color"], "marker": style["marker"], "linestyle": "none", "markersize": 8}
-            panel.plot([x], [-y], label=row["checkpoint"], **marker)
-        name, _, statistic = value.partition("/")
-        panel.set_title(statistic or name)
-        panel.set(xlabel=name if statistic else None, yticks=[], ylim=(0.5 - len(rows), 0.5))
-        panel.margins(x=0.2)
-        panel.locator_params(axis="x", nbins=4)
-    for panel in panels[len(values) :]:
-        panel.set_axis_off()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=columns)
-    return figure
+    return arguments_for(diagnostic, own)
 
 
 if __name__ == "__main__":

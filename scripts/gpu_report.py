@@ -13,13 +13,10 @@ Without it the sections that train take another that is there, and the report sa
 """
 
 import argparse
-import contextlib
 import datetime
 import json
-import os
 import re
 import secrets
-import signal
 import subprocess
 import sys
 import time
@@ -30,12 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from harness.errors import UserError, run_cli
+from harness.figures import make_folder
+from harness.files import write_text
 from harness.gpu_report.document import markdown, print_section
 from harness.gpu_report.plan import SECTIONS
-from harness.report import make_folder
-from harness.runfolder import write_text
+from harness.gpu_report.process import ROOT, run_section
 
-ROOT, MINUTES = Path(__file__).resolve().parents[1], 8.0
+MINUTES = 8.0
 
 
 def main() -> int:
@@ -81,31 +79,6 @@ def main() -> int:
         write_text(stem.with_suffix(".md"), markdown(report))
     print(f"\nwritten: {stem}.json, {stem}.md; the logs are in {work}/")
     return 1 if any(section["error"] for section in report["sections"]) else 0
-
-
-def run_section(name: str, options: dict, limit: float, work: Path) -> dict:
-    """The section's entry in the report; `limit` in seconds. Everything it started ends with it."""
-    log, rows, options_file = (work / f"{name}.{suffix}" for suffix in ("log", "jsonl", "options.json"))
-    rows.unlink(missing_ok=True)
-    write_text(options_file, json.dumps(options | {"seconds": limit}))
-    start, status = time.monotonic(), None
-    with open(log, "w") as file:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "harness.gpu_report", name, options_file.resolve(), rows.resolve()],
-            stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True,
-        )  # fmt: skip
-        try:
-            status = process.wait(max(limit, 0))
-        except subprocess.TimeoutExpired:
-            pass
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    found = [json.loads(line) for line in rows.read_text().splitlines() if line.endswith("}")] if rows.exists() else []
-    last = "\n".join(log.read_text(errors="replace").strip().splitlines()[-12:])
-    error = None if status == 0 else last if status is not None else f"stopped at its limit of {limit:.0f} s\n{last}"
-    return {"section": name, "seconds": time.monotonic() - start, "error": error, "rows": found}
 
 
 def commit() -> str:

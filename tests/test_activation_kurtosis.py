@@ -16,15 +16,16 @@ from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import Corpus, write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.diagnostics.activation_kurtosis import DIAGNOSTIC
+from harness.figures import new_figure
 from harness.huggingface import save_gpt2
-from harness.report import new_figure
 from harness.tokenizer import Chars
 from measure import activations as activations_module
 from measure.activations import Activations, AttentionStatistics, TensorStatistics
 from measure.moments import Moments, RowMoments
+from measure.outliers import constant, kind_of
 from measure.probe import TENSORS, attention_kurtosis
 from model import GPT, GPTConfig
-from scripts.activation_kurtosis import DIAGNOSTIC, constant, kind_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2

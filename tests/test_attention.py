@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from harness.bench_attention import STOCK, peak_of
 from kernels import fused
 from kernels.fused import FusedAttention, straight_through_gradients
 from model import (
@@ -21,7 +22,6 @@ from model import (
     softmax1,
     use_backend,
 )
-from scripts.bench_attention import STOCK, peak_memory
 
 B, H, D = 2, 2, 4
 BACKWARDS = ("full", "diagonal", "ste")
@@ -667,7 +667,7 @@ def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(
     normalizer, backward, own, stock_peak, bench_arguments, monkeypatch
 ):
     use_own_kernel(own, monkeypatch)  # in the process that is measured
-    assert peak_memory(f"{normalizer}/{backward}", 8192, bench_arguments) <= 1.5 * stock_peak
+    assert peak_of(f"{normalizer}/{backward}", 8192, bench_arguments) <= 1.5 * stock_peak
 
 
 @pytest.fixture(scope="module")
@@ -677,7 +677,7 @@ def bench_arguments():
 
 @pytest.fixture(scope="module")
 def stock_peak(bench_arguments) -> float:
-    return peak_memory(STOCK, 8192, bench_arguments)
+    return peak_of(STOCK, 8192, bench_arguments)
 
 
 @both_dtypes

@@ -16,10 +16,11 @@ import torch
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
-from harness.diagnostics import Subject
+from harness.diagnostics import Subject, attention_kl_bound, run
 from harness.errors import UserError, run_cli
 from harness.optimizers import saved_optimizer
 from harness.tokenizer import Bytes
+from measure import rays
 from measure.divergence import kl_divergence
 from measure.probe import capture_qk
 from measure.slopes import (
@@ -31,7 +32,6 @@ from measure.slopes import (
     random_direction,
 )
 from model import GPT, GPTConfig
-from scripts import attention_kl_bound
 
 ROOT = Path(__file__).parents[1]
 TINY = GPTConfig(block_size=12, vocab_size=256, n_layer=2, n_head=2, n_embd=8, bias=True)
@@ -237,7 +237,7 @@ def measure(path: Path, **options):
 
 def test_the_command_writes_table_and_picture(run_folder, capsys):
     argv = [str(run_folder / "softmax1" / "ckpt.pt"), "--batches", "2", "--batch-size", "3", "--tau", "2"]
-    attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, argv)
+    run(attention_kl_bound.DIAGNOSTIC, argv)
     folder = run_folder / "softmax1" / "diagnostics"
     assert (folder / "attention_kl_bound.png").stat().st_size > 0
     found = json.loads((folder / "attention_kl_bound.json").read_text())
@@ -300,7 +300,7 @@ def test_a_model_without_attention_is_one_line_that_names_the_weight(run_folder,
     save_checkpoint(run_folder / "softmax" / "broken.pt", broken)
     out = run_folder / "nothing"
     argv = [str(run_folder / "softmax" / "broken.pt"), "--direction", direction, "--out", str(out)]
-    assert run_cli(lambda: attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, argv)) == 2
+    assert run_cli(lambda: run(attention_kl_bound.DIAGNOSTIC, argv)) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert "transformer.h.1.attn.c_attn.weight holds 1 of 192 weights that are NaN or Inf" in error
@@ -310,7 +310,7 @@ def test_a_model_without_attention_is_one_line_that_names_the_weight(run_folder,
 def test_help_explains_every_column(run_folder, capsys):
     found = measure(run_folder / "softmax" / "ckpt.pt", direction="random")
     with pytest.raises(SystemExit):
-        attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, ["--help"])
+        run(attention_kl_bound.DIAGNOSTIC, ["--help"])
     columns, extremes, curve = re.split(r"extremes:\n|curve, in the JSON:\n", capsys.readouterr().out)
     for rows, shown in ((found.rows, columns), (found.tables["extremes"], extremes), (found.tables["curve"], curve)):
         assert all(re.search(rf"\b{column}\b", shown) for column in rows[0])
@@ -320,7 +320,7 @@ def test_help_explains_every_column(run_folder, capsys):
 def test_the_median_of_any_number_of_rows(n):
     """More than torch.quantile takes: 2²⁴ rows of a head are 16,384 windows of 1,024 tokens."""
     shuffled = (torch.arange(n) * 5 + 1).remainder(n) if n % 5 else torch.arange(n)  # coprime to n: a permutation
-    assert attention_kl_bound.median(shuffled.double()) == (n - 1) / 2
+    assert rays.median(shuffled.double()) == (n - 1) / 2
 
 
 def test_what_a_user_may_get_wrong(run_folder):
@@ -332,7 +332,7 @@ def test_what_a_user_may_get_wrong(run_folder):
     ):
         argv = [str(run_folder / "softmax" / path), *options, "--out", str(run_folder / "nothing")]
         with pytest.raises(UserError, match=message):
-            attention_kl_bound.run(attention_kl_bound.DIAGNOSTIC, argv)
+            run(attention_kl_bound.DIAGNOSTIC, argv)
     assert not (run_folder / "nothing").exists()
     found = measure(run_folder / "softmax" / "best.pt", direction="gradient", batches=1)  # as the message advises
     assert found.summary["rows"] == 4 * 11

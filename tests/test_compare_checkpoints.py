@@ -8,15 +8,16 @@ import numpy as np
 import pytest
 import torch
 
+from harness import comparison
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
-from harness.diagnostics import run
+from harness.diagnostics import activation_kurtosis, run, weight_kurtosis
 from harness.errors import UserError
-from harness.report import new_figure
+from harness.figures import new_figure
 from harness.tokenizer import Chars
 from model import GPT, GPTConfig
-from scripts import activation_kurtosis, compare_checkpoints, weight_kurtosis
-from scripts.compare_checkpoints import DIAGNOSTICS, headlines, main
+from scripts import compare_checkpoints
+from scripts.compare_checkpoints import DIAGNOSTICS, find_diagnostic, main
 
 BOTH = ("--diagnostics", "weight_kurtosis", "activation_kurtosis")
 
@@ -90,14 +91,22 @@ def test_the_picture_has_a_few_values_that_the_diagnostics_do_write(checkpoints,
     drawn = []
     monkeypatch.setattr(compare_checkpoints, "draw", lambda rows, values: drawn.extend(values) or new_figure()[0])
     row = compare(*checkpoints[:2], "--batches", "1", "--batch-size", "2")["rows"][0]
-    expected = {f"{name}/{value}" for name, values in compare_checkpoints.HEADLINES.items() for value in values}
+    diagnostics = [find_diagnostic(name) for name in DIAGNOSTICS]
+    expected = {f"{diagnostic.name}/{value}" for diagnostic in diagnostics for value in diagnostic.headlines}
     assert set(drawn) == expected < set(row)
-    assert len(drawn) <= 4 * compare_checkpoints.PANELS_A_ROW  # 4 rows of 2.7 inches: a page
+    assert len(drawn) <= 4 * comparison.PANELS_A_ROW  # 4 rows of 2.7 inches: a page
 
 
 def test_a_diagnostic_without_headlines_has_its_first_values_in_the_picture():
     values = ["step", "perplexity/tokens", "perplexity/loss", *(f"other/{i}" for i in range(9))]
-    assert headlines(values) == ["perplexity/loss", "other/0", "other/1", "other/2", "other/3"]
+    diagnostics = [find_diagnostic("perplexity")]
+    assert comparison.headlines(values, diagnostics) == [
+        "perplexity/loss",
+        "other/0",
+        "other/1",
+        "other/2",
+        "other/3",
+    ]
 
 
 def test_the_same_weights_can_be_compared_too(checkpoints):

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
-from harness.diagnostics import argument_parser
+from harness.diagnostics import argument_parser, compare_kl, compare_kl_demo, run
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes, Chars
+from measure import predictions
 from model import GPT, GPTConfig
-from scripts import compare_kl
 
 ROOT = Path(__file__).parents[1]
 TINY = GPTConfig(block_size=12, vocab_size=256, n_layer=1, n_head=2, n_embd=8)
@@ -63,7 +63,7 @@ def compare(folder: Path, *names: str, options: tuple = ()) -> dict:
     out = folder / "_".join(["out", *names, *map(str, options)]).replace("/", "")
     paths = [str(folder / name / "ckpt.pt") for name in names]
     argv = [*paths, "--batches", "3", "--batch-size", "2", *options, "--out", str(out)]
-    compare_kl.run(compare_kl.DIAGNOSTIC, argv)
+    run(compare_kl.DIAGNOSTIC, argv)
     return json.loads((out / "compare_kl.json").read_text())
 
 
@@ -179,7 +179,7 @@ def test_never_more_than_a_micro_batch_and_the_same_in_blocks(folder, plain, mon
     forward, log_softmax = GPT.forward, torch.log_softmax
     monkeypatch.setattr(GPT, "forward", lambda self, x, *rest: batches.append(x.shape) or forward(self, x, *rest))
     monkeypatch.setattr(torch, "log_softmax", lambda x, dim: blocks.append(x.shape) or log_softmax(x, dim))
-    monkeypatch.setattr(compare_kl, "BLOCK", 256 * 5)
+    monkeypatch.setattr(predictions, "BLOCK", 256 * 5)
     again = compare(folder, "base", "near", options=("--order", "0.5"))
     assert batches == [(2, 12)] * 6
     assert max(rows for rows, _ in blocks) == 5
@@ -230,10 +230,10 @@ def test_padding_of_the_vocabulary_is_no_text():
 
 def test_help_explains_every_column(plain, capsys):
     with pytest.raises(SystemExit):
-        compare_kl.run(compare_kl.DIAGNOSTIC, ["--help"])
+        run(compare_kl.DIAGNOSTIC, ["--help"])
     shown = capsys.readouterr().out
     assert "REFERENCE CKPT" in shown
-    columns = {**compare_kl.COLUMNS, **compare_kl.WORST, **compare_kl.DIVERGENCES}
+    columns = {**compare_kl.COLUMNS, **compare_kl.WORST, **predictions.DIVERGENCES}
     assert all(column in shown for column in columns)
     for table in ("by_position", "histogram"):
         of_table = shown.partition(f"{table}, in the JSON:\n")[2]
@@ -247,7 +247,7 @@ def test_help_explains_every_column(plain, capsys):
 def test_the_demonstration_shows_that_the_mean_is_blind(tmp_path, monkeypatch, capsys):
     """REFERENCE's table, as a user gets it."""
     monkeypatch.chdir(tmp_path)
-    compare_kl.demo(["--demo"])
+    compare_kl_demo.demo(["--demo"])
     shown = capsys.readouterr().out
     assert "loop: at τ = 0.5, on KL(other‖reference), the mean does not fire, while the rmse, p95 and max do" in shown
     assert "coherent: at τ = 0.5, on KL(other‖reference), no aggregate fires" in shown

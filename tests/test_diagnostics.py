@@ -19,7 +19,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
 from harness.errors import UserError, run_cli
-from harness.report import check_folder, new_figure
+from harness.figures import check_folder, new_figure
 from harness.tokenizer import Chars
 from harness.tracking import log_diagnostic
 from model import GPT, GPTConfig

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.diagnostics import jacobian_energy as script
 from harness.errors import run_cli
 from harness.tokenizer import Bytes
-from measure import jacobian
+from measure import gradients, jacobian
 from measure.jacobian import (
     backpropagate,
     backward_mode,
@@ -31,7 +32,6 @@ from measure.jacobian import (
 )
 from measure.probe import capture_attention
 from model import GPT, GPTConfig, attention
-from scripts import jacobian_energy as script
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 COLUMNS = [
@@ -547,7 +547,7 @@ def test_nan_weights_are_named_and_what_they_spoil_is_null(folder, capsys):
 def test_a_gradient_that_overflows_is_named(folder, monkeypatch):
     """Straight through, gradients grow by orders of magnitude a layer; float32 ends at 3e38."""
     save(tiny_gpt())
-    original = script.backpropagate
+    original = gradients.backpropagate
 
     def overflowing(model, x, y, splits=None):
         loss = original(model, x, y, splits)
@@ -555,7 +555,7 @@ def test_a_gradient_that_overflows_is_named(folder, monkeypatch):
             model.transformer.ln_f.bias.grad.fill_(math.inf)
         return loss
 
-    monkeypatch.setattr(script, "backpropagate", overflowing)
+    monkeypatch.setattr(gradients, "backpropagate", overflowing)
     result = measured()
     assert result.notes[1:] == ["ste gradients that are NaN or Inf: transformer.ln_f.bias"]
     assert (result.summary["gradient_cos_ste"], result.summary["gradient_norm_ratio_ste"]) == (None, None)

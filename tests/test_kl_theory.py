@@ -15,21 +15,40 @@ import torch
 from torch import Tensor
 
 from harness.errors import run_cli
-from measure import divergence
-from measure.theory import kl_theory
-from measure.theory.kl_theory import at_least, at_most, equal, figures
+from measure import divergence, theory
+from measure.theory import (
+    checks,
+    closed_forms,
+    f_divergences,
+    fits,
+    geometry,
+    information,
+    language_models,
+    latent,
+    tools,
+)
+from measure.theory.checks import at_least, at_most, equal, figures
 from scripts import kl_theory as script
 
 NUMBERS = range(1, 18)
 
 # What is under test: every function that computes something, the divergences included; not what builds the checks.
+MODULES = (tools, information, fits, closed_forms, f_divergences, geometry, language_models, latent)
 FUNCTIONS = {
     name: f
-    for name, f in vars(kl_theory).items()
-    if inspect.isfunction(f)
-    and f.__module__ in (kl_theory.__name__, divergence.__name__)
-    and f not in (*kl_theory.SECTIONS, figures, equal, at_least, at_most, kl_theory._floats, kl_theory._tensor)
+    for module in MODULES
+    for name, f in vars(module).items()
+    if inspect.isfunction(f) and f.__module__ != checks.__name__ and f not in theory.SECTIONS
+    if f.__module__.startswith("measure.")
 }
+
+
+def replace(patch: pytest.MonkeyPatch, name: str, f: Callable) -> None:
+    """`f` in place of the function of that name, wherever a section calls it."""
+    for module in MODULES:
+        if hasattr(module, name):
+            patch.setattr(module, name, f)
+
 
 SMALL = (lambda x: 1.01 * x, lambda x: x + 1e-3)
 # What a check of an order or of a sign needs to notice; a ripple makes what is monotone no longer so.
@@ -88,9 +107,9 @@ def test_one_run_prints_a_line_a_check_and_leaves_json_and_pictures(whole_run):
 
 
 def test_a_false_statement_is_a_fail_and_exit_status_1(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kl_theory, "SECTIONS", kl_theory.SECTIONS[:1])
+    monkeypatch.setattr(theory, "SECTIONS", theory.SECTIONS[:1])
     monkeypatch.setattr(script, "PANELS", {})
-    monkeypatch.setattr(kl_theory, "kl_divergence", lambda p, q: 1.01 * divergence.kl_divergence(p, q))
+    replace(monkeypatch, "kl_divergence", lambda p, q: 1.01 * divergence.kl_divergence(p, q))
     assert run_cli(lambda: script.main(["--out", str(tmp_path)])) == 1
     assert re.search(r"^FAIL  §1 .*KL\(p‖q\) in nats.*0\.0929.*0\.0920329", capsys.readouterr().out, re.MULTILINE)
     summary = json.loads((tmp_path / "kl_theory.json").read_text())["summary"]
@@ -112,7 +131,7 @@ def test_an_exception_is_a_fail_and_the_next_section_goes_on(monkeypatch, tmp_pa
         """Holds"""
         yield equal("two is two", 2, 2)
 
-    monkeypatch.setattr(kl_theory, "SECTIONS", (stops, never, holds))
+    monkeypatch.setattr(theory, "SECTIONS", (stops, never, holds))
     monkeypatch.setattr(script, "PANELS", {})
     assert run_cli(lambda: script.main(["--out", str(tmp_path)])) == 1
     lines = re.findall(r"^(PASS|FAIL)  §(\d) +(.*?)  +(.*)", capsys.readouterr().out, re.MULTILINE)
@@ -130,7 +149,7 @@ def test_an_exception_is_a_fail_and_the_next_section_goes_on(monkeypatch, tmp_pa
 
 
 def test_a_file_in_the_way_is_one_line(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(kl_theory, "SECTIONS", kl_theory.SECTIONS[:1])
+    monkeypatch.setattr(theory, "SECTIONS", theory.SECTIONS[:1])
     (tmp_path / "file").write_text("")
     assert run_cli(lambda: script.main(["--out", str(tmp_path / "file")])) == 2
     error = capsys.readouterr().err
@@ -141,9 +160,9 @@ def test_a_file_in_the_way_is_one_line(monkeypatch, tmp_path, capsys):
 def broken(section: int, monkeypatch, name: str, f: Callable) -> set[str]:
     """The checks of a section that do not pass with `f` in place of the function of that name."""
     with monkeypatch.context() as patch:
-        patch.setattr(kl_theory, name, f)
+        replace(patch, name, f)
         try:
-            return {check.name for check in kl_theory.SECTIONS[section - 1]() if not check.passed}
+            return {check.name for check in theory.SECTIONS[section - 1]() if not check.passed}
         except (ValueError, RuntimeError) as refusal:  # what a perturbed function returns, the next one may refuse
             return {str(refusal)}
 
@@ -157,8 +176,8 @@ def test_every_check_notices_and_no_function_goes_unnoticed(section, monkeypatch
 
     with monkeypatch.context() as patch:
         for name in FUNCTIONS:
-            patch.setattr(kl_theory, name, recorded(name))
-        unmoved = {check.name for check in kl_theory.SECTIONS[section - 1]()}
+            replace(patch, name, recorded(name))
+        unmoved = {check.name for check in theory.SECTIONS[section - 1]()}
 
     for name in sorted(called - {"dirichlet"}):  # it draws cases, and where no figure depends on them any will do
         for how in SMALL:
@@ -175,25 +194,25 @@ def test_every_check_notices_and_no_function_goes_unnoticed(section, monkeypatch
     assert not unmoved, "checks that nothing breaks"
 
 
-@pytest.mark.parametrize("name", kl_theory.F_FAMILY)
+@pytest.mark.parametrize("name", f_divergences.F_FAMILY)
 def test_each_f_and_each_definition_is_under_a_check(name, monkeypatch):
     def fails() -> set[str]:
-        return {check.name for check in kl_theory.check_f_divergences() if not check.passed}
+        return {check.name for check in f_divergences.check_f_divergences() if not check.passed}
 
     with monkeypatch.context() as patch:
-        patch.setitem(kl_theory.F_FAMILY, name, perturbed(kl_theory.F_FAMILY[name], lambda x: 1.01 * x))
+        patch.setitem(f_divergences.F_FAMILY, name, perturbed(f_divergences.F_FAMILY[name], lambda x: 1.01 * x))
         assert fails() == {f"{name} from its f, θ = 0.101 against ½", f"… = {name} by its definition, 1,000 pairs"}
-    monkeypatch.setitem(kl_theory.DIRECT, name, perturbed(kl_theory.DIRECT[name], lambda x: 1.01 * x))
+    monkeypatch.setitem(f_divergences.DIRECT, name, perturbed(f_divergences.DIRECT[name], lambda x: 1.01 * x))
     assert fails() == {f"… = {name} by its definition, 1,000 pairs"}
 
 
-@pytest.mark.parametrize("name", kl_theory.FAMILIES)
+@pytest.mark.parametrize("name", geometry.FAMILIES)
 @pytest.mark.parametrize("part", ["natural", "log_partition"])
 def test_each_exponential_family_is_under_a_check(name, part, monkeypatch):
-    family = kl_theory.FAMILIES[name]
+    family = geometry.FAMILIES[name]
     wrong = family._replace(**{part: perturbed(getattr(family, part), lambda x: 1.01 * x)})
-    monkeypatch.setitem(kl_theory.FAMILIES, name, wrong)
-    fails = {check.name for check in kl_theory.check_exponential_families() if not check.passed}
+    monkeypatch.setitem(geometry.FAMILIES, name, wrong)
+    fails = {check.name for check in geometry.check_exponential_families() if not check.passed}
     assert len(fails) == 2
     assert all(fail.startswith((name, "…")) for fail in fails)
 

@@ -18,6 +18,7 @@ from harness.batches import gather
 from harness.checkpoint import save_checkpoint
 from harness.corpus import Corpus, write_corpus
 from harness.diagnostics import run
+from harness.diagnostics.perplexity import DIAGNOSTIC
 from harness.errors import run_cli
 from harness.huggingface import save_gpt2
 from harness.tokenizer import Bytes, Chars
@@ -32,7 +33,6 @@ from measure.perplexity import (
     stretches,
 )
 from model import GPT, GPTConfig
-from scripts.perplexity import DIAGNOSTIC
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from harness import curves
 from harness.errors import UserError, run_cli
-from harness.report import RUN_STYLES, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 from scripts import plot_metrics
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -66,9 +67,9 @@ def assert_error(result: tuple[int, str, str], *parts: str) -> None:
 def titles(monkeypatch) -> list[str]:
     """Collects the titles of the panels that the script draws."""
     seen = []
-    draw_panel = plot_metrics.draw_panel
+    draw_panel = curves.draw_panel
     monkeypatch.setattr(
-        plot_metrics, "draw_panel", lambda axes, panel, runs: (seen.append(panel.title), draw_panel(axes, panel, runs))
+        curves, "draw_panel", lambda axes, panel, runs: (seen.append(panel.title), draw_panel(axes, panel, runs))
     )
     return seen
 
@@ -107,7 +108,7 @@ def test_several_runs_go_to_a_folder_of_their_own(plot, tmp_path):
 
 def test_runs_of_one_name_are_told_apart_by_their_parents(tmp_path):
     runs = [write_run(tmp_path / parent / "run") for parent in ("a", "b")]
-    assert list(plot_metrics.metrics_files(runs)) == ["a/run", "b/run"]
+    assert list(curves.metrics_files(runs)) == ["a/run", "b/run"]
 
 
 def test_perplexity_stands_in_for_bits_per_byte(plot, tmp_path, monkeypatch):
@@ -127,7 +128,7 @@ def test_steps_may_miss_metrics_and_metrics_may_be_null_or_diverge(plot, tmp_pat
     status, stdout, _ = plot(run)
     assert status == 0
     assert "grad_norm" not in stdout
-    steps, values = plot_metrics.read_run(Path(run, "metrics.jsonl"))["train/loss"]
+    steps, values = curves.read_run(Path(run, "metrics.jsonl"))["train/loss"]
     assert steps.tolist() == [0, 10, 20]
     assert values[[0, 2]].tolist() == [5.0, 4.0]
     assert math.isnan(values[1])
@@ -149,13 +150,13 @@ def test_too_many_panels(plot, tmp_path):
 
 def test_an_unfinished_last_line_is_left_out(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.0}], end='{"step": 10, "train/lo')
-    steps, _ = plot_metrics.read_run(Path(run, "metrics.jsonl"))["train/loss"]
+    steps, _ = curves.read_run(Path(run, "metrics.jsonl"))["train/loss"]
     assert steps.tolist() == [0]
 
 
 def test_a_last_line_that_only_lacks_its_newline_counts(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.0}], end='{"step": 10, "train/loss": 4.0}')
-    steps, _ = plot_metrics.read_run(Path(run, "metrics.jsonl"))["train/loss"]
+    steps, _ = curves.read_run(Path(run, "metrics.jsonl"))["train/loss"]
     assert steps.tolist() == [0, 10]
 
 

@@ -15,6 +15,7 @@ from harness.batches import gather, training_offsets
 from harness.checkpoint import save_checkpoint
 from harness.corpus import write_corpus
 from harness.diagnostics import run
+from harness.diagnostics.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 from harness.errors import run_cli
 from harness.tokenizer import Bytes
 from measure.perplexity import score, sliding_offsets
@@ -35,7 +36,6 @@ from measure.quantize import (
     visiting,
 )
 from model import GPT, GPTConfig, attention_rows
-from scripts.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 
 T, V = 16, 256
 IDX = torch.randint(V, (5, T), generator=torch.Generator().manual_seed(0))

@@ -14,7 +14,8 @@ import torch
 from scipy import stats
 
 from harness.errors import UserError
-from harness.runfolder import RunFolder, run_files, write_text
+from harness.files import write_text
+from harness.runfolder import RunFolder, run_files
 from harness.tracking import Tracker
 from measure.probe import attention_kurtosis, capture_qk, weight_kurtosis
 from model import GPT, GPTConfig

@@ -11,8 +11,9 @@ from scipy import stats
 
 from harness.checkpoint import load_model, save_checkpoint
 from harness.diagnostics import run
+from harness.diagnostics.weight_kurtosis import DIAGNOSTIC
+from measure.weights import KINDS, kind_of
 from model import GPT, GPTConfig
-from scripts.weight_kurtosis import DIAGNOSTIC, KINDS, kind_of
 
 DATA = Path(__file__).parents[2] / "shared" / "data"
 CONFIG = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=3, n_embd=12, normalizer="sink")

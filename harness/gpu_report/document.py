@@ -2,9 +2,9 @@
 
 import sys
 
+from harness.figures import print_table
 from harness.gpu_report import Table
 from harness.gpu_report.plan import SECTIONS
-from harness.report import print_table
 
 
 def tables_of(entry: dict) -> list[Table]:

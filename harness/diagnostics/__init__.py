@@ -1,7 +1,8 @@
-"""What the diagnostic scripts share: checkpoints and batches in; a table, a JSON file and a picture out.
+"""The diagnostics' frame: checkpoints and batches in; a table, a JSON file and a picture out.
 
-A script is one `Diagnostic`: what it measures on a `Subject` (a checkpoint with its data), how it draws the `Result`,
-and what its columns mean. `run` is its command line.
+A diagnostic is one `Diagnostic`: what it measures on a `Subject` (a checkpoint with its data), how it draws the
+`Result`, and what its columns mean. Each has a module here, named like its script in scripts/, and `run` is the
+script's command line. The maths is in measure/.
 """
 
 import argparse
@@ -22,8 +23,8 @@ from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.report import check_folder, make_folder, print_table, save_figure
-from harness.runfolder import write_text
+from harness.figures import check_folder, make_folder, print_table, save_figure
+from harness.files import write_text
 from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
@@ -46,7 +47,7 @@ class Result:
 class Diagnostic:
     name: str
     about: str
-    """what it answers: the script's docstring"""
+    """what it answers: the module's docstring, and what --help begins with"""
     columns: dict[str, str]
     """column of the rows → what it means; the table prints them in this order, and `--help` explains them"""
     measure: Callable[["Subject"], Result]
@@ -60,7 +61,11 @@ class Diagnostic:
     """which rows are printed, where they are too many to read; the JSON has all"""
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
     check_arguments: Callable[[argparse.Namespace], None] = lambda args: None
-    """raises UserError before anything is loaded"""
+    """raises UserError before anything is loaded, and changes nothing"""
+    takes_reference: bool = False
+    """whether the first checkpoint is what the others are compared with: `args.reference`, and not among them"""
+    headlines: tuple[str, ...] = ()
+    """the values of the summary that compare_checkpoints draws; without any, the first few"""
     batches: int | None = 8
     """default of --batches; None is the whole split"""
     batch_size: int = 4
@@ -142,9 +147,7 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
     parser.epilog = help_of_columns(diagnostic)
     diagnostic.add_arguments(parser)
-    args = parser.parse_args(argv)
-    check_arguments(args)
-    diagnostic.check_arguments(args)
+    args = arguments_for(diagnostic, parser.parse_args(argv))
     folder = check_files(diagnostic.name, args)
     results, entries = {}, []
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
@@ -182,6 +185,17 @@ def argument_parser(
     )
     parser.add_argument("--wandb", action="store_true", help="log summary and picture to the checkpoint's own run")
     return parser
+
+
+def arguments_for(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments as `diagnostic.measure` sees them, with the reference apart from the other checkpoints. UserError
+    for what is wrong with them, before anything is loaded."""
+    check_arguments(args)
+    diagnostic.check_arguments(args)
+    if not diagnostic.takes_reference:
+        return args
+    reference, *others = args.checkpoints
+    return argparse.Namespace(**vars(args) | {"checkpoints": others, "reference": reference})
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -1,8 +1,9 @@
-"""How results look: one figure style for all scripts, files that are never half-written, tables in plain text."""
+"""How results look: one figure style for all scripts, tables in plain text."""
 
 import math
 import os
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -11,15 +12,19 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 
 from harness.errors import UserError
+from harness.files import written_whole
 
 # Okabe & Ito (2008) without their yellow, which vanishes on white. Colour, dash and marker each tell the runs apart, so
 # that a grey print or a colour-blind eye loses nothing; 7, 4 and 7 repeat together only after 28 runs.
 _COLORS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-RUN_STYLES = tuple({"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28))
+RUN_STYLES: tuple[dict[str, Any], ...] = tuple(
+    {"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28)
+)
 
 _STYLE = {
     "font.size": 9,
@@ -80,12 +85,10 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     if path.is_dir():
         raise UserError(f"{path} is a folder; give the name of a picture file in it")
     make_folder(path.parent)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        figure.savefig(unfinished, format=kind)
-        os.replace(unfinished, path)
+        with written_whole(path) as temporary:
+            figure.savefig(temporary, format=kind)
     finally:
-        unfinished.unlink(missing_ok=True)
         plt.close(figure)
     return path
 
@@ -96,6 +99,19 @@ def scale_tails(panel: Axes) -> None:
     if panel.dataLim.y1 > 30:
         panel.set_yscale("symlog", linthresh=10)
     panel.axhline(0, color="#777777", linewidth=0.8)
+
+
+def heat_map(panel: Axes, grid: np.ndarray, low: float | None, high: float | None, figures: str = "") -> AxesImage:
+    """A grid (rows, columns) in colours from `low` to `high`, the first row on top; with `figures`, a format, each
+    value stands in its cell. NaN is an empty cell."""
+    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    low, high = image.get_clim()
+    for (row, column), value in np.ndenumerate(grid) if figures else ():
+        if np.isfinite(value):
+            color = "white" if value < (low + high) / 2 else "black"
+            panel.text(column, row, figures.format(value), ha="center", va="center", color=color, fontsize=7)
+    panel.grid(False)
+    return image
 
 
 def draw_heads(
@@ -109,15 +125,10 @@ def draw_heads(
             panel.text(h["head"], h["layer"], "×", ha="center", va="center")
         else:
             grid[h["layer"], h["head"]] = h[column]
-    image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
+    image = heat_map(panel, grid, low, high, "{:.2f}" if grid.size <= 36 else "")
     low, high = image.get_clim()
     beyond = np.nanmax(grid, initial=high) > high + 1e-5 * (high - low)  # a row mass of 1 has a float32's rounding
     panel.figure.colorbar(image, ax=panel, label=label, extend="max" if beyond else None)
-    for (layer, head), value in np.ndenumerate(grid) if grid.size <= 36 else ():
-        if not np.isnan(value):
-            color = "white" if value < (low + high) / 2 else "black"
-            panel.text(head, layer, f"{value:.2f}", ha="center", va="center", color=color, fontsize=7)
-    panel.grid(False)
     panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):
         axis.get_major_locator().set_params(integer=True)

@@ -1,0 +1,188 @@
+"""What scripts/bench_attention.py measures: time and memory of every attention variant, and of its materialised form.
+
+`args` are the script's: B sequences, H heads, head size D, dtype, device, and the seconds to spend on a length.
+"""
+
+import argparse
+import itertools
+import math
+import multiprocessing
+import random
+import resource
+import statistics
+import threading
+import time
+from pathlib import Path
+from typing import get_args
+
+import torch
+import torch.nn.functional as F
+
+from harness.device import choose_device, now, peak_memory
+from harness.errors import UserError
+from harness.figures import RUN_STYLES, new_figure, save_figure
+from model import NORMALIZERS, Backward, attention, materialized_attention
+
+FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured
+VARIANTS = list(itertools.product(FUSED, get_args(Backward)))
+STOCK = "scaled_dot_product_attention"
+
+
+def names() -> list[str]:
+    """What is measured: STOCK, and each variant as normalizer/backward."""
+    return [STOCK, *(f"{normalizer}/{backward}" for normalizer, backward in VARIANTS)]
+
+
+def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
+    """q, k, v as they come out of a GPT's projection, (B, H, T, D) views of one tensor; and dL/dO."""
+    torch.manual_seed(0)
+    dtype, width = getattr(torch, args.dtype), args.H * args.D
+    packed = torch.randn(args.B, T, 3 * width, device=device, dtype=dtype).requires_grad_()
+    q, k, v = (x.view(args.B, T, args.H, args.D).transpose(1, 2) for x in packed.split(width, dim=2))
+    return [q, k, v, torch.randn(args.B, T, args.H, args.D, device=device, dtype=dtype).transpose(1, 2)]
+
+
+def forward(name: str, q, k, v) -> torch.Tensor:
+    """One of `names`, on q, k, v (B, H, T, D)."""
+    if name == STOCK:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    normalizer, backward = name.split("/")
+    learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
+    null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
+    return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
+
+
+def step(name: str, materialized: bool, T: int, args: argparse.Namespace, device) -> tuple[float, float]:
+    """Seconds of one forward, and of it with its backward."""
+    q, k, v, g = inputs(T, args, device)
+    start = now(device)
+    if materialized:
+        with materialized_attention():
+            out = forward(name, q, k, v)
+    else:
+        out = forward(name, q, k, v)
+    middle = now(device)
+    torch.autograd.grad(out, (q, k, v), g)
+    return middle - start, now(device) - start
+
+
+def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
+    """The rows of one context length: the script's columns without MiB."""
+    matrix = 4 * args.B * args.H * T * T  # bytes in float32; a materialised step holds several
+    runs = [(name, False) for name in names()]
+    runs += [(name, True) for name in names()[1:] if 8 * matrix < 2**31]
+    seconds = {run: [step(*run, T, args, device)] for run in runs}  # a warm-up, and how many repeats there is time for
+    typical = statistics.median(total for values in seconds.values() for _, total in values)
+    repeats = max(3, min(200, math.ceil(args.seconds / max(typical, 1e-9))))
+    seconds = {run: [] for run in runs}
+    shuffled = random.Random(0)
+    for _ in range(repeats):
+        for run in shuffled.sample(runs, len(runs)):  # what ran before leaves the caches its own way
+            seconds[run].append(step(*run, T, args, device))
+    median = {
+        run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()
+    }
+    # Each repeat's own ratio first: what drifts from one repeat to the next is then the same above and below the line.
+    ratio = {
+        run: statistics.median(a / b for (_, a), (_, b) in zip(seconds[run], seconds[STOCK, False], strict=True))
+        for run in runs
+    }
+    return [
+        {
+            "T": T,
+            "variant": name,
+            "forward": 1e3 * median[name, False][0],
+            "forward+backward": 1e3 * median[name, False][1],
+            "ratio": ratio[name, False],
+            "materialized": ratio[name, True] / ratio[name, False] if (name, True) in runs else None,
+        }
+        for name in names()
+    ]
+
+
+def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
+    """MiB that a forward and backward pass takes at its peak, in a process of its own."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=send_peak, args=(there, name, T, args))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise UserError(f"{name} at T = {T}: its process ended before it could report, out of memory perhaps") from None
+    finally:
+        process.join()
+
+
+def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
+    """What the process of `peak_of` runs: measures, and sends the MiB."""
+    device = choose_device(args.device)
+    step(name, False, 64, args, device)  # threads, libraries, kernels
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step(name, False, T, args, device)
+        return pipe.send((peak_memory(device) - before) / 2**20)
+    before, peak, done = resident(), 0, threading.Event()
+
+    def watch():
+        nonlocal peak
+        while not done.is_set():
+            peak = max(peak, resident())
+            time.sleep(0.001)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    step(name, False, T, args, device)
+    done.set()
+    watcher.join()
+    return pipe.send((peak - before) / 2**20)
+
+
+def resident() -> int:
+    """Bytes of this process in memory: now on Linux, at most so far elsewhere."""
+    try:
+        with open("/proc/self/statm") as f:
+            return int(f.read().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory(torch.device("cpu"))
+
+
+def style(name: str) -> dict:
+    """Of a variant's line: colour and marker tell the backward, the dashes the normalizer."""
+    if name == STOCK:
+        return {"color": "#000000", "linewidth": 2.5}
+    normalizer, backward = name.split("/")
+    own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
+    return own | {"linestyle": ("-", "--", ":", "-.")[FUSED.index(normalizer) % 4]}
+
+
+def draw(rows: list[dict], title: str, path: Path) -> Path:
+    figure, (times, ratios) = new_figure(1, 2)
+    figure.set_figheight(4.2)  # the legend's share
+    timed = [row for row in rows if "ratio" in row]
+    for name in names():
+        own = [row for row in timed if row["variant"] == name]
+        slow = [row for row in own if row["materialized"] is not None and row["variant"].startswith("softmax1/")]
+        for panel, column in ((times, "forward+backward"), (ratios, "ratio")):
+            panel.plot([row["T"] for row in own], [row[column] for row in own], label=name, **style(name))
+            if slow:
+                panel.plot(
+                    [row["T"] for row in slow],
+                    [row[column] * row["materialized"] for row in slow],
+                    label=f"{name}, materialised",
+                    alpha=0.35,
+                    **style(name),
+                )
+    times.set(ylabel="forward + backward, ms", title="Time", yscale="log")
+    ratios.set(ylabel="over the stock kernel's", title="Ratio")
+    ratios.set_yscale("log", base=2)
+    for panel in (times, ratios):
+        panel.set_xscale("log", base=2)
+        panel.set_xlabel("context length T")
+        panel.xaxis.set_major_formatter("{x:g}")
+        panel.yaxis.set_major_formatter("{x:g}")
+    figure.legend(*ratios.get_legend_handles_labels(), fontsize=7, ncols=3, loc="outside lower center")
+    figure.suptitle(title, fontsize=8, color="#555555")
+    return save_figure(figure, path)

@@ -1,0 +1,120 @@
+"""How much of the gradient through attention is lateral, per layer and head; and what the parameters' gradients lose
+without it: the split of the softmax Jacobian into its diagonal and the rest, on real batches with the real gradient.
+
+The loss L is each batch's own mean, and energies are summed over the batches: they go with 1 / --batch-size squared,
+ratios and cosines do not. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was
+trained with; then the same weights and batches run again with the diagonal one and with straight-through (ste).
+"""
+
+import math
+
+from matplotlib.figure import Figure
+
+from harness.diagnostics import Diagnostic, Result, Subject
+from harness.figures import draw_heads, new_figure
+from measure.activations import no_distribution
+from measure.gradients import compare, findings, finite, not_computed, run_backwards
+from measure.jacobian import pool
+from measure.perplexity import nonfinite_weights
+
+SPLIT = {
+    "mean_attention": "mean weight A_ij over j ≤ i",
+    "entropy": "of a row of A, in nats, averaged; with softmax1 and sink the null slot counts as one of the row's; "
+    "where the normalizer is no softmax, of the row over its own mass",
+    "row_mass": "Σ_j A_ij, averaged over rows: 1 under softmax; the rest goes to the null slot",
+    "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA",
+    "e_diag": "Σ d², d_ij = A_ij (1 − A_ij) g_ij: what the Jacobian's diagonal passes on",
+    "e_lateral": "Σ o², o = s − d: what comes from the other entries of the row",
+    "e_cross": "2 Σ d·o; e_full = e_diag + e_lateral + e_cross",
+    "r_diag": "e_diag / e_full; above 1 where diagonal and lateral part cancel",
+    "r_lateral": "e_lateral / e_full",
+    "r_cross": "e_cross / e_full; the three add up to 1",
+    "r_offdiag": "1 − r_diag",
+    "cos_diag": "cosine of d and s over a sequence's (i, j ≤ i), averaged over sequences",
+    "cos_ste": "cosine of g and s, likewise: what straight-through keeps of the direction",
+    "jacobian_diag": "Σ_j A²(1 − A)², averaged over rows: of the Jacobian alone, the squared norm of its diagonal",
+    "jacobian_offdiag": "(Σ_j A²)² − Σ_j A⁴, averaged over rows: that of the rest",
+}
+GRADIENTS = {
+    "parameter": "of the model, by name; the head is the token embedding (tied)",
+    "cos_diagonal": "cosine of its gradient under the diagonal backward with the full one's",
+    "norm_ratio_diagonal": "norm of its gradient under the diagonal backward over the full one's",
+    "cos_ste": "the same cosine, straight through",
+    "norm_ratio_ste": "the same ratio, straight through",
+}
+
+
+PANELS = {
+    "r_diag": "r_diag: diagonal over full energy",
+    "r_lateral": "r_lateral: lateral over full energy",
+    "cos_diag": "cos_diag: cosine of diagonal and full",
+    "cos_ste": "cos_ste: cosine of ste and full",
+}
+
+
+def measure(subject: Subject) -> Result:
+    model = subject.model
+    loss, sequences, splits, parameters, products = run_backwards(model, lambda what: subject.batches(what=what))
+    layers = [pool(split) for split in splits]
+    queries_keys = [name for name in products["ste"] if name not in parameters]
+    summary = {
+        "loss": loss if math.isfinite(loss) else None,
+        **finite(pool([split for layer in splits for split in layer], over_heads=True)),
+        **{f"gradient_{name}": value for name, value in compare(products, parameters).items()},
+        **{f"query_key_gradient_{name}": value for name, value in compare(products, queries_keys).items()},
+    }
+    rows = [
+        {"layer": layer, "head": head, **finite({name: column[head] for name, column in columns.items()})}
+        for layer, columns in enumerate(layers)
+        for head in range(model.config.n_head)
+    ]
+    gradients = [{"parameter": name, **compare(products, [name])} for name in parameters]
+    pooled = [{"layer": layer, **finite(pool(split, over_heads=True))} for layer, split in enumerate(splits)]
+    notes = [
+        f"{sequences} windows of {model.config.block_size} tokens",
+        *nonfinite_weights(model),
+        *no_distribution(model),
+        *not_computed(model.config.normalizer),
+        *findings(layers, loss, products),
+    ]
+    return Result(rows, summary, notes, {"layers": pooled, "gradients": gradients})
+
+
+def draw(result: Result, title: str) -> Figure:
+    figure, axes = new_figure(2, 2)
+    figure.suptitle(title)
+    for ax, (column, label) in zip(axes, PANELS.items(), strict=True):
+        values = [row[column] for row in result.rows if row[column] is not None]
+        # from 0 to 1 at least; a head whose parts nearly cancel would take the whole scale
+        low, high = min([0, *values]), min(max([1, *values]), 3)
+        draw_heads(ax, result.rows, column, "", low, high)
+        ax.set(title=label)
+    return figure
+
+
+DIAGNOSTIC = Diagnostic(
+    name="jacobian_energy",
+    about=__doc__,
+    columns={"layer": "from 0", "head": "from 0", **SPLIT},
+    measure=measure,
+    draw=draw,
+    headlines=("r_diag", "cos_diag", "gradient_cos_diagonal", "gradient_cos_ste"),
+    reading=(
+        "How to read it: cos_diag near 1 says that the diagonal of the softmax Jacobian alone points where the full "
+        "gradient does, so the lateral sum is not needed there; far below 1 says that it is critical. r_diag, "
+        "r_lateral and r_cross add up to 1, but the split is not orthogonal: r_diag above 1 with r_cross far below 0 "
+        "says that diagonal and lateral part cancel. The gradient of the scores is not yet that of the parameters: the "
+        "table gradients, and the summary's gradient_…, say how much of a training step's direction (cos) and length "
+        "(norm_ratio) is left; query_key_gradient_… says it of the rows of c_attn that make q and k, which learn "
+        "through the scores alone. What comes after the last layer's scores does not depend on the backward: cos 1."
+    ),
+    tables={
+        "layers": {
+            "layer": "its heads pooled: energies summed, ratios those of the sums, the rest averaged",
+            **dict.fromkeys(SPLIT, "as above"),
+        },
+        "gradients": GRADIENTS,
+    },
+    batches=2,
+    batch_size=4,
+)

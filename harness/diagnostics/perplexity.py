@@ -1,0 +1,140 @@
+"""The perplexity of checkpoints: `python scripts/perplexity.py CHECKPOINT [CHECKPOINT …]`.
+
+The whole validation set, every token scored exactly once: in windows of block_size that follow on each other, the last
+one shorter; or, with --stride S, in windows S apart, of which each scores the tokens that the one before has not seen,
+with at least block_size − S tokens of context before them. No draw is random: the same numbers every time.
+
+The summary: loss, the mean −ln p in nats a token; perplexity = e^loss; bits_per_byte = loss / ln 2 / the split's mean
+bytes a token, which compares models across tokenizers; standard_error of the loss; tokens, how many were scored. The
+losses of neighbouring tokens go together, and even windows are alike within a document, so the standard error is taken
+over long stretches of the text as if these were independent: √W of them, each as many tokens, where W windows were
+scored ("batch means"). s/√tokens would be several times too small. It says how the loss varies from text to text, not
+from one training run to the next.
+"""
+
+import argparse
+import math
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from harness.diagnostics import Diagnostic, Result, Subject
+from harness.errors import UserError
+from harness.figures import RUN_STYLES, new_figure
+from measure.perplexity import (
+    loss_by_position,
+    nonfinite,
+    perplexity,
+    score,
+    sliding_offsets,
+    standard_error,
+    stretches,
+)
+
+COLUMNS = {
+    "position": "how many tokens the prediction could see, from 1 to block_size; a row is a bin, this its first",
+    "up_to": "the bin's last position",
+    "loss": "mean loss of the tokens predicted there, in nats a token",
+    "standard_error": "of that mean, over stretches of the text; – where all of them are in one stretch",
+    "tokens": "how many tokens were predicted there",
+}
+
+
+def measure(subject: Subject) -> Result:
+    args, block_size = subject.args, subject.model.config.block_size
+    stride = args.stride or block_size
+    if stride > block_size:
+        raise UserError(
+            f"--stride {stride} would skip tokens, the context of {subject.path} is {block_size}: give at most that"
+        )
+    if args.dtype == "float64":
+        if subject.device.type == "mps":
+            raise UserError("--dtype float64: device 'mps' has no such numbers; give --device cpu")
+        subject.model.double()
+
+    subject.offsets()  # a split shorter than one window is refused
+    offsets = sliding_offsets(len(subject.corpus.tokens[args.split]), block_size, stride)
+    if args.batches is not None and args.batches * args.batch_size < len(offsets):
+        offsets = offsets[np.linspace(0, len(offsets) - 1, args.batches * args.batch_size).astype(np.int64)]
+    with torch.autocast(subject.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
+        scores = score(subject.model, subject.batches(offsets, what="perplexity"), offsets, stride)
+
+    notes = []
+    if bad := int((~np.isfinite(scores.losses)).sum()):
+        first = int(np.isfinite(scores.losses).argmin())
+        notes.append(
+            f"{bad} of {len(scores.losses)} losses are NaN or Inf, the first that of token {scores.targets[first]}"
+        )
+        x, _ = next(subject.batches(scores.targets[first : first + 1] - scores.positions[first]))  # its window
+        notes += nonfinite(subject.model, x)
+    loss = float(scores.losses.mean())
+    summary = {
+        "loss": loss,
+        "perplexity": perplexity(loss),
+        "bits_per_byte": loss / math.log(2) / subject.corpus.bytes_per_token[args.split],
+        "standard_error": standard_error(scores.losses, stretches(scores, block_size)),
+        "tokens": len(scores.losses),
+    }
+    return Result(loss_by_position(scores, block_size), summary, notes)
+
+
+def draw(result: Result, title: str) -> Figure:
+    figure, (axes,) = new_figure()
+    known = [row for row in result.rows if row["standard_error"] is not None]
+    rows = known or result.rows  # a bin within one stretch of the text, a few tokens mostly, is left out
+    center = [math.sqrt(row["position"] * row["up_to"]) for row in rows]
+    loss, error = (np.array([row[key] for row in rows], dtype=float) for key in ("loss", "standard_error"))
+    axes.plot(center, loss, **RUN_STYLES[0], label="mean loss")
+    axes.fill_between(
+        center,
+        loss - 2 * error,
+        loss + 2 * error,
+        color=RUN_STYLES[0]["color"],
+        alpha=0.25,
+        linewidth=0,
+        label="± 2 standard errors",
+    )
+    mean = result.summary["loss"]
+    axes.axhline(mean, color="#555555", linestyle=(0, (5, 2)), linewidth=1, label=f"all positions: {mean:.4f}")
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.9, 1.1 * rows[-1]["up_to"])
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set(title=title, xlabel="position: tokens the prediction could see", ylabel="loss (nats a token)")
+    axes.legend()
+    return figure
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--stride", type=int, metavar="S", help="tokens from one window to the next; default: block_size, no overlap"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("float32", "float64", "bfloat16"),
+        default="float32",
+        help="default: float32; sums are float64",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    if args.stride is not None and args.stride < 1:
+        raise UserError(f"--stride {args.stride}: at least 1, at most the model's block_size")
+
+
+DIAGNOSTIC = Diagnostic(
+    name="perplexity",
+    about=__doc__,
+    columns=COLUMNS,
+    measure=measure,
+    draw=draw,
+    headlines=("loss", "bits_per_byte"),
+    reading="How to read it: the loss falls along the context as far as the model makes use of what it sees; where it "
+    "is level, more context is of no use to it. Losses on different texts differ if they lie more than two or three "
+    "standard errors apart. Two models on the same text meet the same easy and hard blocks, so a smaller difference "
+    "than that can be real.",
+    add_arguments=add_arguments,
+    check_arguments=check_arguments,
+    batches=None,
+    batch_size=16,
+)

@@ -1,0 +1,248 @@
+"""Perplexity after simulated post-training quantization: `python scripts/quantization.py CHECKPOINT [CHECKPOINT …]`.
+
+Outliers stretch the range that an integer grid has to cover. So weights (W) and activations (A) are rounded to 8, 6 or
+4 bits by PyTorch's fake_quantize operators, everything else computes in float, and the loss on the evaluation windows
+says what it cost. Weights have a symmetric grid, activations an asymmetric one, which holds 0 exactly. Activations are
+rounded where integer kernels would read them: the inputs of the four linear layers of each block, the attention
+probabilities, and the residual stream after the embedding and after each block. The head stays in float without --head,
+the embedding and the layer norms always.
+
+The schemes:
+  W8, W4 per channel       weights alone, a scale for each output channel
+  W8A8, W6A6 min-max       a scale for each tensor; activations' from their whole range over the calibration windows
+  W8A8, W6A6 percentile    the same without the extremes of that range, see --percentile
+  W8A8, W6A6 per token     a scale for each weight tensor, and for each token's activations anew; no calibration
+  A8, A6 only SITE         activations alone, min-max, at one kind of site
+The calibration windows are drawn at random from the training split, --seeds times. The attention probabilities of a
+softmax need no calibration, their static range is [0, 1].
+
+The layers' signal-to-noise ratio is 10 log₁₀ Σy² / Σ(ŷ − y)², where ŷ is computed from the quantized tensor (and linear
+layer's weight) alone and y without: y is the linear layer's output, P v for the attention probabilities P, and the next
+layer norm's output for the residual stream. In the tensor itself, one outlier channel would pass for a strong signal.
+
+The summary: the float model's loss and perplexity, and the perplexity_rise of each scheme with weights.
+"""
+
+import argparse
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from tqdm import tqdm
+
+from harness.batches import gather, training_offsets
+from harness.diagnostics import Diagnostic, Result, Subject
+from harness.errors import UserError
+from harness.figures import RUN_STYLES, heat_map, new_figure
+from measure.perplexity import nonfinite, perplexity, score, standard_error, stretches
+from measure.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
+
+FLOAT = "float"
+COLUMNS = {
+    "scheme": "how the model is quantized, see above; the first row is the unquantized model",
+    "loss": "in nats a token; the mean over the calibration draws, as all that follows",
+    "perplexity": "e^loss",
+    "perplexity_rise": "over the unquantized model on the same windows",
+    "spread": "standard deviation of that rise over the calibration draws; – without calibration, or with one draw",
+    "loss_rise": "of the loss over the unquantized model's, in nats a token",
+    "standard_error": "of loss_rise, over stretches of the text as in perplexity.py; both models see the same tokens",
+}
+WORST_FIRST, WITHOUT_OUTLIERS = "W8A8 min-max", "W8A8 per token"
+LAYERS = {
+    "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream (`site` in the JSON)",
+    "layer": "the block it is in; – for the embedding and the head",
+    **{
+        scheme.name: f"its signal-to-noise ratio under {scheme.name}, in dB"
+        for scheme in schemes()
+        if scheme.weight_bits
+    },
+}
+
+
+def measure(subject: Subject) -> Result:
+    args, model, T = subject.args, subject.model, subject.model.config.block_size
+    offsets = subject.offsets(count=args.batches * args.batch_size)
+    batches = list(subject.batches(offsets, what="reading"))
+    draws = [calibration_windows(subject, draw) for draw in range(args.seeds)]
+    for idx in (*(x for x, _ in batches), *draws):
+        if findings := nonfinite(model, idx):
+            unknown = {"loss": None, "perplexity": None}
+            return Result([{"scheme": FLOAT, **unknown}], unknown, [f"not quantized: {'; '.join(findings)}"])
+
+    before = score(model, batches, offsets, T)
+    found = {scheme: [] for scheme in schemes(args.head)}  # the losses (n,) of each draw
+    layers = None
+    with tqdm(total=len(draws) * len(found), desc="schemes", leave=False, disable=None) as bar:
+        for windows in draws:
+            ranges = calibrate(model, windows, args.batch_size, args.percentile, args.head)
+            if layers is None:
+                compared = [scheme for scheme in found if scheme.weight_bits]
+                reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
+                layers = signal_to_noise(model, reading, compared, ranges, args.head)
+            for scheme, losses in found.items():
+                if scheme.calibrated(model) or not losses:
+                    with quantized(model, scheme, ranges, args.head):
+                        losses.append(score(model, batches, offsets, T).losses)
+                bar.update()
+
+    loss = float(before.losses.mean())
+    rows = [{"scheme": FLOAT, "loss": loss, "perplexity": perplexity(loss), "perplexity_rise": 0.0, "loss_rise": 0.0}]
+    for scheme, losses in found.items():
+        perplexities = [perplexity(float(draw.mean())) for draw in losses]
+        rise = np.mean(losses, axis=0) - before.losses
+        rows.append(
+            {
+                "scheme": scheme.name,
+                "loss": float(np.mean(losses)),
+                "perplexity": float(np.mean(perplexities)),
+                "perplexity_rise": float(np.mean(perplexities)) - rows[0]["perplexity"],
+                "spread": float(np.std(perplexities, ddof=1)) if len(perplexities) > 1 else None,
+                "loss_rise": float(rise.mean()),
+                "standard_error": standard_error(rise, stretches(before, T)),
+            }
+        )
+    layers.sort(key=lambda row: row[WORST_FIRST] if row[WORST_FIRST] is not None else np.inf)
+    summary = {"loss": loss, "perplexity": rows[0]["perplexity"]}
+    summary |= {
+        f"perplexity_rise {row['scheme']}": row["perplexity_rise"] for row in rows if row["scheme"].startswith("W")
+    }
+    return Result(rows, summary, where_it_hurts(rows, layers), {"layers": layers})
+
+
+def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
+    """--calibration windows (N, T) int64 of the training split: a function of --seed and the number of the draw."""
+    args, T = subject.args, subject.model.config.block_size
+    subject.offsets("train")  # a split shorter than one window is refused
+    tokens = subject.corpus.tokens["train"]
+    offsets = training_offsets(args.seed, draw, len(tokens), T, args.calibration)
+    return gather(tokens, offsets, T, subject.device)[0]
+
+
+def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
+    notes = []
+    for bits in (8, 6):
+        worst = max(
+            (row for row in rows if row["scheme"].startswith(f"A{bits} only")), key=lambda r: r["perplexity_rise"]
+        )
+        site, rise = worst["scheme"].removeprefix(f"A{bits} only "), worst["perplexity_rise"]
+        notes.append(f"largest rise from activations of one kind alone, at {bits} bits: {site}, {rise:.3g}")
+    worst = layers[0]
+    if worst[WORST_FIRST] is not None:
+        notes.append(f"lowest signal-to-noise ratio under {WORST_FIRST}: {worst['name']}, {worst[WORST_FIRST]:.1f} dB")
+    return notes
+
+
+def draw(result: Result, title: str) -> Figure:
+    figure, (upper_left, upper_right, lower_left, lower_right) = new_figure(2, 2)
+    figure.set_size_inches(9.5, 6.2)
+    base, rows = result.rows[0]["perplexity"], result.rows[1:]
+    layers = result.tables.get("layers", [])
+    draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
+    alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
+    draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
+    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one of each
+    upper_right.legend(by_bits.values(), by_bits.keys(), loc="upper left", bbox_to_anchor=(1, 1))
+    upper_left.set_title(title)
+    upper_right.set_title("activations alone, min-max")
+    decibels = [row[name] for row in layers for name in (WORST_FIRST, WITHOUT_OUTLIERS) if row[name] is not None]
+    for axes, name in ((lower_left, WORST_FIRST), (lower_right, WITHOUT_OUTLIERS)):
+        axes.set_title(name)
+        image = draw_layers(axes, layers, name, min(decibels, default=0), max(decibels, default=1))
+    lower_right.set_yticklabels([])
+    figure.colorbar(image, ax=[lower_left, lower_right], label="signal to noise (dB)")
+    return figure
+
+
+def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float | None) -> None:
+    """The schemes of each label, from top to bottom; their rise over the perplexity `base` to the right."""
+    for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
+        bits = row["scheme"][1]
+        style = RUN_STYLES["864".index(bits)]
+        axes.errorbar(
+            100 * row["perplexity_rise"] / base,
+            y,
+            xerr=100 * (row["spread"] or 0) / base,
+            color=style["color"],
+            marker=style["marker"],
+            linestyle="none",
+            capsize=3,
+            label=f"{bits} bits",
+        )
+    axes.set_yticks(range(len(rows)), rows)
+    axes.invert_yaxis()
+    axes.axvline(0, color="#555555", linewidth=1)
+    axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)  # linear around 0, since a rise may be negative
+    axes.set_xlim(min(axes.get_xlim()[0], -0.02), max(2 * axes.get_xlim()[1], 1))
+    axes.set_xticks(
+        [tick for tick in (-10, -1, 0, 0.1, 1, 10, 100, 1000) if axes.get_xlim()[0] < tick <= axes.get_xlim()[1]]
+    )
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(False, axis="y")
+    axes.set_xlabel("rise in perplexity (%) ± spread over calibrations")
+
+
+def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:
+    """Kinds of sites × blocks, the embedding before them and the head behind."""
+    kinds = [kind for kind in (*KINDS, HEAD) if any(row["site"] == kind for row in layers)]
+    last = max((row["layer"] for row in layers if row["layer"] is not None), default=-1)
+    blocks = ["emb", *range(last + 1), "head"][: None if HEAD in kinds else -1]
+    grid = np.full((max(len(kinds), 1), len(blocks)), np.nan)
+    for row in layers:
+        column = row["layer"] + 1 if row["layer"] is not None else len(blocks) - 1 if row["site"] == HEAD else 0
+        grid[kinds.index(row["site"]), column] = np.nan if row[scheme] is None else row[scheme]
+    image = heat_map(axes, grid, low, high, "{:.0f}" if len(blocks) <= 14 else "")
+    axes.set_yticks(range(len(kinds)), kinds)
+    step = -(-len(blocks) // 16)
+    axes.set_xticks(range(0, len(blocks), step), blocks[::step])
+    axes.set_xlabel("block")
+    return image
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--head",
+        action="store_true",
+        help="quantize lm_head too, its weight and its input; holds a batch's logits several times over",
+    )
+    parser.add_argument("--seeds", type=int, default=3, metavar="N", help="calibration draws; default: 3")
+    parser.add_argument("--calibration", type=int, default=32, metavar="N", help="training windows a draw; default: 32")
+    parser.add_argument(
+        "--percentile",
+        type=float,
+        default=99.99,
+        metavar="P",
+        help="the percentile schemes' range is from the (100 − P)th to the Pth percentile of a tensor; default: 99.99",
+    )
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    for name in ("seeds", "calibration"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    if not 50 < args.percentile < 100:
+        raise UserError(f"--percentile {args.percentile}: above 50 and below 100")
+
+
+DIAGNOSTIC = Diagnostic(
+    name="quantization",
+    about=__doc__,
+    columns=COLUMNS,
+    tables={"layers": LAYERS},
+    measure=measure,
+    draw=draw,
+    headlines=(
+        "perplexity_rise W8 per channel",
+        "perplexity_rise W4 per channel",
+        "perplexity_rise W8A8 min-max",
+    ),
+    reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
+    "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed: that most "
+    "are small). The 'only' rows say which kind of activation suffers, the layers (worst first; 6 dB are one bit) "
+    "where. A loss_rise of less than two standard errors may be none.",
+    add_arguments=add_arguments,
+    check_arguments=check_arguments,
+    batches=8,
+    batch_size=16,
+)

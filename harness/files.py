@@ -1,0 +1,34 @@
+"""Files that are never half-written: a reader, and a crash at any moment, finds the former content or the new one."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A temporary path in the same folder to write to, whose file takes the place of `path` when the block ends. If the
+    block raises, the temporary file is removed and `path` stays as it was."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        put_in_place({temporary: path})
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def put_in_place(targets: dict[Path, Path]) -> None:
+    """Each closed file, complete as it is, renamed over its target, in this order. All of them are flushed to the disk
+    before the first rename, since a rename may reach the disk before the content does."""
+    for temporary in targets:
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+    for temporary, target in targets.items():
+        os.replace(temporary, target)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole content of `path`, in UTF-8; whole or not at all."""
+    with written_whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

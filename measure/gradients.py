@@ -1,0 +1,110 @@
+"""What a gradient loses without the lateral part of the softmax Jacobian: the attention's, and the parameters'."""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from measure.jacobian import (
+    backpropagate,
+    backward_mode,
+    cosine_and_norm_ratio,
+    dot_products,
+    take_gradients,
+)
+from measure.probe import rows_of_c_attn
+from model import GPT, find_normalizer
+
+MODES = ("diagonal", "ste")
+"""The backward passes that are compared with the full one."""
+
+
+class Backwards(NamedTuple):
+    """The same batches backward in full and in each of MODES."""
+
+    loss: float
+    """mean over the sequences"""
+    sequences: int
+    splits: list[list[dict[str, Tensor]]]
+    """of each layer, those that `backpropagate` makes: one a sequence"""
+    parameters: list[str]
+    products: dict[str, dict[str, Tensor]]
+    """mode → parameter → `dot_products` with the full gradient. c_attn's q and k also stand apart, as "NAME q, k".
+    Without "diagonal" where the normalizer does not say its Jacobian's diagonal."""
+
+
+def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]) -> Backwards:
+    """Run `batches(what)`, the same (x, y) each time, (B, T) int64, backward through the model; `what` says which pass
+    it is, for a progress bar. The model's own backward is what it was again afterwards."""
+    splits, loss, sequences = [[] for _ in model.transformer.h], 0.0, 0
+    with backward_mode(model, "full"):
+        for x, y in batches("full backward"):
+            loss += backpropagate(model, x, y, splits) * len(x)
+            sequences += len(x)
+    full, products = take_gradients(model), {}
+    for mode in MODES if find_normalizer(model.config.normalizer).diagonal else ("ste",):
+        with backward_mode(model, mode):
+            for x, y in batches(f"{mode} backward"):
+                backpropagate(model, x, y)
+        products[mode] = products_of_parameters(take_gradients(model), full, model.config.n_head)
+    return Backwards(loss / sequences, sequences, splits, list(full), products)
+
+
+def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor], n_head: int) -> dict[str, Tensor]:
+    """`dot_products` with the full gradient, by parameter; of c_attn also those of its q and k, without v."""
+    products = {}
+    for name, gradient in gradients.items():
+        products[name] = dot_products(gradient, full[name])
+        if ".c_attn." in name:
+            own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
+            products[f"{name} q, k"] = sum(dot_products(own[part], whole[part]) for part in "qk")
+    return products
+
+
+def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dict[str, float | None]:
+    """Cosine and norm ratio, for each mode, of these parameters' gradients taken as one vector."""
+    values, names = {}, list(names)
+    for mode in MODES:
+        measured = mode in products
+        cosine, ratio = cosine_and_norm_ratio(sum(products[mode][name] for name in names)) if measured else (None, None)
+        values |= {f"cos_{mode}": cosine, f"norm_ratio_{mode}": ratio}
+    return finite(values)
+
+
+def finite(values: dict[str, Tensor | float | None]) -> dict[str, float | None]:
+    """As plain numbers; None where there is none. `findings` says why."""
+    return {k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()}
+
+
+def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, dict[str, Tensor]]) -> list[str]:
+    """Why values are null, by the name of the layer and head or of the parameter."""
+
+    def heads(column: str, condition: Callable[[Tensor], Tensor]) -> list[str]:
+        found = ((layer, condition(columns[column]).nonzero().flatten()) for layer, columns in enumerate(layers))
+        return [f"{layer}.{head}" for layer, which in found for head in which]
+
+    squared_norms = {"full": {name: product[2] for name, product in products["ste"].items()}}
+    squared_norms |= {
+        mode: {name: product[1] for name, product in by_name.items()} for mode, by_name in products.items()
+    }
+    found = {
+        "attention weights that are NaN or Inf, in layer.head": heads("mean_attention", lambda x: ~x.isfinite()),
+        "score gradients that are NaN or Inf, in layer.head": heads("e_full", lambda x: ~x.isfinite()),
+        "no gradient reaches the scores, so no ratio and no cosine, in layer.head": heads("e_full", lambda x: x == 0),
+    }
+    for mode, by_name in squared_norms.items():
+        found[f"{mode} gradients that are NaN or Inf"] = [name for name, x in by_name.items() if not x.isfinite()]
+    for mode, by_name in squared_norms.items():
+        found[f"{mode} gradients that are zero"] = [name for name, x in by_name.items() if x == 0]
+    notes = [] if math.isfinite(loss) else [f"the loss is {loss}"]
+    return notes + [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+
+
+def not_computed(name: str) -> list[str]:
+    """What is null for a normalizer that is no softmax, whose closed forms are not its own."""
+    normalizer = find_normalizer(name)
+    notes = [] if normalizer.is_softmax else [f"jacobian_offdiag has a closed form of a softmax alone, not of {name}"]
+    if normalizer.diagonal is None:
+        notes.append(f"{name} does not say its Jacobian's diagonal: whatever compares with that is null")
+    return notes

@@ -1,0 +1,116 @@
+"""What the statistics of a model's activations come to: a summary in a few figures, and findings in words.
+
+`rows` are those of diagnostics/activation_kurtosis: a dict for each tensor (SequenceStatistics.row), under its `name`;
+`heads` have `layer`, `head`, `sink_rate`, `row_mass` and `entropy`. A figure that does not exist is None.
+"""
+
+import re
+
+import numpy as np
+
+from measure.activations import Activations
+from measure.probe import TENSORS
+
+SPIKE = 6.0
+"""The first token spikes where its largest |x| exceeds that of all other tokens this many times."""
+BONDARENKO = ("transformer.h", "attn.c_proj", "mlp.c_proj", "ln_1", "ln_2", "transformer.ln_f")
+"""The tensors that Bondarenko et al. (2023) average over, as keys of TENSORS."""
+
+
+def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
+    """A value is None where one that goes into it does not exist: nothing is averaged away."""
+
+    def over(how, values: list[float | None]) -> float | None:
+        return None if None in values else float(how(values))
+
+    theirs = [row for row in rows if "[" not in row["name"] and kind_of(row["name"]) in BONDARENKO]
+    summary = {
+        "avg kurtosis": over(np.mean, [row["per_sequence_kurtosis"] for row in theirs]),
+        "max kurtosis": over(max, [row["per_sequence_kurtosis"] for row in theirs]),
+        "max infinity norm": over(max, [row["per_sequence_max_abs"] for row in theirs]),
+    }
+    for name, suffix in (("attention kurtosis", "probabilities"), ("attention kurtosis (visible)", "[visible]")):
+        summary[name] = over(np.mean, [row["excess_kurtosis"] for row in rows if row["name"].endswith(suffix)])
+    return summary | {
+        name: over(np.mean, [head[name] for head in heads]) for name in ("sink_rate", "row_mass", "entropy")
+    }
+
+
+def kind_of(name: str) -> str:
+    """transformer.h.3.attn.q → attn.q, and transformer.h.3 → transformer.h: a key of TENSORS."""
+    layer = re.match(r"transformer\.h\.\d+(\.)?", name)
+    if layer is None:
+        return name
+    return name[layer.end() :] if layer[1] else "transformer.h" + name[layer.end() :]
+
+
+# --- findings, in words -----------------------------------------------------------------------------------------------
+
+
+def nonfinite(rows: list[dict]) -> list[str]:
+    """Tensors with numbers that are NaN or infinite."""
+    return [
+        f"{row['name']}: {row['nonfinite']} of its {row['nonfinite'] + row['count']} numbers are NaN or infinite"
+        for row in rows
+        if row["nonfinite"] and "[" not in row["name"]
+    ]
+
+
+def constant(rows: list[dict]) -> list[str]:
+    """Why a kurtosis does not exist, and with it what is averaged over it."""
+    found, named = [], set()
+    for row in rows:
+        tensor = row["name"].partition(" [")[0]  # it comes before its parts, and speaks for them
+        if row["nonfinite"] or not row["count"] or tensor in named:
+            continue
+        if row["std"] == 0:
+            what = f"all equal to {row['mean']:g}, so it has no kurtosis"
+        elif row["per_sequence_kurtosis"] is None:
+            what = "all equal within a sequence, so it has no per_sequence_kurtosis"
+        else:
+            continue
+        named.add(tensor)
+        found.append(f"{row['name']}: {what}")
+    return found
+
+
+def first_token_spikes(activations: Activations) -> list[str]:
+    """Tensors whose largest |x| lies in the first token, by far."""
+    found = []
+    for name, tensor in activations.tensors.items():
+        first, others = tensor.first.moments.max_abs, tensor.others.moments.max_abs
+        if None in (first, others) or tensor.first.moments.nonfinite or first <= SPIKE * others:
+            continue
+        times = f"{first / others:.1f} × that of all other tokens" if others else "0 in all other tokens"
+        channel = tensor.first.channel_rms.argmax()
+        found.append(f"first-token spike in {name}, channel {channel}: max |x| {first:.4g}, {times}")
+    return found
+
+
+def outlier_channels(activations: Activations) -> list[str]:
+    """A line for each kind of tensor: channel 5 of the residual stream is the same channel in all layers."""
+    found = []
+    for kind, meaning in TENSORS.items():
+        tensors = {name: tensor for name, tensor in activations.tensors.items() if kind_of(name) == kind}
+        for which in ("first", "others"):
+            where: dict[int, list[tuple[float, str]]] = {}
+            for name, tensor in tensors.items():
+                for channel, ratio in (getattr(tensor, which).outlier_channels or {}).items():
+                    where.setdefault(channel, []).append((ratio, name))
+            worst = sorted(where.items(), key=lambda item: max(item[1]), reverse=True)
+            named = [
+                f"{channel} (RMS {max(seen)[0]:.1f} × the median in {max(seen)[1]}, {len(seen)} of {len(tensors)})"
+                for channel, seen in worst[:3]
+            ]
+            if named:
+                tokens = {"first": "first token", "others": "other tokens"}[which]
+                more = f", and {len(worst) - 3} more" if len(worst) > 3 else ""
+                found.append(f"outlier channels of {meaning}, {tokens}: {', '.join(named)}{more}")
+    return found
+
+
+def sink_heads(heads: list[dict]) -> list[str]:
+    """Heads that sink into the first key in more than half of the sequences."""
+    sinks = [h for h in heads if (h["sink_rate"] or 0) > 0.5]
+    named = ", ".join(f"{h['layer']}.{h['head']} ({h['sink_rate']:.0%})" for h in sinks)
+    return [f"sink heads, layer.head (share of sequences): {named}"] if sinks else []
