@@ -16,7 +16,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
-from harness.checkpoint import FORMAT, build_model, load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
@@ -24,7 +24,8 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
-from harness.runfolder import RunFolder, run_files, write_text
+from harness.resuming import check_resume, checkpoint_to_resume, initial_model, restore_optimizer
+from harness.runfolder import RunFolder, write_text
 from harness.tracking import Progress, Tracker
 from measure.probe import attention_kurtosis, weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -116,9 +117,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     }
     if resumed:
         check_resume(config, checkpoint, corpus, reference, machine, say)
-        # The state alone: the hyperparameters are the config's, which may have changed.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        restore_optimizer(optimizer, checkpoint)
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         best_val_loss = checkpoint["best_val_loss"]
@@ -262,71 +261,6 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
     return micro_batch_size, share // micro_batch_size
 
 
-def checkpoint_to_resume(config: Config) -> dict | None:
-    """The checkpoint that this run continues from; None if it starts afresh."""
-    c = config.training
-    path = config.folder / "ckpt.pt"
-    if c.resume == "never":
-        held = run_files(config.folder)
-        if held and not (c.overwrite or config.evaluation.only):
-            problem = (
-                f"{config.folder} already holds a run ({', '.join(held)}): give another run.name, "
-                "or --training.overwrite true to replace it"
-            )
-            raise config.error("training.resume", problem)
-        return None
-    if path.exists():
-        checkpoint = read_checkpoint(path)
-        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
-        if lacking := [key for key in needed if key not in checkpoint]:
-            problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
-            raise config.error("training.resume", problem)
-        return checkpoint
-    if c.resume == "must":
-        raise config.error("training.resume", f"there is no {path} to resume")
-    if (config.folder / "best.pt").exists() and not config.evaluation.only:
-        problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
-        raise config.error("training.resume", problem)
-    return None
-
-
-def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
-    """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
-
-    Keys of the model section that the config leaves out are then those of `init_from`; those it sets have to agree.
-    """
-    init_from = config.training.init_from
-    scratch = GPTConfig(**vars(config.model) | {"vocab_size": config.model.vocab_size or corpus.vocab_size})
-    if not checkpoint and init_from == "scratch":
-        if config.evaluation.only:
-            raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
-        return GPT(scratch)
-
-    source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
-    found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
-    if init_from != "scratch":
-        wanted = {
-            k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
-        }
-    # A fine-tuning may choose these anew.
-    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
-    differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
-    if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
-        model.crop_block_size(wanted["block_size"])
-        differing.remove("block_size")
-    if differing:
-        listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
-        raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
-    rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    weights = model.state_dict()
-    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
-        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
-        weights |= rebuilt.normalizer_parameters()
-    rebuilt.load_state_dict(weights)
-    return rebuilt
-
-
 def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
@@ -344,37 +278,6 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
         if len(tokens) <= model.block_size:
             problem = f"{model.block_size} is longer than {corpus.folder / split}.bin, which has {len(tokens)} tokens"
             raise config.error("model.block_size", problem)
-
-
-def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
-    """Say where the run goes on and what differs from then. UserError if that is the corpus or the reference."""
-    if checkpoint["corpus"]["sha256"] != corpus.sha256:
-        problem = (
-            f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "
-            f"{checkpoint['corpus']['sha256'][:12]}…, not {corpus.sha256[:12]}…): start a run of another name, "
-            "with --training.init_from if its weights are to be kept"
-        )
-        raise config.error("data.corpus", problem)
-    before, here = checkpoint.get("reference"), reference and reference.identity
-    if (before and before["sha256"]) != (here and here["sha256"]):
-        then, today = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (before, here))
-        problem = (
-            f"{config.folder}/ckpt.pt was trained beside {then}, not {today}: start a run of another name, "
-            "with --training.init_from if its weights are to be kept"
-        )
-        raise config.error("kl.reference", problem)
-    say(f"resuming {config.folder} from step {checkpoint['step']}")
-    former, changed = checkpoint["config"], []
-    for section, entries in config.to_dict().items():
-        for key, value in entries.items():
-            before = former.get(section, {}).get(key, value)
-            if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
-                changed.append(f"{section}.{key} {before} → {value}")
-    if changed:
-        say(f"changed since the checkpoint: {', '.join(changed)}")
-    for name, here in machine.items():
-        if (before := checkpoint["machine"].get(name)) != here:
-            say(f"warning: {name}: {before} then, {here} now: the losses will agree to rounding only, not bit for bit")
 
 
 def learning_rate(step: int, config: Config) -> float:
