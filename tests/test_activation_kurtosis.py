@@ -14,7 +14,8 @@ from scipy import stats
 
 from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
-from harness.corpus import Corpus, write_corpus
+from harness.corpus import Corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.huggingface import save_gpt2
 from harness.report import new_figure

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import run
 from harness.errors import UserError
 from harness.report import new_figure

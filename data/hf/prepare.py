@@ -12,7 +12,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from harness import hf_text
-from harness.corpus import argument_parser, fraction, position, positive, write_corpus
+from harness.corpus_writing import argument_parser, fraction, position, positive, write_corpus
 from harness.errors import run_cli
 from harness.tokenizer import from_name
 

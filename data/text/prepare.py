@@ -11,7 +11,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import TextFile, argument_parser, find_files, fraction, pieces, split_files, write_corpus
+from harness.corpus_writing import TextFile, argument_parser, find_files, fraction, pieces, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Chars, from_name
 
@@ -55,7 +55,7 @@ def halves(path: Path, val_fraction: float) -> list[tuple[str, TextFile]]:
     cut = int(path.stat().st_size * (1 - val_fraction))
     with open(path, "rb") as file:
         file.seek(cut)
-        while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # 0b10…: inside a character of UTF-8
+        while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # a byte 0b10… continues a UTF-8 character
             cut += 1
     return [("train", TextFile(path, 0, cut)), ("val", TextFile(path, cut))]
 

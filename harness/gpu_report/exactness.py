@@ -16,7 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from harness.corpus import cpu_count
+from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
 from model import attention, materialized_attention, use_backend
