@@ -75,7 +75,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
     """
     if str(path).startswith("hf:"):
-        from harness.huggingface import load_gpt2
+        from harness.pretrained import load_gpt2
 
         return load_gpt2(str(path).removeprefix("hf:")).to(device).eval(), {"source": str(path)}
     checkpoint = read_checkpoint(path)

@@ -17,7 +17,7 @@ from harness.checkpoint import load_model, save_checkpoint
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
-from harness.huggingface import save_gpt2
+from harness.pretrained import save_gpt2
 from harness.report import new_figure
 from harness.tokenizer import Chars
 from measure import activations as activations_module

@@ -20,7 +20,7 @@ from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import run
 from harness.errors import run_cli
-from harness.huggingface import save_gpt2
+from harness.pretrained import save_gpt2
 from harness.tokenizer import Bytes, Chars
 from measure.perplexity import (
     Scores,

@@ -1,4 +1,4 @@
-"""GPT-2's weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
+"""Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
 import dataclasses
 from pathlib import Path
