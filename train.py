@@ -10,6 +10,7 @@ import math
 import os
 import signal
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,7 +64,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
 
-    model = torch.compile(raw_model) if use_compile else raw_model
+    model: Any = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
     if not NORMALIZERS[a.normalizer].is_softmax:
@@ -115,7 +116,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         "attention": attention_kernel(raw_model, device, dtype),
         "torch": str(torch.__version__),
     }
-    if resumed:
+    if checkpoint:
         check_resume(config, checkpoint, corpus, reference, machine, say)
         restore_optimizer(optimizer, checkpoint)
         if checkpoint["scaler"]:
@@ -126,8 +127,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
 
-    tracker = progress = None
-    if ranks.is_main:
+    tracker = progress = None  # rank 0's, as the folder
+    if folder:
         if c.resume == "never":
             folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
@@ -153,9 +154,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        if ranks.is_main:
+        if folder:
             save_checkpoint(folder.checkpoint, checkpoint | state)
-        if ranks.is_main and best:
+        if folder and best:
             save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
@@ -167,16 +168,15 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if step == c.max_steps and len(windows) < len(every_window):
             loss = evaluate(every_window)
         metrics = validation_metrics(loss, corpus)
-        if ranks.is_main:
+        if progress:
             progress.say(f"step {step}: {describe(metrics)}")
-        if config.evaluation.kurtosis:
-            metrics |= kurtosis_metrics(raw_model, corpus, device)
-        return metrics, best
+        kurtosis = kurtosis_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
+        return metrics | kurtosis, best
 
     if not resumed:
-        metrics, best = measure(0)
-        if ranks.is_main:
-            tracker.log(0, metrics)
+        measured, best = measure(0)
+        if tracker:
+            tracker.log(0, measured)
         save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -189,7 +189,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        means = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
+        means: dict[str, Any] = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
             x, y = next(batches)
             if raw_model.config.dropout:
@@ -213,7 +213,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
         saving = step % c.checkpoint_interval == 0 or step == c.max_steps or stopping
         logging = step % config.tracking.log_interval == 0 or evaluating
-        if ranks.is_main:
+        if progress:
             progress.step()
         if not (logging or saving):
             continue
@@ -228,20 +228,20 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 "train/tokens_per_second": tokens_per_second,
                 "train/mfu": raw_model.flops_per_token() * tokens_per_second / (peak * ranks.size),
             }
-            if ranks.is_main:
+            if progress:
                 progress.report(step, metrics["train/loss"], tokens_per_second, seconds)
+            measured = {}
             if evaluating:
                 measured, best = measure(step)
-                metrics |= measured
-            if ranks.is_main:
-                tracker.log(step, metrics)
+            if tracker:
+                tracker.log(step, {**metrics, **measured})
         if saving or best:
             save(step, best)
         clock, clock_step = now(device), step
         if stopping:
             break
 
-    if ranks.is_main:
+    if tracker and progress:
         progress.close()
         tracker.close()
     if stopping and step < c.max_steps:

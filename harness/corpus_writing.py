@@ -11,11 +11,11 @@ import json
 import os
 import urllib.request
 from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -76,7 +76,7 @@ def write_corpus(
         ):
             files = {"train": train, "val": val}
             hashes = {split: hashlib.sha256() for split in SPLITS}
-            counts = {split: {"tokens": 0, "bytes": 0, "documents": 0} for split in SPLITS}
+            counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
             for split, ids, starts in blocks:
                 count = counts[split]
                 if tokenizer.separator is not None and not count["documents"]:
@@ -99,10 +99,10 @@ def write_corpus(
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
             counts[split]["sha256"] = hashes[split].hexdigest()
         meta = describe_corpus(tokenizer, source, counts, dtype) | (extra or {})
-        with open(temporary["meta.json"], "w", encoding="utf-8") as file:
-            file.write(json.dumps(meta, indent=1) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        with open(temporary["meta.json"], "w", encoding="utf-8") as description:
+            description.write(json.dumps(meta, indent=1) + "\n")
+            description.flush()
+            os.fsync(description.fileno())
         for name, path in temporary.items():
             os.replace(path, folder / name)
     except OSError as error:
@@ -129,7 +129,7 @@ def _remove_leftovers(folder: Path) -> None:
                 pass  # it exists, and is another user's
 
 
-def _encode(documents, tokenizer, dtype, threads) -> Iterator[tuple[str, np.ndarray, int]]:
+def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.ndarray, int]]:
     """Blocks of token ids, in order, each as (split, ids, how many documents start in it). Every document begins with
     the separator, where the tokenizer has one.
 
@@ -148,7 +148,8 @@ def _encode(documents, tokenizer, dtype, threads) -> Iterator[tuple[str, np.ndar
                 blocks.append((split, ids, sum(starts for starts, _ in mine)))
         return blocks
 
-    executor, running = ThreadPoolExecutor(threads), deque()
+    executor = ThreadPoolExecutor(threads)
+    running: deque[Future] = deque()
     try:
         for job in _jobs(documents):
             running.append(executor.submit(encode_job, job))

@@ -51,7 +51,9 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def choose_compile(setting: bool | str, device: torch.device) -> bool:
     """Whether to compile. auto: on CUDA, where a C compiler is at hand for what Triton builds."""
-    return device.type == "cuda" and shutil.which("cc") is not None if setting == "auto" else setting
+    if setting == "auto":
+        return device.type == "cuda" and shutil.which("cc") is not None
+    return bool(setting)
 
 
 def keep_freed_memory() -> None:
@@ -89,7 +91,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 return flops, f"the datasheet of {card}"
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
-    seconds = []
+    seconds: list[float] = []
     while len(seconds) < 6 and sum(seconds) < 0.5:  # a dtype that the processor only emulates takes seconds for each
         start = now(device)
         a @ a

@@ -8,6 +8,7 @@ are over the positions of a sequence and then averaged over sequences: micro-ste
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Reference:
         self, config: Config, model: GPTConfig, corpus: Corpus, device: torch.device, use_compile: bool = False
     ):
         c = self.config = config.kl
+        assert c.reference is not None  # without one, no Reference is made
         try:
             reference, info = load_model(c.reference, device)
         except UserError as e:
@@ -43,8 +45,9 @@ class Reference:
         self.identity = {"path": c.reference, "sha256": fingerprint(reference)}
         self.direction = c.direction or ("reverse" if c.mode == "barrier" else "forward")
         self.temperature = c.temperature if c.mode == "distill" else 1.0
-        self._model, self._position_kl = reference, position_kl
-        if use_compile:  # fuses what would be several tensors of the logits' size
+        self._model: Callable = reference
+        self._position_kl: Callable = position_kl
+        if use_compile:  # so that the KL does not make several tensors of the size of the logits
             self._model, self._position_kl = torch.compile(reference), torch.compile(position_kl)
 
     def penalty(self, idx: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -91,19 +91,19 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("data.corpus", problem)
-    before, here = checkpoint.get("reference"), reference and reference.identity
-    if (before and before["sha256"]) != (here and here["sha256"]):
-        then, today = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (before, here))
+    then, now = checkpoint.get("reference"), reference.identity if reference else None
+    if (then and then["sha256"]) != (now and now["sha256"]):
+        former, present = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (then, now))
         problem = (
-            f"{config.folder}/ckpt.pt was trained beside {then}, not {today}: start a run of another name, "
+            f"{config.folder}/ckpt.pt was trained beside {former}, not {present}: start a run of another name, "
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("kl.reference", problem)
     say(f"resuming {config.folder} from step {checkpoint['step']}")
-    former, changed = checkpoint["config"], []
+    changed = []
     for section, entries in config.to_dict().items():
         for key, value in entries.items():
-            before = former.get(section, {}).get(key, value)
+            before = checkpoint["config"].get(section, {}).get(key, value)
             if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
                 changed.append(f"{section}.{key} {before} → {value}")
     if changed:

@@ -2,8 +2,8 @@
 
 import random
 import statistics
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -15,16 +15,19 @@ class Laps:
     waits until `seconds` asks."""
 
     def __init__(self, device: torch.device):
-        self._device, self._names, self._marks = device, [], []
+        self._device = device
+        self._names: list[str] = []
+        self._marks: list[Any] = []  # CUDA events, or seconds
         self.end("")
 
     def end(self, name: str) -> None:
         """The lap `name` ends here, and the next begins; laps of one name are added up."""
-        mark = torch.cuda.Event(enable_timing=True) if self._device.type == "cuda" else now(self._device)
         if self._device.type == "cuda":
-            mark.record()
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(now(self._device))
         self._names.append(name)
-        self._marks.append(mark)
 
     def seconds(self) -> dict[str, float]:
         """Of each lap, by its name."""
@@ -56,11 +59,12 @@ def median_ratio(values: list[float], baseline: list[float]) -> Median:
 
 
 def in_turn(
-    runs: dict[str, Callable[[Laps], None]], device: torch.device, rounds: int
+    runs: Mapping[str, Callable[[Laps], object]], device: torch.device, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
     """The laps of every run in every round, by the run's name. The order changes from round to round, since what ran
     before leaves the caches its own way."""
-    shuffled, laps = random.Random(0), {name: [] for name in runs}
+    shuffled = random.Random(0)
+    laps: dict[str, list[Laps]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in shuffled.sample(list(runs), len(runs)):
             laps[name].append(Laps(device))

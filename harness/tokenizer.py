@@ -168,7 +168,7 @@ def _as_text(text: str | bytes) -> str:
 def different_tokenizers(a: dict, b: dict) -> tuple[str, str] | None:
     """The names of the tokenizers of two corpora, each described as in meta.json or in a checkpoint, if the same id may
     stand for other text; None where the two agree, or where one does not say."""
-    names = [meta.get("tokenizer") for meta in (a, b)]
-    if not all(names) or (names[0] == names[1] and a.get("vocabulary") == b.get("vocabulary")):
+    first, second = a.get("tokenizer"), b.get("tokenizer")
+    if not (first and second) or (first == second and a.get("vocabulary") == b.get("vocabulary")):
         return None
-    return names[0], names[1] if names[0] != names[1] else f"{names[1]} with other characters"
+    return first, second if first != second else f"{second} with other characters"

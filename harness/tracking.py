@@ -63,14 +63,14 @@ class Tracker:
             self._run.finish()
 
 
-def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
+def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: dict):
     """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled. Says which in one line."""
     mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
     import wandb  # here: it takes a second
 
-    def start(mode: str):
+    def start(mode: Any):
         return wandb.init(
             mode=mode,
             dir=folder,

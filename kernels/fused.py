@@ -150,11 +150,8 @@ def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
     column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
     """
     if q.numel() > AT_ONCE and q.size(1) > 1:
-        heads = (
-            value_gradient_on_cpu(*each, scale)
-            for each in zip(*(x.split(1, 1) for x in (grad, q, k, lse)), strict=True)
-        )
-        return torch.cat(list(heads), dim=1)
+        heads = zip(*(x.split(1, dim=1) for x in (grad, q, k, lse)), strict=True)
+        return torch.cat([value_gradient_on_cpu(g, q_h, k_h, lse_h, scale) for g, q_h, k_h, lse_h in heads], dim=1)
     D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
     for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
         columns.append(rest.to(q.dtype))

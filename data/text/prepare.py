@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from harness.corpus_writing import TextFile, argument_parser, find_files, fraction, pieces, split_files, write_corpus
 from harness.errors import UserError, run_cli
-from harness.tokenizer import Chars, from_name
+from harness.tokenizer import Chars, Tokenizer, from_name
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "chars"), default="gpt2", help="default: gpt2")
     args = parser.parse_args()
 
-    files = {}
+    files: dict[str, Path] = {}
     for path in args.paths:
         if not path.exists():
             raise UserError(f"no such file or folder: {path}")
@@ -33,11 +33,14 @@ def main():
         files |= {(Path(path.name) / key).as_posix(): file for key, file in found.items()}
     if not files:
         raise UserError(f"no file matches {args.glob!r} in {', '.join(map(str, args.paths))}: choose with --glob")
-    documents = split_files(files, args.val_fraction) if len(files) > 1 else halves(*files.values(), args.val_fraction)
+    if len(files) > 1:
+        documents = split_files(files, args.val_fraction)
+    else:
+        documents = halves(next(iter(files.values())), args.val_fraction)
 
     if args.tokenizer == "chars":
         texts = (piece.decode(errors="replace") for _, document in documents for piece in pieces(document))
-        tokenizer = Chars("".join(sorted(set().union(*texts))))
+        tokenizer: Tokenizer = Chars("".join(sorted(set().union(*texts))))
     else:
         tokenizer = from_name(args.tokenizer)
     write_corpus(
