@@ -184,11 +184,11 @@ def attention_rows(
     scale: float | None = None,
     **parameters: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention weights P, by any normalizer: what everything that looks at attention takes them from.
+    """The attention weights P by any normalizer. Whatever looks at attention weights takes them from here.
 
-    q (B, H, T_q, D), k (B, H, T_k, D), aligned at the end as in `attention`, so that a block of queries needs only the
-    keys up to its last → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row (B, H, T_q, 1),
-    None where there is no such slot. ValueError for an unknown normalizer.
+    q (B, H, T_q, D), k (B, H, T_k, D) → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row
+    (B, H, T_q, 1), None where there is no such slot. Aligned at the end as in `attention`, so that a block of queries
+    needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
     entry = find_normalizer(normalizer)
     scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
