@@ -1,7 +1,8 @@
 """Train a GPT: `python train.py CONFIG [--section.key value …]`, or the same under torchrun. `--help` lists the keys.
 
 Every random draw is a function of (seed, step, where), so that a run which is killed and started again gives, bit for
-bit, the losses and weights of one that never stopped. `train` is the whole story; what it calls stands below it.
+bit, the losses and weights of one that never stopped. `train` is the whole story. What it calls stands below it, or in
+harness/.
 """
 
 import contextlib
@@ -78,8 +79,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     )
 
     def evaluate(offsets) -> float:
-        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks: to each
-        as many batches, of one shape, since the ranks of a sharded model only run together."""
+        """The mean loss, in nats a token, of the validation windows at `offsets`. Every rank gets the same number of
+        batches, all of one shape, since the ranks of a sharded model can only run together."""
         tokens = corpus.tokens["val"]
         filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
@@ -89,7 +90,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             for batch in batches[ranks.rank :: ranks.size]:
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y)
-                if targets := int((y >= 0).sum()):  # the loss over none is NaN
+                if targets := int((y >= 0).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
         loss_sum, targets = ranks.sum(total).tolist()
@@ -137,8 +138,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:
-        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank comes here, since those of a sharded
-        model gather its state together; rank 0 writes."""
+        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank calls this, since the ranks of a
+        sharded model gather its state together; rank 0 alone writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
         corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
@@ -160,10 +161,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
-        """Everything that is measured at an evaluation, on every rank, and whether this is the best one so far."""
+        """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
         nonlocal best_val_loss
         loss = evaluate(windows)
-        best = loss < best_val_loss  # on the same windows every time
+        best = loss < best_val_loss  # a fair comparison: the windows are the same every time
         best_val_loss = min(loss, best_val_loss)
         if step == c.max_steps and len(windows) < len(every_window):
             loss = evaluate(every_window)
@@ -183,7 +184,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     stop = StopSignals(ranks.is_main)
     batches = training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
-    unchecked = []  # (step, metrics, gradient norm) since the last look: looking waits for the device
+    unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
         lr = learning_rate(step, config)
@@ -251,7 +252,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
 
 def accumulation(config: Config, ranks: int) -> tuple[int, int]:
-    """(sequences a device holds at a time, micro-steps a step)."""
+    """(sequences that a device holds at a time, micro-steps a step). UserError if the ranks cannot share a batch."""
     c = config.training
     share, rest = divmod(c.batch_size, ranks)
     if rest or not share:
@@ -281,7 +282,7 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Of step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
+    """The rate at step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
     c = config.optimizer
     done, decay_steps = step - 1, c.decay_steps or config.training.max_steps
     if done < c.warmup_steps:
@@ -308,7 +309,7 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
     table = [torch.stack([*means.values(), norm.float()]) for _, means, norm in unchecked]
     *columns, norms = torch.stack(table).cpu().unbind(1)
     values = ranks.sum(torch.stack(columns, 1)) / ranks.size  # (steps, metrics)
-    # With a float16 scaler an infinite gradient is a step skipped, not a model lost.
+    # Under float16's loss scaling an infinite gradient does no harm: the scaler skips that step.
     good = values.isfinite().all(1) & (norms.isfinite() | scaled)
     unchecked.clear()
     if not good.all():

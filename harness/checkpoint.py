@@ -15,7 +15,7 @@ from harness.errors import UserError
 from model import GPT, GPTConfig
 
 FORMAT = 1
-"""Of the checkpoints that are written here. Larger where an older reader would take the keys for what they are not."""
+"""The version of the checkpoints that are written here. It rises when an older reader would misunderstand the keys."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -55,7 +55,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(
             f"{path} is not a checkpoint, or holds more than tensors and plain values; nothing in it was run"
         ) from e
-    except Exception as e:  # whatever the zip reader and the unpickler make of other bytes, OSError included
+    except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
         raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
     missing = [k for k in ("model", "model_args") if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:

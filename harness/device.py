@@ -40,7 +40,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX on x86, as Linux names them; elsewhere there is no telling without private names."""
+    """Whether the processor has AVX512-BF16 or AMX, as Linux names them; other systems have no public way to tell."""
     try:
         with open("/proc/cpuinfo") as f:
             flags = next((line for line in f if line.startswith("flags")), "").split()
@@ -92,7 +92,7 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
     seconds: list[float] = []
-    while len(seconds) < 6 and sum(seconds) < 0.5:  # a dtype that the processor only emulates takes seconds for each
+    while len(seconds) < 6 and sum(seconds) < 0.5:  # an emulated dtype takes seconds for each
         start = now(device)
         a @ a
         seconds.append(now(device) - start)

@@ -101,14 +101,14 @@ def mismatch(reference: GPTConfig, model: GPTConfig, trained_on: dict, corpus: C
 
 
 def fingerprint(model: GPT) -> str:
-    """The sha256 of what a model computes, wherever it is kept: its weights, and what of its config their shapes do not
-    tell. An option that is younger than these counts only where it is not at its default, so that checkpoints keep the
-    hash that they recorded."""
+    """The sha256 of what a model computes, whatever file it is in: of its weights, and of the config's fields that the
+    weights' shapes do not tell. A field that was added later counts only where it is not at its default, so that the
+    hashes in older checkpoints stay valid."""
     c = model.config
     digest = hashlib.sha256(f"{c.n_head} {c.normalizer} {c.activation}".encode())
     for field in dataclasses.fields(c):
-        told = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
-        if not told and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
+        hashed = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
+        if not hashed and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
             digest.update(f"{field.name} {value!r}".encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

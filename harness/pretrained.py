@@ -10,7 +10,7 @@ from model import GPT, Activation, GPTConfig
 
 # Hugging Face keeps GPT-2's Conv1D layers, whose weights are (in, out); a Linear's are (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What GPT-2's class can say of a GPT; `backward` is of training alone.
+# The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
 _EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
 _ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 

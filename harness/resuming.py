@@ -48,7 +48,7 @@ def checkpoint_to_resume(config: Config) -> dict | None:
 def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
     """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
 
-    Keys of the model section that the config leaves out are then those of `init_from`; those it sets have to agree.
+    With `init_from`, model keys that the config leaves out are taken from there, and those that it sets have to agree.
     """
     init_from = config.training.init_from
     scratch = GPTConfig(**vars(config.model) | {"vocab_size": config.model.vocab_size or corpus.vocab_size})
@@ -83,7 +83,8 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
 
 
 def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
-    """Say where the run goes on and what differs from then. UserError if that is the corpus or the reference."""
+    """Print at which step the run goes on, and what has changed since the checkpoint. UserError if the corpus or the
+    reference has."""
     if checkpoint["corpus"]["sha256"] != corpus.sha256:
         problem = (
             f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "

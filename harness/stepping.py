@@ -62,7 +62,7 @@ class Stepper:
         self.batches = prefetch(batches) if on_gpu and not nanogpt else batches
 
     def run(self, steps: int) -> list[dict[str, float]]:
-        """Seconds of each phase of each of so many steps; nothing waits for the device before the last is queued."""
+        """Seconds of each phase, for each of so many steps. Nothing waits for the device until all are queued."""
         laps = [self._step() for _ in range(steps)]
         return [dict.fromkeys(PHASES, 0.0) | each.seconds() for each in laps]
 
@@ -95,8 +95,8 @@ class Stepper:
                 yield gather(tokens, own, block_size, self.device)
 
     def compiled_error(self) -> float | None:
-        """‖g′ − g‖ / ‖g‖ for g and g′, the gradients of the model run eagerly and compiled on one micro-batch, of the
-        parameter where it is largest; None where nothing is compiled."""
+        """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly and
+        compiled: the largest over all parameters. None where nothing is compiled."""
         if self.model is self.eager:
             return None
         x, y = next(self.batches)
@@ -109,7 +109,7 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
         errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
-        return torch.stack(errors).max().item()  # which a NaN among them makes NaN
+        return torch.stack(errors).max().item()  # NaN if any of them is
 
     def describe(self) -> dict:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the

@@ -11,8 +11,8 @@ from harness.device import now
 
 
 class Laps:
-    """The times between marks, which begin with the object. On CUDA a mark is an event in the queue of work, so nobody
-    waits until `seconds` asks."""
+    """The times between marks, of which the first is set when the object is made. On CUDA a mark is an event in the
+    queue of work, so that nothing waits for the device until `seconds` is called."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -54,15 +54,15 @@ def median(values: list[float]) -> Median:
 
 
 def median_ratio(values: list[float], baseline: list[float]) -> Median:
-    """Of values over the baseline's, round by round: what drifts from one round to the next is in both."""
+    """The median of each value over the baseline's of the same round, so that what drifts between rounds cancels."""
     return median([a / b for a, b in zip(values, baseline, strict=True)])
 
 
 def in_turn(
     runs: Mapping[str, Callable[[Laps], object]], device: torch.device, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """The laps of every run in every round, by the run's name. The order changes from round to round, since what ran
-    before leaves the caches its own way."""
+    """The laps of every run in every round, by the run's name. The order is shuffled in each round, since a run depends
+    on what the one before it left in the caches."""
     shuffled = random.Random(0)
     laps: dict[str, list[Laps]] = {name: [] for name in runs}
     for _ in range(rounds):
