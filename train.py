@@ -43,7 +43,8 @@ def main() -> int:
 
 
 def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
-    """The exit status. `folder` is the run's, on rank 0."""
+    """Train, or only evaluate, as the config says; returns the exit status. `folder` is the run's folder: None on every
+    rank but 0, and where nothing is to be written. UserError for whatever does not fit together."""
     c = config.training
     keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
@@ -84,7 +85,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         tokens = corpus.tokens["val"]
         filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
-        total = torch.zeros(2, dtype=torch.float64)  # Σ loss, targets
+        total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of targets
         model.eval()
         with torch.no_grad(), autocast:
             for batch in batches[ranks.rank :: ranks.size]:
@@ -128,7 +129,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
 
-    tracker = progress = None  # rank 0's, as the folder
+    tracker = progress = None  # like the folder, they are rank 0's
     if folder:
         if c.resume == "never":
             folder.clear()

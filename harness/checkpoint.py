@@ -104,8 +104,8 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 
 
 def clean_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """Without torch.compile's prefix on every name, and without the causal mask (1, 1, T, T) that older models store as
-    a buffer `attn.bias`, which is also what a normalizer may call a parameter of its own."""
+    """The state dict without torch.compile's prefix on every name, and without the causal masks (1, 1, T, T) that older
+    models store as buffers `attn.bias`. Only the shape tells those: a normalizer may have a parameter called bias."""
     mask = {k for k, v in state.items() if k.endswith(".attn.bias") and v.dim() == 4}
     return {k.removeprefix("_orig_mod."): v for k, v in state.items() if k not in mask}
 

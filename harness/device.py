@@ -69,7 +69,7 @@ def keep_freed_memory() -> None:
 
 
 def processor_name() -> str:
-    """As the processor calls itself, where Linux tells; else its architecture."""
+    """The processor's own name where Linux tells it, else its architecture."""
     try:
         with open("/proc/cpuinfo") as f:
             names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]

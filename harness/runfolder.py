@@ -53,12 +53,12 @@ class RunFolder:
 
 
 def run_files(folder: Path) -> list[str]:
-    """What a run has left in its folder."""
+    """The names of what a run has left in its folder, among the files and folders that runs write."""
     return [name for name in _OURS if (folder / name).exists()]
 
 
 def write_text(path: Path, text: str) -> None:
-    """Whole or not at all."""
+    """Write the file whole or not at all: after an interruption it is as it was before."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "w", encoding="utf-8") as f:

@@ -30,7 +30,7 @@ class Laps:
         self._names.append(name)
 
     def seconds(self) -> dict[str, float]:
-        """Of each lap, by its name."""
+        """The seconds of each lap, by its name. Waits for the device."""
         totals = dict.fromkeys(self._names[1:], 0.0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
