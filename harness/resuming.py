@@ -22,10 +22,10 @@ def checkpoint_to_resume(config: Config) -> dict | None:
     c = config.training
     path = config.folder / "ckpt.pt"
     if c.resume == "never":
-        held = run_files(config.folder)
-        if held and not (c.overwrite or config.evaluation.only):
+        present = run_files(config.folder)
+        if present and not (c.overwrite or config.evaluation.only):
             problem = (
-                f"{config.folder} already holds a run ({', '.join(held)}): give another run.name, "
+                f"{config.folder} already holds a run ({', '.join(present)}): give another run.name, "
                 "or --training.overwrite true to replace it"
             )
             raise config.error("training.resume", problem)

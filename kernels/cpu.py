@@ -68,10 +68,10 @@ def load() -> ctypes.CDLL | None:
         path = build(shlex.split(words))
         library = _opened(path) if path else None
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        message = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         warnings.warn(
             f"no kernel from {SOURCE.name} by {words}: attention runs on PyTorch's, slower. Mend it, "
-            f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{said}",
+            f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{message}",
             stacklevel=2,
         )
         return None
