@@ -9,9 +9,9 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -35,10 +35,10 @@ def softmax1(x: Tensor, dim: int = -1) -> Tensor:
         x = x.to(torch.get_default_dtype())
     if x.numel() == 0:
         return x
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    # The shift covers the null logit too, hence the clamp: exp(-shift) then never overflows, however low x lies.
-    shift = exact.detach().amax(dim, keepdim=True).clamp(min=0)
-    exp_x = torch.exp(exact - shift)
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Subtracting the largest logit keeps exp from overflowing. The null logit, 0, counts among them, hence the clamp.
+    shift = wide.detach().amax(dim, keepdim=True).clamp(min=0)
+    exp_x = torch.exp(wide - shift)
     return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
 
 
@@ -70,13 +70,13 @@ class Normalizer:
 
     weights: Callable[..., Tensor]
     """The definition: scores (B, H, T_q, T_k), float32 at least and −∞ where a key is not visible, and the parameters
-    by name → the weights, of that shape. Each row by itself; a key that is not visible gets 0 whatever is returned."""
+    by name → the weights, of that shape, each row from its own scores alone. Keys that are not visible get 0 anyway."""
     parameters: dict[str, Callable[["GPTConfig"], Tensor]] = field(default_factory=dict)
     """What an attention module learns for it: name → its start value."""
     diagonal: Callable[..., Tensor] | None = None
-    """(scores, weights, parameters) → ∂weights_ij/∂scores_ij, for the backward "diagonal", which is refused without."""
+    """(scores, weights, parameters) → ∂weights_ij/∂scores_ij. Without it the backward "diagonal" is refused."""
     null_logit: float | str | None = None
-    """Of a softmax over one slot more than there are keys: that slot's logit, or the name of the parameter that is."""
+    """Where the softmax covers a null slot besides the keys: the slot's logit, or the parameter that holds it."""
 
     def __post_init__(self):
         if not self.is_softmax and self.null_logit is not None:
@@ -87,8 +87,8 @@ class Normalizer:
 
     @property
     def is_softmax(self) -> bool:
-        """Whether it is a softmax over the keys and perhaps a null slot, which is what the fused kernels compute and
-        where a row, its null slot included, is a probability distribution. Others run materialized."""
+        """Whether the weights are a softmax over the keys and perhaps a null slot. Only then do the fused kernels apply
+        (others run materialized), and only then is a row, with its null slot, a probability distribution."""
         return self.weights is softmax_weights
 
 
@@ -130,8 +130,8 @@ def attention(
     """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
-    `null_logit` (H,) gives every row one more slot of that logit and value zero: 0 is softmax1, log n softmax_n, and a
-    learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is exact, whatever `backward`.
+    `null_logit` (H,) gives every row one more slot, of that logit and with value zero: 0 is softmax1, log n softmax_n,
+    and a learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
     `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit.
     `scale` multiplies q·k, 1/√D by default. The result can be differentiated once; under `materialized_attention()` as
@@ -144,9 +144,8 @@ def attention(
     entry = NORMALIZERS[normalizer]
     null_logit = _null_logit(entry, null_logit, q)
     stock = backward == "full" and null_logit is None
-    backend = "materialized"
-    if q.numel():  # PyTorch's divide by T
-        backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax)
+    # Without queries, or without a batch, PyTorch's kernels would divide by zero.
+    backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax) if q.numel() else "materialized"
     if backend != "materialized" and not entry.is_softmax:
         raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
     if backend == "stock" and not stock:
@@ -156,8 +155,8 @@ def attention(
     if backend == "materialized":
         arguments = parameters if null_logit is None else {"null_logit": null_logit}
         return _materialized_weights(q, k, entry, arguments, backward, dropout_p, scale).to(v.dtype) @ v
-    # The kernels align the causal mask at its start, so fewer queries than keys get empty ones in front; and those of
-    # CUDA want D in eights.
+    # The fused kernels let query i see the keys up to i, whatever T_q and T_k: rows of zeros in front of q give each
+    # query the number of its own key. CUDA's kernels also want D in multiples of 8.
     D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
     if rows or columns:
         q, k, v = F.pad(q, (0, columns, rows, 0)), F.pad(k, (0, columns)), F.pad(v, (0, columns))
@@ -185,11 +184,11 @@ def attention_rows(
     scale: float | None = None,
     **parameters: Tensor,
 ) -> tuple[Tensor, Tensor | None]:
-    """The attention weights P, by any normalizer: what everything that looks at attention takes them from.
+    """The attention weights P by any normalizer. Whatever looks at attention weights takes them from here.
 
-    q (B, H, T_q, D), k (B, H, T_k, D), aligned at the end as in `attention`, so that a block of queries needs only the
-    keys up to its last → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row (B, H, T_q, 1),
-    None where there is no such slot. ValueError for an unknown normalizer.
+    q (B, H, T_q, D), k (B, H, T_k, D) → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row
+    (B, H, T_q, 1), None where there is no such slot. Aligned at the end as in `attention`, so that a block of queries
+    needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
     entry = find_normalizer(normalizer)
     scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
@@ -208,7 +207,7 @@ def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
 
 
 def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) -> Tensor:
-    """The entry's weights, no key before its time among them."""
+    """The entry's weights, with 0 for every key that is not visible."""
     weights = entry.weights(scores, **arguments)
     return weights if entry.is_softmax else weights.masked_fill(scores.isneginf(), 0)
 
@@ -222,27 +221,27 @@ def _null_logit(entry: Normalizer, given: Tensor | None, q: Tensor) -> Tensor | 
 
 
 def _materialized_weights(q, k, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float):
-    """The matrix P of causal attention with `backward` as its derivative and dropout: (B, H, T_q, T_k), as of
-    `attention_rows`.
+    """The weights P (B, H, T_q, T_k) of `attention_rows` after dropout, with the derivative that `backward` chooses.
 
-    The normalizer's Jacobian in a row, for a softmax `∂P/∂S = diag(P) − P Pᵀ`, is local on its diagonal, for a softmax
-    `P(1 − P)`, and lateral off it.
+    A row's Jacobian, for a softmax `∂P/∂S = diag(P) − P Pᵀ`, has a local part on its diagonal, for a softmax
+    `P(1 − P)`, and a lateral part off the diagonal.
     """
     scores = attention_scores(q, k, scale)
     if backward == "full":
         return F.dropout(_weights(entry, scores, arguments), dropout_p)
-    # The same weights, constant in the scores (in the parameters, a null logit among them, the gradient is exact), with
-    # a slope along each score. ste goes straight through the dropout as well.
+    # P of detached scores, plus slope·(S − S detached), which is 0 and has the slope as its derivative. The parameters,
+    # a null logit among them, are not detached: they keep their gradient. ste goes straight through the dropout too.
     weights = _weights(entry, scores.detach(), arguments)
     visible = ~scores.isneginf()
     slope = visible.to(scores.dtype)
     if backward == "diagonal":
+        assert entry.diagonal is not None  # _check_backward has refused it otherwise
         slope = entry.diagonal(scores.detach(), weights, **arguments).masked_fill(~visible, 0).detach()
     if dropout_p:
         kept = F.dropout(torch.ones_like(weights), dropout_p)
         weights, slope = weights * kept, slope * kept if backward == "diagonal" else slope
-    level = scores.masked_fill(~visible, 0)
-    return weights + slope * (level - level.detach())
+    finite = scores.masked_fill(~visible, 0)  # −∞ − −∞ would be NaN
+    return weights + slope * (finite - finite.detach())
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -265,9 +264,8 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
         raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
-    for name, x in (("q", q), ("k", k), ("v", v), ("null_logit", null_logit), *parameters.items()):
-        if x is None and name == "null_logit":
-            continue
+    tensors = {"q": q, "k": k, "v": v} | ({} if null_logit is None else {"null_logit": null_logit}) | parameters
+    for name, x in tensors.items():
         if not (torch.is_tensor(x) and x.dtype in FLOATS):
             given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
             raise ValueError(f"{name} is {given}, but must be a tensor of {', '.join(map(str, FLOATS))}")
@@ -298,9 +296,9 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
 class GPTConfig:
     """The shape of a GPT. Raises ValueError where it makes no sense.
 
-    A field's metadata says what else depends on it, so that a new one escapes no list: `choices`, where a table holds
-    the values; `free`, where weights trained with one value may be trained on with another; `in_weights`, where the
-    shapes of the weights tell the value; `forward` False, where the forward pass of evaluation does not depend on it.
+    A field's metadata tells the rest of the project how to treat it, so that a new field needs no other list:
+    `choices` is the table whose names are the values; `free`, weights trained with one value may go on with another;
+    `in_weights`, the shapes of the weights tell the value; `forward` False, evaluation does not depend on it.
     """
 
     block_size: int = field(default=1024, metadata={"in_weights": True})
@@ -344,7 +342,7 @@ class KVCache:
     def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens held; moved on by the model once all layers have appended
+        self.length = 0  # tokens held so far; the model counts new ones once every layer has appended them
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the new tokens (B, H, T, D); return those of all tokens so far."""
@@ -422,6 +420,8 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
+    transformer: Any  # a ModuleDict, of whose entries a type checker knows nothing
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
@@ -454,17 +454,16 @@ class GPT(nn.Module):
         logits = self.lm_head(self.features(idx))
         if targets is None:
             return logits, None
-        exact = logits.to(torch.promote_types(logits.dtype, torch.float32)).view(-1, logits.size(-1))
-        return logits, F.cross_entropy(exact, targets.reshape(-1), ignore_index=-1)
+        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss is summed in float32 at least
+        return logits, F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1), ignore_index=-1)
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final layer norm's output (B, T, C); with a cache, idx holds the tokens that follow what it holds."""
+        """The final layer norm's output (B, T, C). With a cache, idx are the tokens that follow those in the cache."""
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size, {self.config.block_size}")
-        x = self.transformer.wte(idx) + self.transformer.wpe.weight[start:end]
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[start:end])
         for block in self.transformer.h:
             x = block(x, cache)
         if cache is not None:
@@ -473,32 +472,25 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def generate(
-        self,
-        idx: Tensor,
-        max_new_tokens: int,
-        *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        stop_token: int | None = None,
-        generator: torch.Generator | None = None,
-        use_cache: bool = True,
-    ):
+        self, idx: Tensor, max_new_tokens: int, *, stop_token: int | None = None, use_cache: bool = True, **sampling
+    ) -> Iterator[Tensor]:
         """Continue idx (B, T), yielding the next tokens (B, 1) one step at a time, at most `max_new_tokens` of them.
 
-        temperature 0 takes the likeliest token; `top_k` keeps the k likeliest, `top_p` the fewest that hold that
-        probability. A row that drew `stop_token` repeats it; when all have, generation ends. Beyond block_size the
-        context is its last block_size tokens: all positions move then, so each token costs a whole forward pass.
+        `sampling` goes to `sample`: temperature, top_k, top_p, generator. A row that drew `stop_token` repeats it; when
+        all have, generation ends. Beyond block_size the context is the last block_size tokens: the position of each
+        changes with every step then, so that the cache is of no use and a token costs a whole forward pass.
         """
-        block_size = self.config.block_size
-        cache = KVCache(self.config, idx.size(0), idx.device, self._cache_dtype(idx.device)) if use_cache else None
-        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
+        block_size, device = self.config.block_size, idx.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
+        cache = KVCache(self.config, idx.size(0), device, dtype) if use_cache else None
+        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=device)
         for _ in range(max_new_tokens):
             if cache is not None and idx.size(1) <= block_size:
                 x = self.features(idx[:, cache.length :], cache)
             else:
                 x = self.features(idx[:, -block_size:])
-            token = sample(self.lm_head(x[:, -1]).float(), temperature, top_k, top_p, generator)
+            token = sample(self.lm_head(x[:, -1]).float(), **sampling)
             if stop_token is not None:
                 token = torch.where(stopped, stop_token, token)
                 stopped |= token == stop_token
@@ -506,11 +498,6 @@ class GPT(nn.Module):
             if stop_token is not None and stopped.all():
                 return
             idx = torch.cat((idx, token), dim=1)
-
-    def _cache_dtype(self, device) -> torch.dtype:
-        if torch.is_autocast_enabled(device.type):
-            return torch.get_autocast_dtype(device.type)
-        return self.transformer.wte.weight.dtype
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """For the optimizer: matrices and embeddings decay; biases and layer norms (one dimension) do not."""
@@ -526,15 +513,15 @@ class GPT(nn.Module):
         return {f"transformer.h.{i}.attn.{name}": getattr(block.attn, name) for i, block in layers for name in names}
 
     def num_parameters(self) -> int:
-        """All parameters but the tables that rows are only looked up in, for no matrix product takes these: that of the
-        positions, and that of the tokens where it is not the head's matrix too."""
+        """All parameters but the tables in which rows are only looked up, since no matrix product takes them: the
+        positions' embedding, and the tokens' where the head does not share it."""
         multiplied = {module.weight for module in self.modules() if isinstance(module, nn.Linear)}
         tables = {module.weight for module in self.modules() if isinstance(module, nn.Embedding)} - multiplied
         return sum(p.numel() for p in self.parameters()) - sum(table.numel() for table in tables)
 
     def flops_per_token(self) -> int:
-        """Of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B), where C is the
-        width of all of a layer's heads together and N `num_parameters`."""
+        """FLOPs of one forward and backward pass: 6 N + 12 L C T (Chowdhery et al. 2022, PaLM, appendix B), where N is
+        `num_parameters` and C the width of all of a layer's heads together."""
         widths = sum(m.c_proj.in_features for m in self.modules() if isinstance(m, CausalSelfAttention))
         return 6 * self.num_parameters() + 12 * widths * self.config.block_size
 
@@ -548,7 +535,8 @@ class GPT(nn.Module):
 
 
 def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw one token a row from logits (B, V) → (B, 1); see GPT.generate for the knobs."""
+    """Draw one token a row from logits (B, V) → (B, 1). Temperature 0 takes the likeliest token; `top_k` (an int) keeps
+    the k likeliest, `top_p` (a float) the fewest that together hold that probability."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits / temperature
@@ -557,6 +545,6 @@ def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=No
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None:
         p, order = F.softmax(logits, dim=-1).sort(descending=True)
-        outside = p.cumsum(-1) - p >= top_p  # tokens whose betters already hold top_p; the first always stays
+        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already hold top_p; never the likeliest
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)

@@ -1,7 +1,8 @@
 """Train a GPT: `python train.py CONFIG [--section.key value …]`, or the same under torchrun. `--help` lists the keys.
 
 Every random draw is a function of (seed, step, where), so that a run which is killed and started again gives, bit for
-bit, the losses and weights of one that never stopped. `train` is the whole story; what it calls stands below it.
+bit, the losses and weights of one that never stopped. `train` is the whole story. What it calls stands below it, or in
+harness/.
 """
 
 import contextlib
@@ -10,13 +11,14 @@ import math
 import os
 import signal
 import sys
+from typing import Any
 
 import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
-from harness.checkpoint import FORMAT, build_model, load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
@@ -24,9 +26,9 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
-from harness.models import gpt_config
 from harness.optimizers import make_optimizer
-from harness.runfolder import RunFolder, run_files
+from harness.resuming import check_resume, checkpoint_to_resume, initial_model, restore_optimizer
+from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker
 from measure.probe import attention_kurtosis, weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -42,7 +44,8 @@ def main() -> int:
 
 
 def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
-    """The exit status. `folder` is the run's, on rank 0."""
+    """Train, or only evaluate, as the config says; returns the exit status. `folder` is the run's folder: None on every
+    rank but 0, and where nothing is to be written. UserError for whatever does not fit together."""
     c = config.training
     keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
@@ -64,7 +67,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
 
-    model = torch.compile(raw_model) if use_compile else raw_model
+    model: Any = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
     if not NORMALIZERS[a.normalizer].is_softmax:
@@ -78,18 +81,18 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     )
 
     def evaluate(offsets) -> float:
-        """The mean loss, in nats a token, of the validation windows at `offsets`, shared out among the ranks: to each
-        as many batches, of one shape, since the ranks of a sharded model only run together."""
+        """The mean loss, in nats a token, of the validation windows at `offsets`. Every rank gets the same number of
+        batches, all of one shape, since the ranks of a sharded model can only run together."""
         tokens = corpus.tokens["val"]
         filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
-        total = torch.zeros(2, dtype=torch.float64)  # Σ loss, targets
+        total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of targets
         model.eval()
         with torch.no_grad(), autocast:
             for batch in batches[ranks.rank :: ranks.size]:
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y)
-                if targets := int((y >= 0).sum()):  # the loss over none is NaN
+                if targets := int((y >= 0).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
         loss_sum, targets = ranks.sum(total).tolist()
@@ -116,11 +119,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         "attention": attention_kernel(raw_model, device, dtype),
         "torch": str(torch.__version__),
     }
-    if resumed:
+    if checkpoint:
         check_resume(config, checkpoint, corpus, reference, machine, say)
-        # The state alone: the hyperparameters are the config's, which may have changed.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+        restore_optimizer(optimizer, checkpoint)
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
         best_val_loss = checkpoint["best_val_loss"]
@@ -129,8 +130,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
 
-    tracker = progress = None
-    if ranks.is_main:
+    tracker = progress = None  # like the folder, they are rank 0's
+    if folder:
         if c.resume == "never":
             folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
@@ -139,8 +140,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:
-        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank comes here, since those of a sharded
-        model gather its state together; rank 0 writes."""
+        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank calls this, since the ranks of a
+        sharded model gather its state together; rank 0 alone writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
         corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
@@ -156,43 +157,42 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
-        if ranks.is_main:
+        if folder:
             save_checkpoint(folder.checkpoint, checkpoint | state)
-        if ranks.is_main and best:
+        if folder and best:
             save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
-        """Everything that is measured at an evaluation, on every rank, and whether this is the best one so far."""
+        """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
         nonlocal best_val_loss
         loss = evaluate(windows)
-        best = loss < best_val_loss  # on the same windows every time
+        best = loss < best_val_loss  # a fair comparison: the windows are the same every time
         best_val_loss = min(loss, best_val_loss)
         if step == c.max_steps and len(windows) < len(every_window):
             loss = evaluate(every_window)
         metrics = validation_metrics(loss, corpus)
-        if ranks.is_main:
+        if progress:
             progress.say(f"step {step}: {describe(metrics)}")
-        if config.evaluation.kurtosis:
-            metrics |= kurtosis_metrics(raw_model, corpus, device)
-        return metrics, best
+        kurtosis = kurtosis_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
+        return metrics | kurtosis, best
 
     if not resumed:
-        metrics, best = measure(0)
-        if ranks.is_main:
-            tracker.log(0, metrics)
+        measured, best = measure(0)
+        if tracker:
+            tracker.log(0, measured)
         save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stop = StopSignals(ranks.is_main)
     batches = training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
-    unchecked = []  # (step, metrics, gradient norm) since the last look: looking waits for the device
+    unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
         lr = learning_rate(step, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        means = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
+        means: dict[str, Any] = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
             x, y = next(batches)
             if raw_model.config.dropout:
@@ -216,7 +216,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
         saving = step % c.checkpoint_interval == 0 or step == c.max_steps or stopping
         logging = step % config.tracking.log_interval == 0 or evaluating
-        if ranks.is_main:
+        if progress:
             progress.step()
         if not (logging or saving):
             continue
@@ -231,20 +231,20 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 "train/tokens_per_second": tokens_per_second,
                 "train/mfu": raw_model.flops_per_token() * tokens_per_second / (peak * ranks.size),
             }
-            if ranks.is_main:
+            if progress:
                 progress.report(step, metrics["train/loss"], tokens_per_second, seconds)
+            measured = {}
             if evaluating:
                 measured, best = measure(step)
-                metrics |= measured
-            if ranks.is_main:
-                tracker.log(step, metrics)
+            if tracker:
+                tracker.log(step, {**metrics, **measured})
         if saving or best:
             save(step, best)
         clock, clock_step = now(device), step
         if stopping:
             break
 
-    if ranks.is_main:
+    if tracker and progress:
         progress.close()
         tracker.close()
     if stopping and step < c.max_steps:
@@ -254,7 +254,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
 
 def accumulation(config: Config, ranks: int) -> tuple[int, int]:
-    """(sequences a device holds at a time, micro-steps a step)."""
+    """(sequences that a device holds at a time, micro-steps a step). UserError if the ranks cannot share a batch."""
     c = config.training
     share, rest = divmod(c.batch_size, ranks)
     if rest or not share:
@@ -262,71 +262,6 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
     most = min(c.micro_batch_size or share, share)
     micro_batch_size = next(n for n in range(most, 0, -1) if share % n == 0)
     return micro_batch_size, share // micro_batch_size
-
-
-def checkpoint_to_resume(config: Config) -> dict | None:
-    """The checkpoint that this run continues from; None if it starts afresh."""
-    c = config.training
-    path = config.folder / "ckpt.pt"
-    if c.resume == "never":
-        held = run_files(config.folder)
-        if held and not (c.overwrite or config.evaluation.only):
-            problem = (
-                f"{config.folder} already holds a run ({', '.join(held)}): give another run.name, "
-                "or --training.overwrite true to replace it"
-            )
-            raise config.error("training.resume", problem)
-        return None
-    if path.exists():
-        checkpoint = read_checkpoint(path)
-        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
-        if lacking := [key for key in needed if key not in checkpoint]:
-            problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
-            raise config.error("training.resume", problem)
-        return checkpoint
-    if c.resume == "must":
-        raise config.error("training.resume", f"there is no {path} to resume")
-    if (config.folder / "best.pt").exists() and not config.evaluation.only:
-        problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
-        raise config.error("training.resume", problem)
-    return None
-
-
-def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
-    """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
-
-    Keys of the model section that the config leaves out are then those of `init_from`; those it sets have to agree.
-    """
-    init_from = config.training.init_from
-    scratch = gpt_config(config.model, corpus.vocab_size)
-    if not checkpoint and init_from == "scratch":
-        if config.evaluation.only:
-            raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
-        return GPT(scratch)
-
-    source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
-    found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
-    if init_from != "scratch":
-        wanted = {
-            k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
-        }
-    # A fine-tuning may choose these anew.
-    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
-    differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
-    if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
-        model.crop_block_size(wanted["block_size"])
-        differing.remove("block_size")
-    if differing:
-        listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
-        raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
-    rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    weights = model.state_dict()
-    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
-        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
-        weights |= rebuilt.normalizer_parameters()
-    rebuilt.load_state_dict(weights)
-    return rebuilt
 
 
 def attention_kernel(model: GPT, device, dtype) -> str:
@@ -348,39 +283,8 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
             raise config.error("model.block_size", problem)
 
 
-def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
-    """Say where the run goes on and what differs from then. UserError if that is the corpus or the reference."""
-    if checkpoint["corpus"]["sha256"] != corpus.sha256:
-        problem = (
-            f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "
-            f"{checkpoint['corpus']['sha256'][:12]}…, not {corpus.sha256[:12]}…): start a run of another name, "
-            "with --training.init_from if its weights are to be kept"
-        )
-        raise config.error("data.corpus", problem)
-    before, here = checkpoint.get("reference"), reference and reference.identity
-    if (before and before["sha256"]) != (here and here["sha256"]):
-        then, today = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (before, here))
-        problem = (
-            f"{config.folder}/ckpt.pt was trained beside {then}, not {today}: start a run of another name, "
-            "with --training.init_from if its weights are to be kept"
-        )
-        raise config.error("kl.reference", problem)
-    say(f"resuming {config.folder} from step {checkpoint['step']}")
-    former, changed = checkpoint["config"], []
-    for section, entries in config.to_dict().items():
-        for key, value in entries.items():
-            before = former.get(section, {}).get(key, value)
-            if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
-                changed.append(f"{section}.{key} {before} → {value}")
-    if changed:
-        say(f"changed since the checkpoint: {', '.join(changed)}")
-    for name, here in machine.items():
-        if (before := checkpoint["machine"].get(name)) != here:
-            say(f"warning: {name}: {before} then, {here} now: the losses will agree to rounding only, not bit for bit")
-
-
 def learning_rate(step: int, config: Config) -> float:
-    """Of step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
+    """The rate at step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
     c = config.optimizer
     done, decay_steps = step - 1, c.decay_steps or config.training.max_steps
     if done < c.warmup_steps:
@@ -407,7 +311,7 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
     table = [torch.stack([*means.values(), norm.float()]) for _, means, norm in unchecked]
     *columns, norms = torch.stack(table).cpu().unbind(1)
     values = ranks.sum(torch.stack(columns, 1)) / ranks.size  # (steps, metrics)
-    # With a float16 scaler an infinite gradient is a step skipped, not a model lost.
+    # Under float16's loss scaling an infinite gradient does no harm: the scaler skips that step.
     good = values.isfinite().all(1) & (norms.isfinite() | scaled)
     unchecked.clear()
     if not good.all():

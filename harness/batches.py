@@ -34,10 +34,10 @@ def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: tor
     x, y = windows[:, :-1], windows[:, 1:]
     if index.max() >= len(tokens):
         y = np.where(index[:, 1:] < len(tokens), y, -1)
-    x, y = (torch.from_numpy(np.ascontiguousarray(z)) for z in (x, y))
+    idx, targets = (torch.from_numpy(np.ascontiguousarray(z)) for z in (x, y))
     if device.type == "cuda":  # from pinned memory the copy is queued, and the program goes on
-        return x.pin_memory().to(device, non_blocking=True), y.pin_memory().to(device, non_blocking=True)
-    return x.to(device), y.to(device)
+        return idx.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
+    return idx.to(device), targets.to(device)
 
 
 def dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:

@@ -16,7 +16,7 @@ from harness.files import written_whole
 from model import GPT, GPTConfig
 
 FORMAT = 1
-"""Of the checkpoints that are written here. Larger where an older reader would take the keys for what they are not."""
+"""The version of the checkpoints that are written here. It rises when an older reader would misunderstand the keys."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -50,7 +50,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(
             f"{path} is not a checkpoint, or holds more than tensors and plain values; nothing in it was run"
         ) from e
-    except Exception as e:  # whatever the zip reader and the unpickler make of other bytes, OSError included
+    except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
         raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
     missing = [k for k in ("model", "model_args") if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
@@ -70,7 +70,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
     """
     if str(path).startswith("hf:"):
-        from harness.huggingface import load_gpt2
+        from harness.pretrained import load_gpt2
 
         return load_gpt2(str(path).removeprefix("hf:")).to(device).eval(), {"source": str(path)}
     checkpoint = read_checkpoint(path)
@@ -99,8 +99,8 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
 
 
 def clean_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """Without torch.compile's prefix on every name, and without the causal mask (1, 1, T, T) that older models store as
-    a buffer `attn.bias`, which is also what a normalizer may call a parameter of its own."""
+    """The state dict without torch.compile's prefix on every name, and without the causal masks (1, 1, T, T) that older
+    models store as buffers `attn.bias`. Only the shape tells those: a normalizer may have a parameter called bias."""
     mask = {k for k, v in state.items() if k.endswith(".attn.bias") and v.dim() == 4}
     return {k.removeprefix("_orig_mod."): v for k, v in state.items() if k not in mask}
 

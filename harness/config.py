@@ -37,7 +37,7 @@ class RunConfig:
     """the run's folder is <out_dir>/<name>; null: the config file's own name"""
     out_dir: str = "out"
     """the folder that holds all runs"""
-    seed: Seed = 1337
+    seed: Seed = 1337  # type: ignore[valid-type]  # a class, but one made by a function
     """every random draw is a function of (seed, step, where)"""
 
 
@@ -45,8 +45,13 @@ class RunConfig:
 class ModelConfig(GPTConfig):
     """The GPT's shape, its attention's normalizer (forward) and backward"""
 
-    vocab_size: PositiveInt | None = None
+    vocab_size: PositiveInt | None = None  # type: ignore[assignment]  # the model's own is known with the corpus
     """token ids; null: the corpus's. GPT-2's 50257 padded to 50304 is faster"""
+
+    def gpt_config(self, vocab_size: int) -> GPTConfig:
+        """The model that the section asks for, with this `vocab_size` where the section leaves it out."""
+        given = {field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)}
+        return GPTConfig(**given | {"vocab_size": self.vocab_size or vocab_size})
 
 
 @dataclass
@@ -162,12 +167,13 @@ class Config:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self.sources: dict[str, str] = {}  # "section.key" → the file that set it, or "command line"
 
     @property
     def folder(self) -> Path:
         """The run's folder."""
+        assert self.run.name is not None  # load_config has given it one
         return Path(self.run.out_dir) / self.run.name
 
     def error(self, key: str, problem: str) -> UserError:
@@ -181,7 +187,7 @@ class Config:
         return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
 
-SECTIONS = {f.name: f.type for f in dataclasses.fields(Config)}
+SECTIONS: dict[str, Any] = {f.name: f.type for f in dataclasses.fields(Config)}
 
 
 def load_config(arguments: list[str]) -> Config:
@@ -280,7 +286,7 @@ def help_text() -> str:
     ]
     for section, cls in SECTIONS.items():
         lines += ["", f"{section}: {cls.__doc__}"]
-        explanations = {}
+        explanations: dict[str, str | None] = {}
         for base in reversed(cls.__mro__[:-1]):
             doc = docstring_parser.parse_from_object(base)
             explanations |= {p.arg_name: p.description for p in doc.params}
@@ -342,7 +348,8 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
 
-    values, sources = {}, {}
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
     if base := content.pop("extends", None):
         values, sources = _read_file(path.parent / str(base), (*extending, path.resolve()))
     for section, entries in content.items():

@@ -42,7 +42,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _cpu_multiplies_bfloat16() -> bool:
-    """AVX512-BF16 or AMX on x86, as Linux names them; elsewhere there is no telling without private names."""
+    """Whether the processor has AVX512-BF16 or AMX, as Linux names them; other systems have no public way to tell."""
     try:
         with open("/proc/cpuinfo") as f:
             flags = next((line for line in f if line.startswith("flags")), "").split()
@@ -53,7 +53,9 @@ def _cpu_multiplies_bfloat16() -> bool:
 
 def choose_compile(setting: bool | str, device: torch.device) -> bool:
     """Whether to compile. auto: on CUDA, where a C compiler is at hand for what Triton builds."""
-    return device.type == "cuda" and shutil.which("cc") is not None if setting == "auto" else setting
+    if setting == "auto":
+        return device.type == "cuda" and shutil.which("cc") is not None
+    return bool(setting)
 
 
 def keep_freed_memory() -> None:
@@ -69,7 +71,7 @@ def keep_freed_memory() -> None:
 
 
 def processor_name() -> str:
-    """As the processor calls itself, where Linux tells; else its architecture."""
+    """The processor's own name where Linux tells it, else its architecture."""
     try:
         with open("/proc/cpuinfo") as f:
             names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
@@ -91,8 +93,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
                 return flops, f"the datasheet of {card}"
     n = 8192 if device.type == "cuda" else 1024
     a = torch.randn(n, n, device=device).to(dtype)
-    seconds = []
-    while len(seconds) < 6 and sum(seconds) < 0.5:  # a dtype that the processor only emulates takes seconds for each
+    seconds: list[float] = []
+    while len(seconds) < 6 and sum(seconds) < 0.5:  # an emulated dtype takes seconds for each
         start = now(device)
         a @ a
         seconds.append(now(device) - start)

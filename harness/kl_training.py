@@ -8,6 +8,7 @@ are over the positions of a sequence and then averaged over sequences: micro-ste
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +34,7 @@ class Reference:
         self, config: Config, model: GPTConfig, corpus: Corpus, device: torch.device, use_compile: bool = False
     ):
         c = self.config = config.kl
+        assert c.reference is not None  # without one, no Reference is made
         try:
             reference, info = load_model(c.reference, device)
         except UserError as e:
@@ -43,8 +45,9 @@ class Reference:
         self.identity = {"path": c.reference, "sha256": fingerprint(reference)}
         self.direction = c.direction or ("reverse" if c.mode == "barrier" else "forward")
         self.temperature = c.temperature if c.mode == "distill" else 1.0
-        self._model, self._position_kl = reference, position_kl
-        if use_compile:  # fuses what would be several tensors of the logits' size
+        self._model: Callable = reference
+        self._position_kl: Callable = position_kl
+        if use_compile:  # so that the KL does not make several tensors of the size of the logits
             self._model, self._position_kl = torch.compile(reference), torch.compile(position_kl)
 
     def penalty(self, idx: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -98,14 +101,14 @@ def mismatch(reference: GPTConfig, model: GPTConfig, trained_on: dict, corpus: C
 
 
 def fingerprint(model: GPT) -> str:
-    """The sha256 of what a model computes, wherever it is kept: its weights, and what of its config their shapes do not
-    tell. An option that is younger than these counts only where it is not at its default, so that checkpoints keep the
-    hash that they recorded."""
+    """The sha256 of what a model computes, whatever file it is in: of its weights, and of the config's fields that the
+    weights' shapes do not tell. A field that was added later counts only where it is not at its default, so that the
+    hashes in older checkpoints stay valid."""
     c = model.config
     digest = hashlib.sha256(f"{c.n_head} {c.normalizer} {c.activation}".encode())
     for field in dataclasses.fields(c):
-        told = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
-        if not told and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
+        hashed = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
+        if not hashed and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
             digest.update(f"{field.name} {value!r}".encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -39,7 +39,7 @@ def main() -> int:
 
 def prepare(corpus: Path) -> None:
     """Run the corpus's prepare.py if that has not been done."""
-    if (corpus / "val.bin").exists():  # the file that comes last
+    if (corpus / "val.bin").exists():  # prepare.py puts it into place last
         return
     script = corpus / "prepare.py"
     if not script.exists():

@@ -53,5 +53,5 @@ class RunFolder:
 
 
 def run_files(folder: Path) -> list[str]:
-    """What a run has left in its folder."""
+    """The names of what a run has left in its folder, among the files and folders that runs write."""
     return [name for name in _OURS if (folder / name).exists()]

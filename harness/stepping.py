@@ -15,7 +15,6 @@ from harness.config import Config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops, peak_memory
 from harness.kl_training import Reference
-from harness.models import gpt_config
 from harness.optimizers import make_optimizer
 from harness.timing import Laps
 from model import GPT, use_backend
@@ -37,7 +36,7 @@ class Stepper:
         on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
         self.corpus = Corpus(config.data.corpus, verify=False)
-        shape = gpt_config(config.model, self.corpus.vocab_size)
+        shape = config.model.gpt_config(self.corpus.vocab_size)
         if nanogpt:
             shape = dataclasses.replace(shape, normalizer="softmax", backward="full")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
@@ -60,7 +59,7 @@ class Stepper:
         self.batches = prefetch(batches) if on_gpu and not nanogpt else batches
 
     def run(self, steps: int) -> list[dict[str, float]]:
-        """Seconds of each phase of each of so many steps; nothing waits for the device before the last is queued."""
+        """Seconds of each phase, for each of so many steps. Nothing waits for the device until all are queued."""
         laps = [self._step() for _ in range(steps)]
         return [dict.fromkeys(PHASES, 0.0) | each.seconds() for each in laps]
 
@@ -93,8 +92,8 @@ class Stepper:
                 yield gather(tokens, own, block_size, self.device)
 
     def compiled_error(self) -> float | None:
-        """‖g′ − g‖ / ‖g‖ for g and g′, the gradients of the model run eagerly and compiled on one micro-batch, of the
-        parameter where it is largest; None where nothing is compiled."""
+        """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly and
+        compiled: the largest over all parameters. None where nothing is compiled."""
         if self.model is self.eager:
             return None
         x, y = next(self.batches)
@@ -107,7 +106,7 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
         errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
-        return torch.stack(errors).max().item()  # which a NaN among them makes NaN
+        return torch.stack(errors).max().item()  # NaN if any of them is
 
     def describe(self) -> dict:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the

@@ -2,8 +2,8 @@
 
 import random
 import statistics
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 
@@ -11,23 +11,26 @@ from harness.device import now
 
 
 class Laps:
-    """The times between marks, which begin with the object. On CUDA a mark is an event in the queue of work, so nobody
-    waits until `seconds` asks."""
+    """The times between marks, of which the first is set when the object is made. On CUDA a mark is an event in the
+    queue of work, so that nothing waits for the device until `seconds` is called."""
 
     def __init__(self, device: torch.device):
-        self._device, self._names, self._marks = device, [], []
+        self._device = device
+        self._names: list[str] = []
+        self._marks: list[Any] = []  # CUDA events, or seconds
         self.end("")
 
     def end(self, name: str) -> None:
         """The lap `name` ends here, and the next begins; laps of one name are added up."""
-        mark = torch.cuda.Event(enable_timing=True) if self._device.type == "cuda" else now(self._device)
         if self._device.type == "cuda":
-            mark.record()
+            self._marks.append(torch.cuda.Event(enable_timing=True))
+            self._marks[-1].record()
+        else:
+            self._marks.append(now(self._device))
         self._names.append(name)
-        self._marks.append(mark)
 
     def seconds(self) -> dict[str, float]:
-        """Of each lap, by its name."""
+        """The seconds of each lap, by its name. Waits for the device."""
         totals = dict.fromkeys(self._names[1:], 0.0)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
@@ -51,16 +54,17 @@ def median(values: list[float]) -> Median:
 
 
 def median_ratio(values: list[float], baseline: list[float]) -> Median:
-    """Of values over the baseline's, round by round: what drifts from one round to the next is in both."""
+    """The median of each value over the baseline's of the same round, so that what drifts between rounds cancels."""
     return median([a / b for a, b in zip(values, baseline, strict=True)])
 
 
 def in_turn(
-    runs: dict[str, Callable[[Laps], None]], device: torch.device, rounds: int
+    runs: Mapping[str, Callable[[Laps], object]], device: torch.device, rounds: int
 ) -> dict[str, list[dict[str, float]]]:
-    """The laps of every run in every round, by the run's name. The order changes from round to round, since what ran
-    before leaves the caches its own way."""
-    shuffled, laps = random.Random(0), {name: [] for name in runs}
+    """The laps of every run in every round, by the run's name. The order is shuffled in each round, since a run depends
+    on what the one before it left in the caches."""
+    shuffled = random.Random(0)
+    laps: dict[str, list[Laps]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name in shuffled.sample(list(runs), len(runs)):
             laps[name].append(Laps(device))

@@ -101,15 +101,15 @@ class GPT2(Tokenizer):
 
     name, vocab_size, separator = "gpt2", 50257, 50256
 
-    # tiktoken's own pattern, its first alternatives in one group. That matches the same, and lets the regex engine take
-    # all of them in one pass of its automaton, where it else tries them one by one: 1.5 times the speed.
+    # tiktoken's own pattern with its first alternatives in one group. It matches the same text, at 1.5 times the speed:
+    # the regex engine takes the group in one pass of its automaton instead of trying one alternative after the other.
     PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
     _of_thread = threading.local()
 
     @property
     def _encoding(self):
-        """This thread's own: the regex has a path without locks for the first thread that uses it, and only that."""
+        """One for each thread: a compiled regex needs no locks in the first thread that uses it, and in no other."""
         if not hasattr(self._of_thread, "encoding"):
             import tiktoken  # here, since byte-level runs need neither the package nor its file
 
@@ -168,7 +168,7 @@ def _as_text(text: str | bytes) -> str:
 def different_tokenizers(a: dict, b: dict) -> tuple[str, str] | None:
     """The names of the tokenizers of two corpora, each described as in meta.json or in a checkpoint, if the same id may
     stand for other text; None where the two agree, or where one does not say."""
-    names = [meta.get("tokenizer") for meta in (a, b)]
-    if not all(names) or (names[0] == names[1] and a.get("vocabulary") == b.get("vocabulary")):
+    first, second = a.get("tokenizer"), b.get("tokenizer")
+    if not (first and second) or (first == second and a.get("vocabulary") == b.get("vocabulary")):
         return None
-    return names[0], names[1] if names[0] != names[1] else f"{names[1]} with other characters"
+    return first, second if first != second else f"{second} with other characters"

@@ -18,9 +18,9 @@ from harness.files import write_text
 class Tracker:
     """Writes a run's metrics: one JSON object a line, each step once, and the same to wandb.
 
-    After a resume from step s the lines beyond s are taken back, for their steps are run again. wandb cannot take
-    anything back, so there the steps that it has already seen are left out: `wandb/run.json` keeps the run's id, which
-    every resume continues, and the last step logged.
+    A resume from step s removes the lines beyond s, since those steps are run again. From wandb nothing can be removed,
+    so steps that it has already seen are not sent again: `wandb/run.json` keeps the run's id, under which every resume
+    continues, and the last step sent.
     """
 
     def __init__(self, folder: Path, config, resume_step: int | None):
@@ -45,7 +45,7 @@ class Tracker:
         for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
             try:
                 lines.append(json.loads(text))
-            except json.JSONDecodeError:  # cut off by a kill: the last line, whose step is run again
+            except json.JSONDecodeError:  # the last line, cut off by a kill: its step is run again
                 break
         return lines
 
@@ -53,7 +53,7 @@ class Tracker:
         """One line for `step`; a value that is not finite is written as null."""
         finite = {k: v if v is not None and abs(v) < float("inf") else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self._file.flush()  # first, so that wandb never holds a step that `last_step` above cannot know of
+        self._file.flush()  # before wandb's, so that a resume finds here every step that wandb has seen
         if self._run and step > self._wandb_seen:
             self._run.log({k: v for k, v in finite.items() if v is not None}, step=step)
 
@@ -63,14 +63,14 @@ class Tracker:
             self._run.finish()
 
 
-def start_wandb(folder: Path, run_id: str, name: str, tracking, config: dict):
+def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: dict):
     """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled. Says which in one line."""
     mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
     import wandb  # here: it takes a second
 
-    def start(mode: str):
+    def start(mode: Any):
         return wandb.init(
             mode=mode,
             dir=folder,

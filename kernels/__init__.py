@@ -1,1 +1,1 @@
-"""Attention at full speed. Imports nothing of the project; model.py has the readable form, which says what it is."""
+"""Attention at full speed. Imports nothing of the project. The readable form, which defines it, is in model.py."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.compiler.assume_constant_result
 def native() -> bool:
-    """Can the CPU's kernel be had, kernels/cpu.py's? Then its operators are there, in torch.ops.offbyone."""
+    """Whether the CPU kernel of kernels/cpu.py runs here. If so, its operators are registered in torch.ops.offbyone."""
     if os.environ.get("OFFBYONE_NATIVE") == "0":
         return False
     from kernels import cpu
@@ -19,24 +19,26 @@ def native() -> bool:
     return cpu.load() is not None
 
 
-@torch.compiler.assume_constant_result  # else torch.compile breaks its graph here: the capability is no tensor
+@torch.compiler.assume_constant_result  # torch.compile would break its graph here: a capability is no tensor
 def _is_ampere(device: torch.device) -> bool:
-    """Ampere or later, which have the flash kernels and multiply bfloat16."""
+    """Whether the GPU is an Ampere or later: these have PyTorch's flash kernels and multiply bfloat16."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
-    """Hopper, where cuDNN's attention takes 0.53 to 0.74 of the time of PyTorch's flash kernels (benchmarks/)."""
+    """Whether the GPU is a Hopper, on which cuDNN's attention takes 0.53 to 0.74 of the time of PyTorch's flash kernels
+    (benchmarks/)."""
     hopper, version = torch.cuda.get_device_capability(device)[0] == 9, torch.backends.cudnn.version()
-    return hopper and version is not None and version >= 90000  # an older one has no sequences below 64
+    return hopper and version is not None and version >= 90000  # older versions take no sequence below 64
 
 
 TRITON = importlib.util.find_spec("triton") is not None
 
 
 def one_pass(backend, D: int, dropout_p: float) -> bool:
-    """Is `diagonal`, and STE's dV, for kernels/triton.py? Then its operators are there, in torch.ops.offbyone."""
+    """Whether kernels/triton.py computes the `diagonal` gradients, and dV for `ste`, in one pass over the scores, where
+    PyTorch's kernels would take two or more. If so, its operators are registered in torch.ops.offbyone."""
     fused = backend in ("cuda_flash", "cuda_cudnn")
     if not fused or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
         return False
@@ -45,14 +47,16 @@ def one_pass(backend, D: int, dropout_p: float) -> bool:
     return True
 
 
-SHORT = 64  # so few queries, a cache's say, attend through a (SHORT, T_k) matrix: it is O(T_k) as well
+# At most so many queries (one, when a key/value cache is in use) are materialized against a longer context: a matrix of
+# SHORT × T_k scores is O(T_k) memory, as a fused kernel's is.
+SHORT = 64
 
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, fused: bool = True) -> str:
-    """What computes attention on these: "cpu_native" (kernels/cpu.py), PyTorch's "cpu_flash", "cuda_flash" or
-    "cuda_efficient", "cuda_cudnn" (on Hopper), "materialized", or, for the variant that PyTorch itself offers
-    (`stock`), "stock": its own function, which chooses a kernel by itself. A normalizer without a fused form (`fused`
-    False) is materialized.
+    """The kernel that computes attention on such q and k: "cpu_native" (kernels/cpu.py), PyTorch's "cpu_flash",
+    "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". It is "stock" for the variant that
+    PyTorch itself offers (`stock`): PyTorch's own function, which chooses a kernel by itself. A normalizer without a
+    fused form (`fused` False) is always materialized.
     """
     if _backend_in_use is not None:
         return _backend_in_use
@@ -68,7 +72,8 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         if half and ampere and q.size(-1) <= 256:
             if stock:
                 return "stock"
-            # cuDNN has no dropout that the Triton kernels know, and no sequence of one token.
+            # Dropout stays with flash, since the Triton kernels that complete cuDNN's backward have none. And cuDNN
+            # takes no sequence of one token.
             cudnn = _is_hopper(q.device) and q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1
             return "cuda_cudnn" if cudnn else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
@@ -85,7 +90,7 @@ _backend_in_use: str | None = None
 def use_backend(name: str):
     """Within this context `attention` takes the backend `name` (see `attention_backend`), whatever suits its inputs.
 
-    ValueError for an unknown one, and from `attention` where "stock" or a CPU's kernel cannot do what is asked.
+    ValueError for an unknown name; `attention` raises one too where "stock" or a CPU kernel cannot do what is asked.
     """
     global _backend_in_use
     if name not in BACKENDS:

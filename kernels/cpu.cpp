@@ -1,11 +1,11 @@
-// Causal attention on a CPU, forward and in every backward, in one pass over the scores: see kernels/cpu.py for its use.
+// Causal attention on a CPU, forward and in every backward, in one pass over the scores. kernels/cpu.py calls it.
 //
 // As FlashAttention-2 (Dao 2023): the scores exist only as tiles of 64 × 64, which stay in the cache. All products are
 // one small routine, `multiply`, that keeps 6 rows × a few vectors of the result in registers; on the diagonal it
 // leaves out what the causal mask would throw away. Sums are float32 throughout, whatever the inputs.
 //
-// Plain C++ with GCC's and Clang's vectors: no headers of PyTorch's, so that it compiles in seconds, and no intrinsics,
-// so that it takes whatever vectors the processor has.
+// Plain C++ with the vector types of GCC and Clang. Without PyTorch's headers it compiles in seconds, and without
+// intrinsics it uses whatever vectors the processor has.
 
 #include <algorithm>
 #include <cmath>
@@ -61,7 +61,7 @@ inline void store(bfloat16* x, vec y) {  // rounded to nearest, ties to even; a 
   std::memcpy(x, &upper, sizeof upper);
 }
 
-// The first `count` numbers at x, fewer than a vector of them; the rest zero.
+// The first `count` elements at x, which are fewer than a vector holds; the rest is zero.
 template <class Number>
 inline vec load(const Number* x, int count) {
   Number some[LANES] = {};
@@ -121,7 +121,7 @@ struct Tile {  // row-major; width is a multiple of LANES
   Tile from(int64_t row) const { return {data + row * width, width}; }
 };
 
-struct Factor {  // the left one, read number by number: a tile as it stands or transposed
+struct Factor {  // the left factor of a product, read element by element: a tile as it stands, or transposed
   const float* data;
   int row, column;
 };
@@ -129,8 +129,8 @@ struct Factor {  // the left one, read number by number: a tile as it stands or 
 inline Factor as_is(Tile x) { return {x.data, x.width, 1}; }
 inline Factor transposed(Tile x) { return {x.data, 1, x.width}; }
 
-// Which region of a product C = A B is wanted, where the causal mask makes the rest of it zero or of no use: of C the
-// columns up to, or from, the row's own number; of the sum, the terms up to, or from, the row's own number.
+// The part of a product C = A B that is computed, where the causal mask makes the rest zero or useless. For row m of C:
+// the columns up to m, or from m on; or, of the sum for each element, the terms up to m, or from m on.
 enum Region { ALL, COLUMNS_TO_ROW, COLUMNS_FROM_ROW, TERMS_TO_ROW, TERMS_FROM_ROW };
 
 template <int M, int N>  // rows, vectors
@@ -184,7 +184,7 @@ void multiply(Tile c, Factor a, Tile b, int rows, int columns, int terms, bool a
 
 // --- tiles from and to memory ----------------------------------------------------------------------------------------
 
-struct Tensor {  // (B, H, T, D), the last dimension contiguous; strides in numbers
+struct Tensor {  // (B, H, T, D), the last dimension contiguous; strides in elements
   void* data;
   int64_t batch, head, row;
 };
@@ -197,7 +197,7 @@ struct Rows {  // of one head
   Number* operator[](int64_t t) const { return data + t * stride; }
 };
 
-// Rows first, first + 1, … times scale, zero beyond D.
+// Into the tile: rows first, first + 1, … of x, times scale, and zeros beyond D.
 template <class Number>
 void read(Tile tile, Rows<Number> x, int first, int rows, int D, float scale = 1) {
   const int whole = D / LANES * LANES;
@@ -225,8 +225,8 @@ inline vec interleave(vec a, vec b, std::integer_sequence<int, N...>) {
 #endif
 }
 
-// tile (width, TILE) from another (TILE, width), of which it takes `count` rows, zero beyond. A square of LANES rows is
-// transposed by log₂ LANES perfect shuffles of all of its numbers.
+// tile (width, TILE) becomes the transpose of x (TILE, width), of which `count` rows are used and the rest are zeros.
+// A square of LANES rows is transposed by log₂ LANES perfect shuffles of all its elements.
 void transpose(Tile tile, Tile x, int count) {
   constexpr auto lanes = std::make_integer_sequence<int, LANES>();
   for (int d = 0; d < x.width; d += LANES)
@@ -249,7 +249,7 @@ void transpose(Tile tile, Tile x, int count) {
     }
 }
 
-// Room for the tiles of one thread: taken once, and dealt out anew for each head.
+// Memory for the tiles of one thread: allocated once, and handed out anew for each head.
 class Scratch {
  public:
   Scratch(int64_t size) : memory(new float[size + 16]), end(memory.get() + size + 16) { clear(); }
@@ -266,7 +266,7 @@ class Scratch {
   float *end, *next;
 };
 
-// task(scratch, b, h, part) for every part of every head, with a scratch of `size` numbers
+// Call task(scratch, b, h, part) for every part of every head, with a scratch of `size` floats for each thread.
 template <class Task>
 void share_out(int B, int H, int parts, int64_t size, int threads, Task task) {
 #pragma omp parallel num_threads(threads)
@@ -282,8 +282,9 @@ void share_out(int B, int H, int parts, int64_t size, int threads, Task task) {
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// The scores in the tile, (keys, queries), become exp(S − top) where `top`, the largest of a query's scores so far, may
-// rise; `sum` is of those weights, and what was summed before has to be multiplied by `decay`. True if any top rose.
+// The scores in the tile, (keys, queries), become weights exp(S − top), where `top` is the largest score of a query so
+// far and `sum` the sum of its weights. Both are updated. Where a top rises, whatever was summed with the former top
+// has to be multiplied by `decay`; the result is true if any did.
 bool online_softmax(Tile s, int keys, int queries, bool diagonal, float* top, float* sum, float* decay) {
   const ints lanes = lane_numbers();
   bool risen = false;
@@ -332,7 +333,7 @@ void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor ou
         const bool diagonal = j == i;
         const int keys = std::min(TILE, T - j * TILE);
         const Tile kj = k.from(j * TILE), vj = v.from(j * TILE);
-        // Keys by queries: the sums and maxima of a query are then over rows, vector by vector.
+        // Keys by queries, so that a query's sum and maximum run over rows: each lane of a vector is a query.
         multiply(s, as_is(kj), qt, keys, round_up(queries, LANES), D, false, diagonal ? COLUMNS_FROM_ROW : ALL);
         const bool risen = online_softmax(s, keys, queries, diagonal, top, sum, decay);
         if (j > 0 && risen)
@@ -354,7 +355,7 @@ void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor ou
 
 enum Backward { FULL, DIAGONAL, STE, VALUES };  // VALUES: dV alone
 
-// A row of P = exp(S − lse) in place of S and, but for VALUES, of dS in place of dP.
+// Overwrites a row of S by P = exp(S − lse) and, except for VALUES, a row of dP by dS.
 template <Backward backward, bool masked>
 inline void row_gradient(float* s, float* dp, int columns, int seen, float lse, float delta) {
   if (lse == -INF) lse = INF;  // no weight at all: a row of −∞
@@ -385,7 +386,8 @@ inline float dot(const float* x, const float* y, int width) {
   return sum;
 }
 
-// One head's gradients from the blocks of keys first, first + step, …: dK and dV of these, and their share of dQ.
+// The part of one head's gradients that belongs to the blocks of keys first, first + step, …: dK and dV of these keys,
+// and what they add to dQ.
 template <class Number, Backward backward>
 void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Number> k, Rows<const Number> v,
                    const float* lse, const float* delta, Rows<float> dq_, Rows<Number> dk, Rows<Number> dv,
@@ -407,7 +409,7 @@ void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Numb
     }
     read(kj, k, j * TILE, keys, D);
     transpose(kt, kj, keys);
-    read(kj, k, j * TILE, keys, D, scale);  // now for dQ, which has the scale as a factor; S has it from q
+    read(kj, k, j * TILE, keys, D, scale);  // scaled, for dQ; in S the scale comes with q
     for (int i = j; i < blocks; ++i) {
       const bool diagonal = i == j;
       const int queries = std::min(TILE, T - i * TILE);
@@ -454,8 +456,8 @@ void backward_heads(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const fl
   });
 }
 
-// scale·tril(a bᵀ) c, or triu if anticausal, block by block: within one as it stands; what lies before it, or after it
-// if anticausal, enters through the running sum Σ b cᵀ.
+// scale·tril(a bᵀ) c, or triu if anticausal, block by block. Within a block the product is computed as it stands; what
+// lies before the block (after it, if anticausal) enters through the running sum Σ b cᵀ.
 template <class Number>
 void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B, int H, int T, int D, float scale,
             int threads) {
@@ -488,18 +490,18 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 
 }  // namespace
 
-// --- what kernels/cpu.py calls -----------------------------------------------------------------------------------------
+// --- what kernels/cpu.py calls ---------------------------------------------------------------------------------------
 
 extern "C" {
 
-// Each head is done in `parts`, of the queries here and of the keys in the backward, so that all threads have work.
+// Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work.
 void attention_forward(bool is_bfloat16, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
                        int parts, int B, int H, int T, int D, float scale, int threads) {
   (is_bfloat16 ? forward<bfloat16> : forward<float>)(q, k, v, null_logit, out, lse, parts, B, H, T, D, scale, threads);
 }
 
-// delta (B, H, T) becomes Σ_j P_ij dP_ij = g_i·out_i. dq (parts, B, H, T, D) is float32, `dq_part` numbers from one
-// part to the next: the gradient is their sum. For VALUES dq and dk are left alone.
+// delta (B, H, T) becomes Σ_j P_ij dP_ij = g_i·out_i. dq (parts, B, H, T, D) is float32, with `dq_part` elements from
+// one part to the next; the gradient is the sum of the parts. For VALUES dq and dk are not written.
 void attention_backward(bool is_bfloat16, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out,
                         const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk, Tensor dv, int parts,
                         int B, int H, int T, int D, float scale, int threads) {

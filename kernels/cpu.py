@@ -1,12 +1,13 @@
 """Attention on a CPU by a kernel of our own, kernels/cpu.cpp, which the system's C++ compiler builds at first use.
 
-PyTorch's fused kernels give `diagonal` in two backward passes and no STE at all (see FusedAttention in fused.py); this
-one does every variant in one, the null logit included, and bfloat16 at the speed of float32 where the processor only
-emulates it. It is compiled for the processor it runs on, in some three seconds, into `__pycache__`; where there is no
-compiler (and but for Linux, so far) `load` says so and attention runs on PyTorch's kernels.
+PyTorch's fused kernels need two backward passes for `diagonal` and have no STE at all (see FusedAttention in fused.py).
+This kernel computes every variant in one pass, the null logit included, and bfloat16 at the speed of float32 where the
+processor only emulates bfloat16. It is compiled for the processor it runs on, in some three seconds, into
+`__pycache__`. Without a compiler, and so far on anything but Linux, attention runs on PyTorch's kernels instead.
 
-The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D), the last dimension contiguous (they do
-not check: FusedAttention has), and sum in float32. They are opaque to torch.compile, which so keeps one graph.
+The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D) and sum in float32. The last dimension
+has to be contiguous: FusedAttention sees to that, they do not check it. torch.compile takes each of them for one opaque
+operator, so that its graph does not break.
 """
 
 import contextlib
@@ -30,14 +31,17 @@ SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
 BACKWARDS = ("full", "diagonal", "ste", "values")  # kernels/cpu.cpp's enum Backward; the last is dV alone
 
-# Up to so many tokens STE's dQ and dK come faster from the masked matrix, tile by tile, beyond from running sums. The
-# whole backward on 2 cores of Zen 4, heads of 64, the former against the latter: 4.3 and 6.1 ms at T = 128 (96 heads),
-# 6.8 and 7.6 at 256 (48 heads), 4.5 and 3.7 at 384 (16 heads), 11.7 and 9.9 at 512 (24 heads).
+# There are two ways to STE's dQ and dK, which are products with the masked matrix tril(g Vᵀ): to compute that matrix
+# tile by tile, in O(T²) time, or to keep running sums, in O(T) time. Where T exceeds this number, running sums are
+# taken. Measured on 2 cores of Zen 4 with heads of 64, the whole backward takes
+#     T (heads)       128 (96)   256 (48)   384 (16)   512 (24)
+#     tile by tile    4.3        6.8        4.5        11.7 ms
+#     running sums    6.1        7.6        3.7        9.9 ms
 LINEAR_FROM = 256
 
 
 class _Tensor(ctypes.Structure):
-    """kernels/cpu.cpp's Tensor: the data and the strides of (B, H, T), in numbers."""
+    """kernels/cpu.cpp's Tensor: the address of the data, and the strides of B, H and T, counted in elements."""
 
     _fields_ = (("data", ctypes.c_void_p), *((name, ctypes.c_int64) for name in ("batch", "head", "row")))
 
@@ -56,7 +60,7 @@ _SIGNATURES = {
 
 @functools.cache
 def load() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it cannot be had, with a warning unless there is just no compiler."""
+    """The compiled kernel, or None. Warns if it fails to build or to load; having no `c++` is no failure."""
     if platform.system() != "Linux":
         return None
     words = os.environ.get("CXX", "").strip() or "c++"
@@ -64,10 +68,10 @@ def load() -> ctypes.CDLL | None:
         path = build(shlex.split(words))
         library = _opened(path) if path else None
     except (OSError, ValueError, subprocess.CalledProcessError) as error:
-        said = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
+        message = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         warnings.warn(
             f"no kernel from {SOURCE.name} by {words}: attention runs on PyTorch's, slower. Mend it, "
-            f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{said}",
+            f"set CXX to another compiler, or OFFBYONE_NATIVE=0 to do without. What was said:\n{message}",
             stacklevel=2,
         )
         return None
@@ -81,15 +85,15 @@ def _opened(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))
     except OSError:
-        path.unlink(missing_ok=True)  # else the next process would find it, and not build it anew
+        path.unlink(missing_ok=True)  # or the next process would try it again instead of building it
         raise
 
 
 def build(compiler: list[str]) -> Path | None:
     """The shared library of this source, this compiler and this processor, made if it is not there yet.
 
-    In `__pycache__` beside the source, or in the user's cache where that cannot be written to; once there, it needs no
-    compiler any more. None where there is no `c++`. Raises OSError where another compiler is not found or neither
+    It lies in `__pycache__` beside the source, or in the user's cache where that cannot be written to. No compiler is
+    needed once it is there. None where there is no `c++`. Raises OSError where another compiler is not found or neither
     folder can be written to, CalledProcessError where the compiler fails.
     """
     parts = (SOURCE.read_bytes(), compiler, FLAGS, processor())
@@ -97,7 +101,7 @@ def build(compiler: list[str]) -> Path | None:
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folders = (SOURCE.parent / "__pycache__", Path(cache, "offbyone"))
     for folder in folders:
-        if os.path.exists(folder / name):  # (False, where Path's own raises, in a folder that may not be read)
+        if os.path.exists(folder / name):  # Path.exists raises in a folder that may not be read
             return folder / name
     if shutil.which(compiler[0]) is None:
         if compiler == ["c++"]:
@@ -112,11 +116,11 @@ def build(compiler: list[str]) -> Path | None:
         raise OSError(f"no folder to keep it in: neither {folders[0]} nor {folders[1]} can be written to")
     with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
         subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
-        return Path(made, name).replace(folder / name)  # at once: other processes may be building the same
+        return Path(made, name).replace(folder / name)  # atomic: other processes may build the same
 
 
 def processor() -> str:
-    """What -march=native depends on: a library must not wander to a processor without its instructions."""
+    """What -march=native depends on. A library must not be loaded on a processor that lacks its instructions."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -129,7 +133,8 @@ def processor() -> str:
 
 
 def _call(name: str, *arguments) -> None:
-    """Tensors of four dimensions go by their strides, others as pointers; None is the null pointer."""
+    """Call a function of the library. Tensors of four dimensions are passed with their strides, others as pointers, and
+    None as the null pointer."""
     getattr(load(), name)(*(_converted(x) if torch.is_tensor(x) else x for x in arguments))
 
 
@@ -144,9 +149,10 @@ def _empty_result(q: Tensor) -> Tensor:
 
 
 def _parts(q: Tensor) -> int:
-    """Into how many a head is divided so that all threads have as much to do; 1 where there are heads enough.
+    """Into how many parts each head is divided, so that all threads have the same amount of work.
 
-    Each thread holds three copies of a head's rows, and dQ is summed over the parts: memory that grows with threads.
+    One part where there are enough heads, since parts cost memory: each thread copies a head's rows three times, and dQ
+    is a sum over the parts.
     """
     heads, blocks, threads = q.size(0) * q.size(1), -(-q.size(2) // 64), torch.get_num_threads()
     return 1 if heads >= 4 * threads else min(blocks, threads // math.gcd(heads, threads))
@@ -174,7 +180,7 @@ def cpu_backward(
     parts, shape = _parts(q), (B, H, T, D, scale, torch.get_num_threads())
     is_bfloat16, linear = q.dtype == torch.bfloat16, backward == "ste" and T > LINEAR_FROM
     dk, dv, delta = _empty_result(q), _empty_result(q), torch.empty_like(lse)
-    if linear:  # dQ and dK are left alone by the first
+    if linear:  # the first call computes dV and delta alone
         dq = _empty_result(q)
         inputs = (is_bfloat16, BACKWARDS.index("values"), grad, q, k, v, out, lse, delta)
         _call("attention_backward", *inputs, dq, 0, dk, dv, parts, *shape)
@@ -188,7 +194,7 @@ def cpu_backward(
     return dq.to(q.dtype), dk, dv, delta
 
 
-# Not by torch.library.custom_op, whose wrapping costs 10 µs a call, a tenth of a short context's time.
+# torch.library.custom_op would be shorter, but its wrapping costs 10 µs a call, a tenth of a short context's time.
 _library = torch.library.Library("offbyone", "FRAGMENT")
 _library.define("cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? null_logit, float scale) -> (Tensor, Tensor)")
 _library.define(

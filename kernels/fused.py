@@ -12,18 +12,18 @@ from kernels.backends import one_pass
 
 
 class FusedAttention(torch.autograd.Function):
-    """Every normalizer and backward in O(T) memory, by fused kernels.
+    """Softmax with or without a null slot, and every backward, in O(T) memory, by fused kernels.
 
-    Our own (kernels/cpu.py) takes the null logit and the backward as arguments. PyTorch's know neither, but their
-    backward takes the output and the rows' logsumexp, and for whatever `out` and `lse` it is given it computes, with
-    `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and
-    `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row: `lse₁ = log(exp(lse) + exp(b))` and
-    `out₁ = out·exp(lse − lse₁)`, which are then the arguments of its exact backward.
+    Our own CPU kernel (kernels/cpu.py) takes the null logit and the backward as arguments. PyTorch's kernels know
+    neither. But their backward takes the output and the rows' logsumexp as arguments, and for any `out` and `lse` it
+    computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K`
+    and `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row, to `lse₁ = log(exp(lse) + exp(b))` and
+    `out₁ = out·exp(lse − lse₁)`: called with these, their backward gives the exact gradients with a null slot.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # else the kernels read garbage
+        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as the kernels assume, unchecked
         if backend == "cpu_native":
             (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
         else:
@@ -43,17 +43,17 @@ class FusedAttention(torch.autograd.Function):
         backward, dropout_p, scale, backend = ctx.arguments
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
         if backend == "cuda_cudnn" and grad.stride() != out.stride():
-            # PyTorch keeps cuDNN's plans by the strides of q, k and v alone: with one and the same layout of q there
-            # has to be one of dL/dO too, or the second runs on the plan of the first and gives garbage.
+            # PyTorch looks up cuDNN's plans by the strides of q, k and v alone. A dL/dO with other strides than the
+            # first one's would run on the plan made for those, and give garbage: all get the strides of the output.
             grad = torch.empty_like(out).copy_(grad)
 
         def kernel(out, lse, scale):
             return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
 
         wants_null = null_logit is not None and ctx.needs_input_grad[3]
-        if wants_null and backend != "cpu_native":  # first: the product is as large as each of the gradients to come
+        if wants_null and backend != "cpu_native":  # before the gradients, each as large as the product here
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
-        rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T), of whatever shape the kernel has it
+        rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T): the kernels' shapes differ
         in_one_pass = backward != "full" and one_pass(backend, q.size(-1), dropout_p)
         if backend == "cpu_native":
             operator = torch.ops.offbyone.cpu_backward
@@ -64,14 +64,15 @@ class FusedAttention(torch.autograd.Function):
             operator = torch.ops.offbyone.score_backward
             grad_q, grad_k, grad_v = operator(grad, q, k, v, rows_lse, scale, backward)
         elif backward == "diagonal":
-            # P∘dP is what out = 0 gives, and P²∘dP the same at twice the scores (whose dQ and dK are then doubled).
-            # (CUDA's kernels read a whole tensor of zeros, the CPU's is content with one row of them.)
+            # dS = P∘(1 − P)∘dP is a difference of two calls. With out = 0 a kernel computes dS = P∘dP. With the scores
+            # (so both lse and scale) doubled too, its P is our P²: dS = P²∘dP, and dQ and dK twice what belongs to it.
+            # The zeros are one row, read over and over, for the CPU's kernel; those of CUDA need a whole tensor.
             zero = out.new_zeros(out.size(-1)).expand_as(out) if backend == "cpu_flash" else torch.zeros_like(out)
             grad_q, grad_k, grad_v = kernel(zero, lse, scale)
             grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
             grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
         else:
-            if backend == "cpu_flash" and q.dtype != torch.float16:  # whose range may not hold lse / scale
+            if backend == "cpu_flash" and q.dtype != torch.float16:  # lse / scale may exceed float16
                 grad_v = value_gradient_on_cpu(grad, q, k, lse, scale)
             elif in_one_pass:
                 grad_v = torch.ops.offbyone.value_gradient(grad, q, k, rows_lse, scale)
@@ -81,7 +82,7 @@ class FusedAttention(torch.autograd.Function):
 
         grad_null = None
         if wants_null:
-            # dL/db = −Σ P_null (g·out): exact whatever `backward`, which is about the scores.
+            # dL/db = −Σ P_null (g·out), in full whatever `backward`, which chooses the gradient of the scores alone.
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
 
@@ -89,8 +90,8 @@ class FusedAttention(torch.autograd.Function):
 def _scaled(out: Tensor, share: Tensor) -> Tensor:
     """out (B, H, T, D) times share (B, H, T, 1), in out's dtype.
 
-    In place, which saves a copy. Not so where it is compiled: PyTorch 2.11 then gives an output that is another
-    tensor's alias, as `mul_`'s result is and that of a `to` which has nothing to do, a gradient of zeros.
+    In place, which saves a copy, except under torch.compile: there PyTorch 2.11 gives a gradient of zeros to an output
+    that is an alias of another tensor, such as the result of `mul_`, or of a `to` that has nothing to convert.
     """
     if not torch.compiler.is_compiling():
         return out.mul_(share)
@@ -99,7 +100,8 @@ def _scaled(out: Tensor, share: Tensor) -> Tensor:
 
 
 def kernel_forward(backend, q, k, v, dropout_p, scale):
-    """(out, logsumexp of the rows, what the backward needs besides). PyTorch's private names stay here and below."""
+    """(out, the rows' logsumexp, what the backward needs besides). PyTorch's private operators are named only here and
+    in kernel_backward."""
     if backend == "cpu_flash":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k, v, 0.0, True, scale=scale)
@@ -135,28 +137,33 @@ def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
 
 # --- STE ------------------------------------------------------------------------------------------------------------
 
-# Up to so many tokens STE's dQ and dK come from the masked matrix in kernels/triton.py, block by block, beyond from
-# running sums. The whole backward on an H100, heads of 64, 16,384 tokens in all, the former against the latter: 1.0 and
-# 3.1 ms at T = 2,048, 1.9 and 3.7 at 4,096, 3.7 and 4.8 at 8,192, 7.5 and 6.2 at 16,384. (2 ms of the latter are the
-# launches of its many small operations, which torch.compile joins.)
+# On a GPU there are two ways to STE's dQ and dK, which are products with the masked matrix tril(g Vᵀ).
+# kernels/triton.py computes that matrix block by block, in O(T²) time; `linear_attention` keeps running sums instead,
+# in O(T) time, but by many small operations. Where T exceeds this number, running sums are taken. Measured on an H100
+# with heads of 64 and 16,384 tokens a batch, the whole backward takes
+#     T                 2,048   4,096   8,192   16,384
+#     block by block    1.0     1.9     3.7     7.5 ms
+#     running sums      3.1     3.7     4.8     6.2 ms
+# 2 ms of the latter are launches, which torch.compile joins: compiled, the two meet at about 4,096.
 LINEAR_FROM = 4096
-AT_ONCE = 2**20  # numbers; of a larger q value_gradient_on_cpu takes a head at a time, since it makes copies
+
+# value_gradient_on_cpu copies its inputs. Where q has more elements than this, it goes head by head to save memory.
+AT_ONCE = 2**20
 
 
 def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
     """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
 
-    Read backwards in time, it is the causal attention of the keys to the queries: −lse_i joins the scores as one more
-    column of q (against ones in k), and what the kernel divides each row by is multiplied back. Half of a backward.
+    With time reversed, the sum over i ≥ j is causal attention in which our keys ask, our queries answer, and g are the
+    values. Two things remain. The −lse_i enter the scores as one more column of q, against a column of ones in k. And
+    the kernel divides each row by its sum, so the result is multiplied by that sum again. This takes half the time of a
+    backward pass, the other way to dV.
     """
     if q.numel() > AT_ONCE and q.size(1) > 1:
-        heads = (
-            value_gradient_on_cpu(*each, scale)
-            for each in zip(*(x.split(1, 1) for x in (grad, q, k, lse)), strict=True)
-        )
-        return torch.cat(list(heads), dim=1)
+        heads = zip(*(x.split(1, dim=1) for x in (grad, q, k, lse)), strict=True)
+        return torch.cat([value_gradient_on_cpu(g, q_h, k_h, lse_h, scale) for g, q_h, k_h, lse_h in heads], dim=1)
     D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
-    for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # three bfloat16 hold what a float32 does
+    for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # a float32 is the sum of three bfloat16
         columns.append(rest.to(q.dtype))
         rest = rest - columns[-1]
     queries = torch.cat((q.flip(2), *columns), dim=-1)
@@ -174,9 +181,10 @@ def straight_through_gradients(q, k, v, grad, scale: float) -> tuple[Tensor, Ten
 def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int = 128, segment: int = 1024) -> Tensor:
     """`scale·tril(a bᵀ) c`, or triu if anticausal, all (B, H, T, D), in O(T) (Katharopoulos et al. 2020).
 
-    Within a chunk as it stands; what lies before the chunk (or after it) enters through the running sum `Σ b cᵀ`. The
-    chunks of a segment go at once, the segments one after another. Sums are float32 at least, and so are the factors of
-    products, but for bfloat16 on CUDA: there they keep their dtype, as the weights do in a flash kernel.
+    Within a chunk of rows the masked product is computed as it stands. What lies before the chunk (after it, if
+    anticausal) enters through the running sum `Σ b cᵀ`. The chunks of a segment are computed together, one segment
+    after another, which bounds the memory. Sums are at least float32. So are the factors of products, except bfloat16
+    on CUDA: there they stay bfloat16, as the weights do in a flash kernel.
     """
     B, H, T, D = a.shape
     sums_dtype = torch.promote_types(a.dtype, torch.float32)
@@ -194,7 +202,7 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
             scores = torch.bmm(a_, b_.mT)
             part = torch.bmm(scores.triu_() if anticausal else scores.tril_(), c_)
             if chunk < T:
-                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D).to(sums_dtype)  # of each chunk
+                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D).to(sums_dtype)  # Σ b cᵀ of each chunk
                 sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
                 sums = sums if outside is None else sums + outside
                 part.baddbmm_(a_, (sums - own).view(-1, D, D).to(factors))

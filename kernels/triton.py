@@ -1,16 +1,17 @@
 """The backward pass of attention's `diagonal` and `ste` in one pass over the scores, for NVIDIA GPUs, in Triton.
 
-PyTorch's fused kernels give the diagonal backward in two calls (see FusedAttention in fused.py) and compute dQ and dK
-for STE only to drop them. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal), `P = exp(S − lse)` and
-`dP = g Vᵀ`:
+PyTorch's fused kernels need two calls for the diagonal backward (see FusedAttention in fused.py), and for STE they
+compute a dQ and dK that nobody uses. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal),
+`P = exp(S − lse)` and `dP = g Vᵀ`:
 
     score_backward:  dS = P∘(1 − P)∘dP (diagonal) or dP (ste),   dQ = scale·dS K,   dK = scale·dSᵀ Q,   dV = Pᵀ g
     value_gradient:  dV = Pᵀ g
 
-as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel owns blocks of keys (dK, dV)
-and one blocks of queries (dQ), so that nothing is added atomically and the result is the same every time.
+as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel computes dK and dV, a block of
+keys at a time, another dQ, a block of queries at a time. So nothing is added atomically, and the result is the same
+every time.
 
-The logsumexp is given, so a null logit (softmax1, a sink) needs nothing here: it is in `lse` already.
+A null logit (softmax1, a sink) needs no code here: it is part of `lse`, which the caller gives.
 """
 
 import torch
@@ -61,14 +62,14 @@ def _one_minus_exp(x, exp_x, FLOAT32: tl.constexpr):
 
 @triton.jit
 def _log_weights(products, lse, queries, keys, scale, MASKED: tl.constexpr):
-    """`S − lse` from QKᵀ or KQᵀ; −∞ for keys ahead. Held at 0, which the rounding of large scores may exceed."""
+    """`S − lse` from QKᵀ or KQᵀ; −∞ for keys after the query. At most 0, which large scores exceed by rounding."""
     x = tl.minimum(products * scale - lse, 0.0, propagate_nan=tl.PropagateNan.ALL)
     return tl.where(queries >= keys, x, float("-inf")) if MASKED else x
 
 
 @triton.jit
 def _visible(x, queries, keys, MASKED: tl.constexpr):
-    """Zero for keys ahead."""
+    """x, with zero for keys after the query."""
     return tl.where(queries >= keys, x, 0.0) if MASKED else x
 
 
@@ -79,13 +80,13 @@ def _keys_kernel(
     scale, T,
     SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dV, and dK if there is a SLOPE, "diagonal" or "ste", of a block of keys, through the queries that see them.
-    Matrices are (keys, queries)."""
+    """dV of a block of keys and, if SLOPE is "diagonal" or "ste", dK: sums over the queries that see them. Matrices are
+    (keys, queries)."""
     first, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
     k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
-    # tl.zeros is itself a compiled function: the interpreter cannot call it where it was switched on late.
+    # Not tl.zeros, a compiled function itself: the interpreter of the tests, switched on late, cannot call it.
     dv_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
     if SLOPE is not None:
         v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
@@ -123,7 +124,7 @@ def _queries_kernel(
     scale, T,
     SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dQ of a block of queries, through the keys that they see. Matrices are (queries, keys)."""
+    """dQ of a block of queries: a sum over the keys that they see. Matrices are (queries, keys)."""
     # The last queries see the most keys: they start first, so that no long block is left over at the end.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -156,7 +157,7 @@ def _queries_kernel(
 
 
 # --- operators ------------------------------------------------------------------------------------------------------
-# Opaque to torch.compile, which so keeps one graph and does not generate Triton code of its own from these kernels.
+# torch.compile takes each for one opaque operator: its graph does not break, and it generates no code for the kernels.
 
 
 @torch.library.custom_op("offbyone::score_backward", mutates_args=())
@@ -230,11 +231,11 @@ def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
 
 
 def _block_sizes(q: Tensor, kernel: str) -> tuple[int, int, dict[str, int]]:
-    """Rows of the block that a program owns, rows of a step of its loop, and the launch options, by what the kernel
-    gives: the gradients of the "keys", of the "queries", or of the "values" alone.
+    """The rows of a program's own block, the rows that a step of its loop takes, and the launch options, for the kernel
+    that computes the gradients of the "keys", of the "queries", or of the "values" alone.
 
-    In half types the best or within 9 % of it of a grid of 27, at heads of 64 and 128 and T = 1,024 and 4,096, on an
-    H100 (benchmarks/); they fit into the 100 KB of shared memory that other cards have.
+    For half types they are the fastest of 27 combinations, or within 9 % of it, timed with heads of 64 and 128 and
+    T = 1,024 and 4,096 on an H100 (benchmarks/). They fit into the 100 KB of shared memory that other cards have.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
         return 32, 32, {"num_warps": 8, "num_stages": 1}

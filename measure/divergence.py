@@ -228,9 +228,12 @@ def _checked_ray(alpha0: Tensor, slopes: Tensor, tau: float | Tensor) -> tuple[T
 
 
 def _check_sums(probabilities: Tensor, what: str) -> None:
-    """They sum to 1 up to rounding, of float32 at least: what comes in float64 may have been computed there. One of n
-    log-probabilities is off by ε|log p|, and Σ p |log p| ≤ log n, as is log n itself; a normaliser summed one by one
-    walks at random to ε√n of itself (log_softmax of 50,000 reaches 1e-5): four standard deviations of that."""
+    """ValueError unless the n probabilities of each row sum to 1 within 4 ε (1 + log n + √n).
+
+    That is what rounding may do to them, with float32's ε even for float64, since they may have been computed in
+    float32 before. Rounding each log p changes the sum by at most ε Σ p |log p| ≤ ε log n. The normaliser was itself a
+    sum of n terms, whose rounding errors add up like a random walk, to about ε√n (for a log_softmax of 50,000 values to
+    1e-5). The factor 4 allows four standard deviations of that walk."""
     n = probabilities.size(-1)
     sums = probabilities.sum(-1, dtype=torch.promote_types(probabilities.dtype, torch.float32))
     eps = max(torch.finfo(probabilities.dtype).eps, torch.finfo(torch.float32).eps)

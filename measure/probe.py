@@ -92,7 +92,8 @@ def capture_attention(model: GPT):
 
     def hook_for(attn):
         def hook(_core, inputs, out):
-            qkv = [x.detach() for x in inputs]  # the backward pass reaches the last layer first, hence the insert
+            qkv = [x.detach() for x in inputs]
+            # Insert at the front: the backward pass reaches the last layer first.
             out.register_hook(lambda grad: captured.insert(0, AttentionPass(attn, *qkv, grad.detach())))
 
         return hook

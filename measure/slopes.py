@@ -102,7 +102,7 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
         return [(q[0], k[0]) for _, q, k in captured]
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    with backward_mode(model, "full"):  # the others' slopes are not those of their values
+    with backward_mode(model, "full"):  # any other would give jvp a derivative that is not the attention's
         primals, tangents = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
 
     H, T, D = primals[0][0].shape

@@ -27,7 +27,6 @@ from harness.device import choose_device, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
 from harness.files import write_text
-from harness.models import gpt_config
 from model import GPTConfig
 
 GPT2_VOCABULARY = 50257
@@ -73,7 +72,7 @@ def shape(path: str | None, overrides: list[str]) -> GPTConfig:
     """The model of a config, or GPT-2's 124M, with what the command line changes."""
     default = Path(__file__).resolve().parents[1] / "configs" / "gpt2_124m_softmax.yaml"
     model = load_config([str(path or default), *overrides]).model
-    return gpt_config(model, GPT2_VOCABULARY)
+    return model.gpt_config(GPT2_VOCABULARY)
 
 
 if __name__ == "__main__":

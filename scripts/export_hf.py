@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.checkpoint import load_model
 from harness.errors import run_cli
-from harness.huggingface import save_gpt2
+from harness.pretrained import save_gpt2
 
 
 def main() -> None:

@@ -14,11 +14,12 @@ from scipy import stats
 
 from harness.batches import gather
 from harness.checkpoint import load_model, save_checkpoint
-from harness.corpus import Corpus, write_corpus
+from harness.corpus import Corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.diagnostics.activation_kurtosis import DIAGNOSTIC
 from harness.figures import new_figure
-from harness.huggingface import save_gpt2
+from harness.pretrained import save_gpt2
 from harness.tokenizer import Chars
 from measure import activations as activations_module
 from measure.activations import Activations, AttentionStatistics, TensorStatistics

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import Subject, attention_kl_bound, run
 from harness.errors import UserError, run_cli
 from harness.optimizers import saved_optimizer

@@ -10,7 +10,7 @@ import torch
 
 from harness import comparison
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import activation_kurtosis, run, weight_kurtosis
 from harness.errors import UserError
 from harness.figures import new_figure

@@ -14,7 +14,7 @@ import torch
 from torch.nn import functional as F
 
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import argument_parser, compare_kl, compare_kl_demo, run
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes, Chars

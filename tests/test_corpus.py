@@ -17,8 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import corpus as corpus_module
-from harness.corpus import Corpus, TextFile, find_files, pieces, position, split_files, write_corpus
+from harness import corpus_writing
+from harness.corpus import Corpus
+from harness.corpus_writing import TextFile, find_files, pieces, position, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes, Chars
 
@@ -116,7 +117,7 @@ def test_a_split_without_text_is_an_error(tmp_path):
 def test_pieces_encode_to_what_the_whole_does(gpt2, words):
     document = "".join(word + space for word, space in words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_module, "PIECE", 32)
+        patch.setattr(corpus_writing, "PIECE", 32)
         cut = list(pieces(document))
     assert b"".join(cut) == document.encode()
     assert max(map(len, cut)) <= 64
@@ -127,8 +128,8 @@ def test_pieces_encode_to_what_the_whole_does(gpt2, words):
 def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     import tiktoken
 
-    text = (ROOT / "harness" / "corpus.py").read_text().encode("ascii", "replace").decode() * 40
-    assert len(text) > 2 * corpus_module.PIECE
+    text = (ROOT / "harness" / "corpus_writing.py").read_text().encode("ascii", "replace").decode() * 40
+    assert len(text) > 2 * corpus_writing.PIECE
     path = tmp_path / "long.txt"
     path.write_text(text)
     parts = [("train", text), ("val", TextFile(path, 10, 600_000)), ("val", TextFile(path, len(text) - 5))]
@@ -145,7 +146,7 @@ def test_text_without_a_place_to_cut(gpt2):
     for text in (b"x" * 600_000, b" " * 1_200_000 + b"x", "é".encode() * 300_000):
         cut = list(pieces(text))
         assert b"".join(cut) == text
-        assert max(map(len, cut)) <= 2 * corpus_module.PIECE
+        assert max(map(len, cut)) <= 2 * corpus_writing.PIECE
         assert all(gpt2.decode_bytes(gpt2.encode(piece)) == piece for piece in cut)
 
 
@@ -209,7 +210,7 @@ def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     write(tmp_path)
     former = Corpus(tmp_path).sha256
     code = (
-        "import sys, itertools; from harness.corpus import write_corpus; from harness.tokenizer import Bytes;"
+        "import sys, itertools; from harness.corpus_writing import write_corpus; from harness.tokenizer import Bytes;"
         "write_corpus(sys.argv[1], (('train', 'x' * 100_000) for _ in itertools.count()), Bytes(), source='')"
     )
     process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from harness import diagnostics
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
 from harness.errors import UserError, run_cli
 from harness.figures import check_folder, new_figure

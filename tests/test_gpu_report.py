@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.gpu_report.document import markdown
 from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS

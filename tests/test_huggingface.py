@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.checkpoint import load_model
 from harness.errors import UserError
-from harness.huggingface import load_gpt2, save_gpt2
+from harness.pretrained import load_gpt2, save_gpt2
 from model import GPT, GPTConfig
 
 # Logits of a few units, of float32 and two implementations: some ten layers' rounding, 1e-6 each at most.

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from harness.checkpoint import load_model, save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.diagnostics import jacobian_energy as script
 from harness.errors import run_cli

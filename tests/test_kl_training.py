@@ -18,7 +18,8 @@ from test_train import ROOT, Run, assert_same_run, finished, refused, workplace 
 
 from harness.checkpoint import load_model, save_checkpoint
 from harness.config import load_config
-from harness.corpus import Corpus, write_corpus
+from harness.corpus import Corpus
+from harness.corpus_writing import write_corpus
 from harness.errors import UserError
 from harness.kl_training import Reference, fingerprint, position_kl
 from harness.tokenizer import from_name

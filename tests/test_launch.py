@@ -29,7 +29,7 @@ def config(tmp_path) -> Path:
     corpus.mkdir()
     (corpus / "prepare.py").write_text(f"""
 import sys; sys.path.insert(0, {str(ROOT)!r})
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 documents = [("train", b"0123456789" * 99), ("val", b"0123456789" * 9)]
 write_corpus({str(corpus)!r}, documents, from_name("bytes"), source="")

@@ -354,7 +354,7 @@ def test_generation_streams_and_leaves_gradients_on_for_the_caller():
 
 def test_a_row_that_drew_the_stop_token_repeats_it_until_all_have(monkeypatch):
     drawn = iter([[[3], [4]], [[9], [5]], [[6], [7]], [[8], [9]], [[1], [2]]])
-    monkeypatch.setattr(model_module, "sample", lambda *_: torch.tensor(next(drawn)))
+    monkeypatch.setattr(model_module, "sample", lambda *_, **__: torch.tensor(next(drawn)))
     assert generated(tiny_gpt(), tokens(2, 4), 5, stop_token=9).tolist() == [[3, 9, 9, 9], [4, 5, 7, 9]]
 
 

@@ -19,7 +19,8 @@ import train
 from harness.batches import gather, validation_offsets
 from harness.checkpoint import load_model
 from harness.config import help_text
-from harness.corpus import Corpus, write_corpus
+from harness.corpus import Corpus
+from harness.corpus_writing import write_corpus
 from harness.errors import run_cli
 from harness.tokenizer import from_name
 from measure.jacobian import jacobian_energy

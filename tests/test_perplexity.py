@@ -16,11 +16,12 @@ from torch.nn import functional as F
 
 from harness.batches import gather
 from harness.checkpoint import save_checkpoint
-from harness.corpus import Corpus, write_corpus
+from harness.corpus import Corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import run
 from harness.diagnostics.perplexity import DIAGNOSTIC
 from harness.errors import run_cli
-from harness.huggingface import save_gpt2
+from harness.pretrained import save_gpt2
 from harness.tokenizer import Bytes, Chars
 from measure.perplexity import (
     Scores,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from harness import hf_text
+from harness import huggingface_datasets
 from harness.corpus import Corpus
 from harness.errors import UserError
 
@@ -136,12 +136,16 @@ def test_hf_local_json_lines(tmp_path):
     assert sorted(documents["train"] + documents["val"]) == sorted(texts)
     assert 10 < len(documents["val"]) < 60
 
-    streamed = hf_text.load(str(tmp_path / "texts.jsonl"), "train", streaming=True)
-    assert list(hf_text.texts(streamed, "body")) == texts
+    streamed = huggingface_datasets.load(str(tmp_path / "texts.jsonl"), "train", streaming=True)
+    assert list(huggingface_datasets.texts(streamed, "body")) == texts
     with pytest.raises(UserError, match="no column 'text' but body, number"):
-        list(hf_text.texts(hf_text.load(str(tmp_path / "texts.jsonl"), "train", streaming=True), "text"))
+        list(
+            huggingface_datasets.texts(
+                huggingface_datasets.load(str(tmp_path / "texts.jsonl"), "train", streaming=True), "text"
+            )
+        )
     with pytest.raises(UserError, match="column 'number' holds int"):
-        list(hf_text.texts(streamed, "number"))
+        list(huggingface_datasets.texts(streamed, "number"))
 
 
 @needs_tokenizer

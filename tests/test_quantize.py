@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from harness.batches import gather, training_offsets
 from harness.checkpoint import save_checkpoint
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.diagnostics import run
 from harness.diagnostics.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 from harness.errors import run_cli

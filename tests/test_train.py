@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from harness.corpus import write_corpus
+from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
 

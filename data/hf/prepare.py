@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness import hf_text
-from harness.corpus import argument_parser, fraction, position, positive, write_corpus
+from harness import huggingface_datasets
+from harness.corpus_writing import argument_parser, fraction, position, positive, write_corpus
 from harness.errors import run_cli
 from harness.tokenizer import from_name
 
@@ -35,7 +35,7 @@ def main():
 
     def texts(split):
         options = dict(config=args.config, revision=args.revision, streaming=args.streaming, num_proc=args.threads)
-        return hf_text.texts(hf_text.load(args.name, split, **options), args.text_column)
+        return huggingface_datasets.texts(huggingface_datasets.load(args.name, split, **options), args.text_column)
 
     def documents():
         for text in itertools.islice(texts(args.split), args.max_documents):

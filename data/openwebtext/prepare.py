@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import argument_parser, write_corpus
+from harness.corpus_writing import argument_parser, write_corpus
 from harness.errors import run_cli
-from harness.hf_text import load, texts
+from harness.huggingface_datasets import load, texts
 from harness.tokenizer import GPT2
 
 NAME = "Skylion007/openwebtext"

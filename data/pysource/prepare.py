@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import argument_parser, find_files, fraction, positive, split_files, write_corpus
+from harness.corpus_writing import argument_parser, find_files, fraction, positive, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import GPT2
 
@@ -25,7 +25,7 @@ def main():
     parser.add_argument("--val-fraction", type=fraction, default=0.01, metavar="F", help="default: 0.01")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of both splits together; default: all")
     args = parser.parse_args()
-    files = {}
+    files: dict[str, Path] = {}
     for root in (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages()):
         files |= find_files(Path(root), "*.py", WITHOUT)
     if len(files) < 2:

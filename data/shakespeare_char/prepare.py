@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import argument_parser, read_or_download, write_corpus
+from harness.corpus_writing import argument_parser, read_or_download, write_corpus
 from harness.errors import run_cli
 from harness.tokenizer import Chars
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import argument_parser, find_files, split_files, write_corpus
+from harness.corpus_writing import argument_parser, find_files, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus import TextFile, argument_parser, find_files, fraction, pieces, split_files, write_corpus
+from harness.corpus_writing import TextFile, argument_parser, find_files, fraction, pieces, split_files, write_corpus
 from harness.errors import UserError, run_cli
-from harness.tokenizer import Chars, from_name
+from harness.tokenizer import Chars, Tokenizer, from_name
 
 
 def main():
@@ -24,7 +24,7 @@ def main():
     parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "chars"), default="gpt2", help="default: gpt2")
     args = parser.parse_args()
 
-    files = {}
+    files: dict[str, Path] = {}
     for path in args.paths:
         if not path.exists():
             raise UserError(f"no such file or folder: {path}")
@@ -33,11 +33,14 @@ def main():
         files |= {(Path(path.name) / key).as_posix(): file for key, file in found.items()}
     if not files:
         raise UserError(f"no file matches {args.glob!r} in {', '.join(map(str, args.paths))}: choose with --glob")
-    documents = split_files(files, args.val_fraction) if len(files) > 1 else halves(*files.values(), args.val_fraction)
+    if len(files) > 1:
+        documents = split_files(files, args.val_fraction)
+    else:
+        documents = halves(next(iter(files.values())), args.val_fraction)
 
     if args.tokenizer == "chars":
         texts = (piece.decode(errors="replace") for _, document in documents for piece in pieces(document))
-        tokenizer = Chars("".join(sorted(set().union(*texts))))
+        tokenizer: Tokenizer = Chars("".join(sorted(set().union(*texts))))
     else:
         tokenizer = from_name(args.tokenizer)
     write_corpus(
@@ -55,7 +58,7 @@ def halves(path: Path, val_fraction: float) -> list[tuple[str, TextFile]]:
     cut = int(path.stat().st_size * (1 - val_fraction))
     with open(path, "rb") as file:
         file.seek(cut)
-        while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # 0b10…: inside a character of UTF-8
+        while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # a byte 0b10… continues a UTF-8 character
             cut += 1
     return [("train", TextFile(path, 0, cut)), ("val", TextFile(path, cut))]
 

@@ -7,7 +7,7 @@ A section is a generator of rows, written to disk as they come, so that whatever
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -58,7 +58,7 @@ class Section(NamedTuple):
 
 def pivot(rows: list[dict], label: str, column: str, value: Callable[[dict], str]) -> list[dict]:
     """A row for each value of `label`, a column for each of `column`, both in the order of their first appearance."""
-    table = {}
+    table: dict[Any, dict] = {}
     for row in rows:
         table.setdefault(row[label], {label: row[label]})[str(row[column])] = value(row)
     return list(table.values())

@@ -16,12 +16,14 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from harness.corpus import cpu_count
+from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
-from model import attention, materialized_attention, use_backend
+from model import Backward, attention, materialized_attention, use_backend
 
-VARIANTS = list(itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste")))
+VARIANTS: list[tuple[str, Backward]] = list(
+    itertools.product(("softmax", "softmax1", "sink"), ("full", "diagonal", "ste"))
+)
 FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
 BACKENDS = {  # on CUDA; the dtypes it takes
     "cuda_flash": HALF,
@@ -63,14 +65,14 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
     for normalizer, backward in VARIANTS:
         inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, torch.device("cpu" if cpu else "cuda"))
         with materialized_attention():
-            exact = values([x.double() for x in inputs], normalizer, backward)
+            reference = values([x.double() for x in inputs], normalizer, backward)
         for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
             if backend == "stock" and (normalizer, backward) != ("softmax", "full"):
                 continue  # PyTorch has no other
             if ("compiled" in backend and not compiled) or ("cudnn" in backend and (D > 128 or T_k == 1)):
                 continue
             row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
-            rows.append(row | {"dtype": dtype} | compare(cpu, inputs, exact, backend, normalizer, backward))
+            rows.append(row | {"dtype": dtype} | compare(cpu, inputs, reference, backend, normalizer, backward))
     return rows
 
 
@@ -94,7 +96,8 @@ def values(inputs: list[Tensor], normalizer: str, backward: str, function=attent
     return {"out": out} | dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
 
 
-def compare(cpu: bool, inputs, exact: dict[str, Tensor], backend: str, normalizer: str, backward: str) -> dict:
+def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, normalizer: str, backward: str) -> dict:
+    """The worst error of a backend's output and gradients against the materialised form's in float64."""
     function, dtype, D = attention, inputs[0].dtype, inputs[0].size(-1)
     if "compiled" in backend:
         torch.compiler.reset()
@@ -105,15 +108,16 @@ def compare(cpu: bool, inputs, exact: dict[str, Tensor], backend: str, normalize
             found = values(inputs, normalizer, backward, function)
     except Exception as error:
         return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    errors = {name: ((x.double() - exact[name]).norm() / exact[name].norm()).item() for name, x in found.items()}
-    if exact["dQ"].norm() == 0:  # one key under softmax: the scores have no gradient, and there must be none
-        errors |= {name: found[name].double().abs().max().item() for name in ("dQ", "dK") if exact[name].norm() == 0}
+    norms = {name: x.norm() for name, x in reference.items()}
+    errors = {name: ((x.double() - reference[name]).norm() / norms[name]).item() for name, x in found.items()}
+    if norms["dQ"] == 0:  # one key under softmax: the scores have no gradient, and there must be none
+        errors |= {name: found[name].double().abs().max().item() for name in ("dQ", "dK") if norms[name] == 0}
     eps = torch.finfo(dtype).eps
     allowed = 4 * D**0.5 * eps if dtype == torch.float32 else 2 * eps
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
     good = all(error <= allowed for error in errors.values())
-    error = errors[worst] if math.isfinite(errors[worst]) else None
-    return {"error": error, "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
+    largest = errors[worst] if math.isfinite(errors[worst]) else None
+    return {"error": largest, "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
 
 
 @contextlib.contextmanager
@@ -137,7 +141,7 @@ def backend_of(name: str, cpu: bool):
 
 
 def present(rows: list[dict]) -> list[Table]:
-    kinds = {}
+    kinds: dict[tuple[str, str, str], list[dict]] = {}
     for row in rows:
         kinds.setdefault((row["backend"], row["dtype"], row["variant"].split("/")[1]), []).append(row)
     cells = []

@@ -9,6 +9,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Iterator
+from typing import get_args
 
 import torch
 from torch.nn import functional as F
@@ -19,7 +20,7 @@ from harness.gpu_report import Section, Table, Task, pivot, with_error
 from harness.gpu_report.exactness import VARIANTS
 from harness.timing import Laps, in_turn, median, median_ratio
 from harness.workers import Worker, WorkerError
-from model import attention, use_backend
+from model import Backward, attention, use_backend
 
 SHAPES = list(itertools.product((1024, 4096, 16384), (64, 128)))  # T, D
 BASELINE = "PyTorch, flash"
@@ -42,8 +43,8 @@ def run(task: Task) -> Iterator[dict]:
     for (T, D), refused in ready.items():
         for row in workers[T, D].ask("measure", 3 if task.cpu else ROUNDS):
             yield {"T": T, "D": D} | row
-        for name, error in refused.items():
-            yield {"T": T, "D": D, "attention": name, "note": error}
+        for name, reason in refused.items():
+            yield {"T": T, "D": D, "attention": name, "note": reason}
     for worker in workers.values():
         worker.stop()
 
@@ -64,7 +65,7 @@ class Shape:
         self.calls = self._calls(cpu)
 
     def _calls(self, cpu: bool) -> dict[str, Callable]:
-        def ours(normalizer: str, backward: str, backend: str | None = None):
+        def ours(normalizer: str, backward: Backward, backend: str | None = None):
             null_logit = self.sink if normalizer == "sink" else None
             call = functools.partial(attention, normalizer=normalizer, backward=backward, null_logit=null_logit)
             return within(lambda: use_backend(backend), call) if backend else call
@@ -88,7 +89,7 @@ class Shape:
             calls["FlexAttention, softmax1"] = torch.compile(flex_softmax1, **how)
         for normalizer, backward in VARIANTS:
             calls[f"{normalizer}/{backward}"] = ours(normalizer, backward)
-        for backward in ("full", "diagonal", "ste"):
+        for backward in get_args(Backward):
             call = torch.compile(functools.partial(attention, normalizer="softmax1", backward=backward), **how)
             calls[f"softmax1/{backward}, compiled"] = call
             if not cpu:

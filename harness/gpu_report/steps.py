@@ -58,7 +58,8 @@ def group(task: Task, variants) -> Iterator[dict]:
     for normalizer, backward in variants:
         changed = [*overrides(task), "--model.normalizer", normalizer, "--model.backward", backward]
         workers[f"{normalizer}/{backward}"] = Worker(Stepper, load_config([CONFIG, *changed]))
-    bursts, checks = {name: [] for name in workers}, {}
+    bursts: dict[str, list] = {name: [] for name in workers}
+    checks = {}
     for worker in workers.values():
         worker.start("run", 2)  # which compiles
     for name, worker in list(workers.items()):

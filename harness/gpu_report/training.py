@@ -8,7 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from harness.gpu_report import Section, Table, Task
@@ -84,19 +84,21 @@ def command(task: Task, normalizer: str, steps: int, out: Path) -> list[str]:
     return [sys.executable, "train.py", CONFIG, *overrides(task, **changed)]
 
 
-def together(commands) -> None:
+def together(commands: Iterable[list[str]]) -> None:
     """Run them at the same time; RuntimeError, with the last lines that it printed, for the first that fails."""
+    commands = list(commands)
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     printed = [process.communicate()[0] for process in running]
-    for process, text in zip(running, printed, strict=True):
+    for command, process, text in zip(commands, running, printed, strict=True):
         print(text, flush=True)
         if process.returncode:
             last = "\n".join(text.splitlines()[-8:])
-            raise RuntimeError(f"{' '.join(process.args[1:3])} ended with status {process.returncode}:\n{last}")
+            raise RuntimeError(f"{' '.join(command[1:3])} ended with status {process.returncode}:\n{last}")
 
 
 def present(rows: list[dict]) -> list[Table]:
-    lines, values = {}, {}
+    lines: dict[int, dict[str, str]] = {}
+    values: dict[tuple[str, str], dict] = {}
     for row in rows:
         if row["what"] == "curve" and "val/loss" in row:
             line = lines.setdefault(row["step"], {"step": str(row["step"])})

@@ -1,4 +1,4 @@
-"""GPT-2's weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
+"""Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
 import dataclasses
 from pathlib import Path
@@ -6,13 +6,13 @@ from pathlib import Path
 import torch
 
 from harness.errors import UserError
-from model import GPT, GPTConfig
+from model import GPT, Activation, GPTConfig
 
 # Hugging Face keeps GPT-2's Conv1D layers, whose weights are (in, out); a Linear's are (out, in).
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-# What GPT-2's class can say of a GPT; `backward` is of training alone.
+# The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
 _EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
-_ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+_ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
 
 
 def load_gpt2(name_or_folder: str) -> GPT:
@@ -25,11 +25,11 @@ def load_gpt2(name_or_folder: str) -> GPT:
         raise UserError(f"hf:{name_or_folder}: no such folder")
 
     try:
-        peer, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
+        gpt2, loading = transformers.GPT2LMHeadModel.from_pretrained(name_or_folder, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, SafetensorError) as e:
         reason = str(e).strip().splitlines()[0]
         raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {reason}") from e
-    c = peer.config
+    c = gpt2.config
     unusual = [
         name
         for name, value, expected in (
@@ -59,7 +59,7 @@ def load_gpt2(name_or_folder: str) -> GPT:
             activation=_ACTIVATIONS[c.activation_function],
         )
     )
-    state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in peer.state_dict().items()}
+    state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in gpt2.state_dict().items()}
     model.load_state_dict({k: v for k, v in state.items() if not k.endswith((".attn.bias", ".attn.masked_bias"))})
     return model
 
@@ -84,15 +84,15 @@ def save_gpt2(model: GPT, folder: str | Path) -> None:
         embd_pdrop=c.dropout,
         attn_pdrop=c.dropout,
     )
-    peer = transformers.GPT2LMHeadModel(config)
+    gpt2 = transformers.GPT2LMHeadModel(config)
     state = {k: v.t() if k.endswith(_TRANSPOSED) else v for k, v in model.state_dict().items()}
-    if unknown := sorted(state.keys() - peer.state_dict().keys()):
+    if unknown := sorted(state.keys() - gpt2.state_dict().keys()):
         raise UserError(f"GPT-2's class has no {', '.join(unknown)}: this model cannot be exported")
-    for name, tensor in peer.state_dict().items():
+    for name, tensor in gpt2.state_dict().items():
         if name not in state:  # GPT-2's class always has biases: those of a model without are zero
             state[name] = torch.zeros_like(tensor)
-    peer.load_state_dict(state)
-    peer.save_pretrained(folder)
+    gpt2.load_state_dict(state)
+    gpt2.save_pretrained(folder)
 
 
 def _import_transformers():

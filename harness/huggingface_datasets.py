@@ -1,4 +1,4 @@
-"""Text out of Hugging Face datasets, from the Hub or from local files."""
+"""Text out of Hugging Face datasets, on the Hub or in local files: what data/hf and data/openwebtext prepare."""
 
 import sys
 from collections.abc import Iterator

@@ -1,0 +1,121 @@
+"""What a run starts from: its own checkpoint, which it resumes, another's weights, or fresh ones.
+
+Everything here only reads, and raises a UserError, naming the key, where the config, the checkpoint and the corpus do
+not fit together; train.py writes nothing before all of it has passed.
+"""
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from harness.checkpoint import build_model, load_model, read_checkpoint
+from harness.config import Config
+from harness.corpus import Corpus
+from harness.kl_training import Reference
+from harness.runfolder import run_files
+from model import GPT, GPTConfig
+
+
+def checkpoint_to_resume(config: Config) -> dict | None:
+    """The checkpoint that this run continues from; None if it starts afresh."""
+    c = config.training
+    path = config.folder / "ckpt.pt"
+    if c.resume == "never":
+        present = run_files(config.folder)
+        if present and not (c.overwrite or config.evaluation.only):
+            problem = (
+                f"{config.folder} already holds a run ({', '.join(present)}): give another run.name, "
+                "or --training.overwrite true to replace it"
+            )
+            raise config.error("training.resume", problem)
+        return None
+    if path.exists():
+        checkpoint = read_checkpoint(path)
+        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
+        if lacking := [key for key in needed if key not in checkpoint]:
+            problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
+            raise config.error("training.resume", problem)
+        return checkpoint
+    if c.resume == "must":
+        raise config.error("training.resume", f"there is no {path} to resume")
+    if (config.folder / "best.pt").exists() and not config.evaluation.only:
+        problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
+        raise config.error("training.resume", problem)
+    return None
+
+
+def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
+    """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
+
+    With `init_from`, model keys that the config leaves out are taken from there, and those that it sets have to agree.
+    """
+    init_from = config.training.init_from
+    scratch = config.model.gpt_config(corpus.vocab_size)
+    if not checkpoint and init_from == "scratch":
+        if config.evaluation.only:
+            raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
+        return GPT(scratch)
+
+    source = config.folder / "ckpt.pt" if checkpoint else init_from
+    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
+    found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
+    if init_from != "scratch":
+        wanted = {
+            k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
+        }
+    # A fine-tuning may choose these anew.
+    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
+    differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
+    if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
+        model.crop_block_size(wanted["block_size"])
+        differing.remove("block_size")
+    if differing:
+        listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
+        raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
+    rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
+    weights = model.state_dict()
+    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
+        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
+        weights |= rebuilt.normalizer_parameters()
+    rebuilt.load_state_dict(weights)
+    return rebuilt
+
+
+def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
+    """Print at which step the run goes on, and what has changed since the checkpoint. UserError if the corpus or the
+    reference has."""
+    if checkpoint["corpus"]["sha256"] != corpus.sha256:
+        problem = (
+            f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "
+            f"{checkpoint['corpus']['sha256'][:12]}…, not {corpus.sha256[:12]}…): start a run of another name, "
+            "with --training.init_from if its weights are to be kept"
+        )
+        raise config.error("data.corpus", problem)
+    then, now = checkpoint.get("reference"), reference.identity if reference else None
+    if (then and then["sha256"]) != (now and now["sha256"]):
+        former, present = (f"{r['path']} (sha256 {r['sha256'][:12]}…)" if r else "no reference" for r in (then, now))
+        problem = (
+            f"{config.folder}/ckpt.pt was trained beside {former}, not {present}: start a run of another name, "
+            "with --training.init_from if its weights are to be kept"
+        )
+        raise config.error("kl.reference", problem)
+    say(f"resuming {config.folder} from step {checkpoint['step']}")
+    changed = []
+    for section, entries in config.to_dict().items():
+        for key, value in entries.items():
+            before = checkpoint["config"].get(section, {}).get(key, value)
+            if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
+                changed.append(f"{section}.{key} {before} → {value}")
+    if changed:
+        say(f"changed since the checkpoint: {', '.join(changed)}")
+    for name, here in machine.items():
+        if (before := checkpoint["machine"].get(name)) != here:
+            say(f"warning: {name}: {before} then, {here} now: the losses will agree to rounding only, not bit for bit")
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
+    """Give `optimizer` the state that the checkpoint's had. Only the state: the learning rate and the other
+    hyperparameters are the config's, which may have changed since."""
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
