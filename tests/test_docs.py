@@ -1,0 +1,100 @@
+"""What the documents say is so: their examples run, the files and scripts that they name are there."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import model
+from model import GPT, NORMALIZERS, GPTConfig, attention_rows
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/README.md")])
+FOLDERS = ("benchmarks", "configs", "docs", "harness", "kernels", "measure", "scripts", "tests")
+MADE_BY_HAND = re.compile(r"[<…{]|NAME|CONFIG")  # out/<run>/…: a pattern, not a path
+
+
+def fences(text: str, language: str = "") -> list[str]:
+    """The contents of the fenced blocks of a language; of all, without one."""
+    return [body for name, body in re.findall(r"^```(\w*)\n(.*?)^```", text, re.M | re.S) if language in ("", name)]
+
+
+def named_paths(text: str) -> set[str]:
+    """The words in code spans and code blocks that look like paths in this repository."""
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    words = {word.strip("',;:()").removeprefix("./") for code in (*spans, *fences(text)) for word in code.split()}
+    at_root = re.compile(r"[\w-]+\.(py|sh|md|cff|toml|txt)")  # data/ holds a user's own corpora too
+    in_folder = re.compile(rf"({'|'.join(FOLDERS)})/.*|data/\S+\.py")
+    return {w for w in words if (at_root.fullmatch(w) or in_folder.fullmatch(w)) and not MADE_BY_HAND.search(w)}
+
+
+def example_of_a_normalizer() -> str:
+    page = (ROOT / "docs/architecture.md").read_text()
+    (code,) = [code for code in fences(page, "python") if "NORMALIZERS[" in code]
+    return code
+
+
+@pytest.fixture
+def clipped(monkeypatch) -> str:
+    """The name of the normalizer that docs/architecture.md adds, which the table holds during this test."""
+    monkeypatch.setitem(NORMALIZERS, "clipped", NORMALIZERS["softmax"])  # so that the entry goes away again
+    exec(example_of_a_normalizer(), dict(vars(model)))  # as if it stood in model.py
+    return "clipped"
+
+
+def test_the_example_of_a_normalizer_is_clipped_softmax(clipped):
+    q, k = torch.randn(2, 1, 2, 64, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    P, null = attention_rows(q, k, normalizer=clipped)
+    alpha, T = 4, 64
+    softmax, _ = attention_rows(q, k)
+    expected = ((1 + alpha / T) * softmax - alpha / T).clip(0, 1)
+    torch.testing.assert_close(P, expected, rtol=0, atol=4 * torch.finfo(P.dtype).eps)  # each of a few operations
+    assert null is None
+    mass = P.sum(-1)
+    assert (mass[..., 1:] < 1).all()  # n weights kept: (1 − γ) Σ p + n γ ≤ 1, and 1 for one that has everything alone
+    torch.testing.assert_close(mass[..., 0], torch.ones_like(mass[..., 0]))
+
+
+def test_a_model_runs_with_the_example(clipped):
+    shape = {"block_size": 64, "vocab_size": 32, "n_layer": 2, "n_head": 2, "n_embd": 16}
+    idx = torch.arange(64)[None] % 32
+    losses = {}
+    for name in (clipped, "softmax"):
+        torch.manual_seed(0)
+        losses[name] = GPT(GPTConfig(**shape, normalizer=name))(idx, idx.roll(-1, 1))[1]
+    assert losses[clipped].isfinite()
+    assert losses[clipped] != losses["softmax"]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_path_that_a_page_names_is_there(page):
+    missing = [path for path in sorted(named_paths(page.read_text())) if not [*ROOT.glob(path.rstrip("/"))]]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_to_a_file_leads_to_one(page):
+    links = re.findall(r"\]\(([^)\s#]+)[^)]*\)", page.read_text())
+    missing = [link for link in links if "://" not in link and not (page.parent / link).exists()]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_what_an_example_imports_can_be_imported(page):
+    for code in fences(page.read_text(), "python"):
+        for statement in ast.parse(code).body:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                exec(ast.unparse(statement), {})
+
+
+def test_every_script_is_documented():
+    text = (ROOT / "docs/diagnostics.md").read_text() + (ROOT / "README.md").read_text()
+    missing = [path.name for path in ROOT.glob("scripts/*.py") if path.name not in text]
+    assert not missing
+
+
+def test_the_tests_of_paths_see_them():
+    text = "`scripts/none.py --help`, `none.py`, `out/<run>/ckpt.pt`\n```sh\n./none.sh configs/none_*.yaml\n```\n"
+    assert named_paths(text) == {"scripts/none.py", "none.py", "none.sh", "configs/none_*.yaml"}
