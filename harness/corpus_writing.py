@@ -93,7 +93,7 @@ def write_corpus(
                 bar.update(size)
         for split in SPLITS:
             if not counts[split]["tokens"]:
-                raise UserError(f"{folder}: no text for the {split} split: give more documents or another fraction")
+                raise UserError(f"{folder}: no text for the {split} split: give more documents or another share")
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
             counts[split]["sha256"] = hashes[split].hexdigest()
         meta = describe_corpus(tokenizer, source, counts, dtype) | (extra or {})

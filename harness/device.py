@@ -81,7 +81,16 @@ def processor_name() -> str:
 
 
 # Dense bfloat16 or float16 matrix products in FLOP/s, from the vendors' datasheets.
-_PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "RTX 4090": 165e12, "V100": 125e12}
+_PEAK_FLOPS = {
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "RTX 4090": 165e12,
+    "V100": 125e12,
+}
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:

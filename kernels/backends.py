@@ -19,15 +19,22 @@ def native() -> bool:
     return cpu.load() is not None
 
 
-@torch.compiler.assume_constant_result  # torch.compile would break its graph here: a capability is no tensor
+@torch.compiler.assume_constant_result  # torch.compile cannot trace the query, and would break its graph here
 def _is_ampere(device: torch.device) -> bool:
     """Whether the GPU is an Ampere or later: these have PyTorch's flash kernels and multiply bfloat16."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 @torch.compiler.assume_constant_result
+def _flash_head_size(device: torch.device) -> int:
+    """The largest head that PyTorch's flash kernels train on the GPU: 256 where a multiprocessor has the shared memory
+    of a data centre's card (A100, H100, B200), 192 elsewhere."""
+    return 256 if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0)) else 192
+
+
+@torch.compiler.assume_constant_result
 def _is_hopper(device: torch.device) -> bool:
-    """Whether the GPU is a Hopper, on which cuDNN's attention takes 0.53 to 0.74 of the time of PyTorch's flash kernels
+    """Whether the GPU is a Hopper, on which cuDNN's attention takes 0.51 to 0.74 of the time of PyTorch's flash kernels
     (benchmarks/)."""
     hopper, version = torch.cuda.get_device_capability(device)[0] == 9, torch.backends.cudnn.version()
     return hopper and version is not None and version >= 90000  # older versions take no sequence below 64
@@ -69,7 +76,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = _is_ampere(q.device)
-        if half and ampere and q.size(-1) <= 256:
+        if half and ampere and q.size(-1) <= _flash_head_size(q.device):
             if stock:
                 return "stock"
             # Dropout stays with flash, since the Triton kernels that complete cuDNN's backward have none. And cuDNN

@@ -30,7 +30,7 @@ class FusedAttention(torch.autograd.Function):
             out, lse, state = kernel_forward(backend, q, k, v, dropout_p, scale)
             if null_logit is not None:
                 lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
-                share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # of the keys, against the null slot
+                share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # what the keys keep of a row's weight
                 out, lse = _scaled(out, share.view(*q.shape[:-1], 1)), lse_1
         ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
@@ -42,16 +42,13 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
         backward, dropout_p, scale, backend = ctx.arguments
         grad = grad if grad.stride(-1) == 1 else grad.contiguous()
-        if backend == "cuda_cudnn" and grad.stride() != out.stride():
-            # PyTorch looks up cuDNN's plans by the strides of q, k and v alone. A dL/dO with other strides than the
-            # first one's would run on the plan made for those, and give garbage: all get the strides of the output.
-            grad = torch.empty_like(out).copy_(grad)
 
         def kernel(out, lse, scale):
             return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
 
         wants_null = null_logit is not None and ctx.needs_input_grad[3]
-        if wants_null and backend != "cpu_native":  # before the gradients, each as large as the product here
+        # Computed before dQ, dK and dV exist, so that this float32 product does not add to the peak of memory.
+        if wants_null and backend != "cpu_native":
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T): the kernels' shapes differ
         in_one_pass = backward != "full" and one_pass(backend, q.size(-1), dropout_p)
@@ -60,7 +57,8 @@ class FusedAttention(torch.autograd.Function):
             grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward)
         elif backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
-        elif in_one_pass and (backward == "diagonal" or q.size(-2) <= LINEAR_FROM):
+        elif in_one_pass and (backward == "diagonal" or (q.size(-2) <= LINEAR_FROM and q.dtype != torch.float16)):
+            # (The kernel rounds dS to q's dtype, and STE's, which is dP itself, may exceed float16.)
             operator = torch.ops.offbyone.score_backward
             grad_q, grad_k, grad_v = operator(grad, q, k, v, rows_lse, scale, backward)
         elif backward == "diagonal":
@@ -130,6 +128,10 @@ def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
         return kernel(grad, q, k, v, out, lse, None, None, T, T, dropout_p, True, *state, scale=scale)
     if backend == "cuda_cudnn":
         kernel = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+        if grad.stride() != out.stride():
+            # PyTorch looks up cuDNN's plans by the strides of q, k and v alone. The output's follow from those; a dL/dO
+            # with other strides than the first one's would run on the plan made for those, and give garbage.
+            grad = torch.empty_like(out).copy_(grad)
         return kernel(grad, q, k, v, out, lse, *state, None, None, None, T, T, dropout_p, True, scale=scale)
     kernel, needed = torch.ops.aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
     return kernel(grad, q, k, v, None, out, lse, *state, dropout_p, needed, True, scale=scale)[:3]

@@ -14,7 +14,9 @@ Without it the sections that train take another that is there, and the report sa
 
 import argparse
 import datetime
+import itertools
 import json
+import math
 import re
 import secrets
 import subprocess
@@ -29,7 +31,7 @@ import torch
 from harness.errors import UserError, run_cli
 from harness.figures import make_folder
 from harness.files import write_text
-from harness.gpu_report.document import markdown, print_section
+from harness.gpu_report.document import markdown, print_section, wrong_rows
 from harness.gpu_report.plan import SECTIONS
 from harness.gpu_report.process import ROOT, run_section
 
@@ -43,18 +45,21 @@ def main() -> int:
     parser.add_argument(
         "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all", metavar="NAME"
     )
-    parser.add_argument("--corpus", default="data/pysource", metavar="DIR", help="default: data/pysource")
+    parser.add_argument("--corpus", metavar="DIR", help="the one to train on; default: data/pysource")
     parser.add_argument("--seed", type=int, help="of everything random; default: a fresh one, which the report names")
     parser.add_argument("--commit", help="what the report calls the code; default: what git says")
     parser.add_argument("--cpu", action="store_true", help="a dry run: the same code without a GPU, on small shapes")
     args = parser.parse_args()
-    if args.minutes <= 0:
-        raise UserError(f"--minutes {args.minutes:g}: must be positive")
+    if not 0 < args.minutes < math.inf:
+        raise UserError(f"--minutes {args.minutes:g}: must be positive and finite")
     if not args.cpu and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device: --cpu is a dry run of the same code on small shapes")
-    work = Path("out/gpu_report") if not args.cpu or args.out is None else args.out
-    out = args.out or (work if args.cpu else Path("benchmarks"))
-    make_folder(out), make_folder(work)
+    own = args.out.resolve() if args.out else None
+    work = own if own and args.cpu else ROOT / "out/gpu_report"
+    out = own or (work if args.cpu else ROOT / "benchmarks")
+    corpus = Path(args.corpus).resolve() if args.corpus else ROOT / "data/pysource"
+    for folder in (out, work):
+        make_folder(folder)
 
     start, card = time.monotonic(), "cpu" if args.cpu else torch.cuda.get_device_name()
     report = {
@@ -67,18 +72,31 @@ def main() -> int:
         "seconds": 0.0,
         "sections": [],
     }
-    stem = out / f"{report['date']}_{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}"
+    stem = unused(out / f"{report['date']}_{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}")
     for name in args.sections:
         left = 60 * args.minutes - (time.monotonic() - start)
         limit = min(left, 60 * SECTIONS[name].minutes * args.minutes / MINUTES)
-        options = {"cpu": args.cpu, "seed": report["seed"], "corpus": args.corpus, "folder": str(work)}
+        options = {"cpu": args.cpu, "seed": report["seed"], "corpus": from_root(corpus), "folder": from_root(work)}
         report["sections"].append(run_section(name, options | {"report": report["sections"]}, limit, work))
         report["seconds"] = time.monotonic() - start
         print_section(report["sections"][-1])
         write_text(stem.with_suffix(".json"), json.dumps(report, indent=1, ensure_ascii=False))
         write_text(stem.with_suffix(".md"), markdown(report))
     print(f"\nwritten: {stem}.json, {stem}.md; the logs are in {work}/")
-    return 1 if any(section["error"] for section in report["sections"]) else 0
+    if wrong := wrong_rows(report):
+        print(f"{len(wrong)} results are NOT as they should be: see the tables")
+    return 1 if wrong or any(section["error"] for section in report["sections"]) else 0
+
+
+def from_root(path: Path) -> str:
+    """As the sections see it, which run in the repository's root: relative where it lies there."""
+    return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
+
+
+def unused(stem: Path) -> Path:
+    """The name without a suffix, or with -2, -3 …: an earlier report is never overwritten."""
+    others = (stem.with_name(f"{stem.name}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([stem], others) if not name.with_suffix(".json").exists())
 
 
 def commit() -> str:

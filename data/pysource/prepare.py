@@ -1,7 +1,7 @@
 """The Python source of every package installed, and of the standard library, in GPT-2's byte-pair encoding.
 
 A corpus of up to hundreds of MB for GPT-2-sized runs that needs no download but the tokenizer's file. The files come in
-the order of a hash, so that --max-tokens leaves a fair sample of them.
+the order of a hash, those for validation first: --max-tokens cuts the training split, at random files.
 """
 
 import platform

@@ -4,6 +4,7 @@ its own.
 A section is a generator of rows, written to disk as they come, so that whatever ends it loses nothing before.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -65,5 +66,7 @@ def pivot(rows: list[dict], label: str, column: str, value: Callable[[dict], str
 
 
 def with_error(value: float, error: float, digits: int = 3) -> str:
-    """`1.234 ± 0.005`: the value with so many digits, the error to its first one or two."""
+    """`1.234 ± 0.005`: the value and its error with so many decimals, or more where the error would be shown as 0."""
+    if error > 0:
+        digits = max(digits, -math.floor(math.log10(error)))
     return f"{value:.{digits}f} ± {error:.{digits}f}"

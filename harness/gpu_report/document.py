@@ -22,6 +22,11 @@ def print_section(entry: dict) -> None:
     sys.stdout.flush()
 
 
+def wrong_rows(report: dict) -> list[dict]:
+    """The results that were judged, and not found right."""
+    return [row for entry in report["sections"] for row in entry["rows"] if row.get("verdict", "ok") != "ok"]
+
+
 def markdown(report: dict) -> str:
     lines = [
         f"# {report['card']}, {report['date']}",
@@ -29,6 +34,8 @@ def markdown(report: dict) -> str:
         f"By `{report['command']}` at commit {report['commit']}; seed {report['seed']}; {report['seconds']:.0f} s. The "
         "numbers behind the tables are in the JSON beside this file. ± is the standard error of a median.",
     ]
+    if wrong := wrong_rows(report):
+        lines += ["", f"**{len(wrong)} results are not as they should be**, see below."]
     for entry in report["sections"]:
         lines += ["", f"## {SECTIONS[entry['section']].title}", ""]
         if entry["error"]:

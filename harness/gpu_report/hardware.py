@@ -10,7 +10,7 @@ import torch
 
 from harness.device import peak_flops, processor_name
 from harness.gpu_report import Section, Table, Task
-from harness.timing import in_turn, median
+from harness.timing import Laps, in_turn, median
 
 
 def run(task: Task) -> Iterator[dict]:
@@ -21,10 +21,16 @@ def run(task: Task) -> Iterator[dict]:
     a, b = (torch.randn(n, n, device=task.device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.randint(256, (size,), device=task.device, dtype=torch.uint8)
     target = torch.empty_like(source)
-    runs = {
-        "product": lambda laps: (a @ b, laps.end("")),
-        "copy": lambda laps: (target.copy_(source), laps.end("")),
-    }
+
+    def product(laps: Laps) -> None:
+        a @ b
+        laps.end("")
+
+    def copy(laps: Laps) -> None:
+        target.copy_(source)
+        laps.end("")
+
+    runs = {"product": product, "copy": copy}
     in_turn(runs, task.device, 3)
     laps = in_turn(runs, task.device, 20)
     for name, amount, what, unit in (
@@ -39,7 +45,7 @@ def facts(task: Task) -> dict[str, str]:
     found = {
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "triton": importlib.metadata.version("triton"),
+        "triton": triton_version(),
         "processor": f"{processor_name()}, {torch.get_num_threads()} threads",
     }
     if task.cpu:
@@ -59,6 +65,13 @@ def facts(task: Task) -> dict[str, str]:
         answer = subprocess.run([*query, "--format=csv,noheader"], capture_output=True, text=True, timeout=20).stdout
         found["driver, power limit, highest clocks"] = answer.splitlines()[0] if answer.strip() else "no answer"
     return found
+
+
+def triton_version() -> str:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def present(rows: list[dict]) -> list[Table]:

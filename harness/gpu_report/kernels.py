@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+from harness.bench_attention import VARIANTS
 from harness.gpu_report import Section, Table, Task, pivot, with_error
-from harness.gpu_report.exactness import VARIANTS
 from harness.timing import Laps, in_turn, median, median_ratio
 from harness.workers import Worker, WorkerError
-from model import Backward, attention, use_backend
+from model import NORMALIZERS, Backward, attention, use_backend
 
 SHAPES = list(itertools.product((1024, 4096, 16384), (64, 128)))  # T, D
 BASELINE = "PyTorch, flash"
@@ -39,14 +39,23 @@ def run(task: Task) -> Iterator[dict]:
         try:
             ready[T, D] = worker.result()
         except WorkerError as error:
-            yield {"T": T, "D": D, "attention": BASELINE, "note": str(error)}
+            yield lost(T, D, error)
     for (T, D), refused in ready.items():
-        for row in workers[T, D].ask("measure", 3 if task.cpu else ROUNDS):
-            yield {"T": T, "D": D} | row
+        try:
+            for row in workers[T, D].ask("measure", 3 if task.cpu else ROUNDS):
+                yield {"T": T, "D": D} | row
+        except WorkerError as error:
+            yield lost(T, D, error)
         for name, reason in refused.items():
             yield {"T": T, "D": D, "attention": name, "note": reason}
     for worker in workers.values():
         worker.stop()
+
+
+def lost(T: int, D: int, error: WorkerError) -> dict:
+    """The row of a shape that failed, which the others go on without."""
+    print(f"T {T}, D {D}: {error}\n{error.log}", flush=True)
+    return {"T": T, "D": D, "attention": BASELINE, "note": str(error)[:200]}
 
 
 class Shape:
@@ -66,7 +75,7 @@ class Shape:
 
     def _calls(self, cpu: bool) -> dict[str, Callable]:
         def ours(normalizer: str, backward: Backward, backend: str | None = None):
-            null_logit = self.sink if normalizer == "sink" else None
+            null_logit = self.sink if isinstance(NORMALIZERS[normalizer].null_logit, str) else None
             call = functools.partial(attention, normalizer=normalizer, backward=backward, null_logit=null_logit)
             return within(lambda: use_backend(backend), call) if backend else call
 

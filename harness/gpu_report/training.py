@@ -36,9 +36,7 @@ def run(task: Task) -> Iterator[dict]:
     for normalizer in NORMALIZERS:
         lines = [json.loads(line) for line in (out / f"124m_{normalizer}" / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
-            kept = {
-                k: v for k, v in line.items() if k in ("train/loss", "val/loss", "val/bits_per_byte", "train/grad_norm")
-            }
+            kept = {name: line[name] for name in CURVES if name in line}
             yield {"what": "curve", "normalizer": normalizer, "step": line["step"]} | kept
     where = ["--device", "cpu"] if task.cpu else []
     checkpoints = [str(out / f"124m_{normalizer}" / "ckpt.pt") for normalizer in NORMALIZERS]
