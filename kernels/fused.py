@@ -97,6 +97,10 @@ def _scaled(out: Tensor, share: Tensor) -> Tensor:
     return product if product.dtype == out.dtype else product.to(out.dtype)
 
 
+CUDNN = torch.ops.aten._scaled_dot_product_cudnn_attention
+CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
+
+
 def kernel_forward(backend, q, k, v, dropout_p, scale):
     """(out, the rows' logsumexp, what the backward needs besides). PyTorch's private operators are named only here and
     in kernel_backward."""
@@ -109,8 +113,7 @@ def kernel_forward(backend, q, k, v, dropout_p, scale):
         out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, dropout_p, True, scale=scale)
         return out, lse, (seed, offset)
     if backend == "cuda_cudnn":
-        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention
-        out, lse, _, _, _, _, seed, offset, _ = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
+        out, lse, _, _, _, _, seed, offset, _ = CUDNN(q, k, v, None, True, dropout_p, True, scale=scale)
         return out, lse, (seed, offset)
     kernel = torch.ops.aten._scaled_dot_product_efficient_attention
     out, lse, seed, offset = kernel(q, k, v, None, True, dropout_p, True, scale=scale)
@@ -127,12 +130,11 @@ def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_backward
         return kernel(grad, q, k, v, out, lse, None, None, T, T, dropout_p, True, *state, scale=scale)
     if backend == "cuda_cudnn":
-        kernel = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
         if grad.stride() != out.stride():
             # PyTorch looks up cuDNN's plans by the strides of q, k and v alone. The output's follow from those; a dL/dO
             # with other strides than the first one's would run on the plan made for those, and give garbage.
             grad = torch.empty_like(out).copy_(grad)
-        return kernel(grad, q, k, v, out, lse, *state, None, None, None, T, T, dropout_p, True, scale=scale)
+        return CUDNN_BACKWARD(grad, q, k, v, out, lse, *state, None, None, None, T, T, dropout_p, True, scale=scale)
     kernel, needed = torch.ops.aten._scaled_dot_product_efficient_attention_backward, [True, True, True, False]
     return kernel(grad, q, k, v, None, out, lse, *state, dropout_p, needed, True, scale=scale)[:3]
 

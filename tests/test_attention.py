@@ -743,11 +743,19 @@ def _(grad, q, k, v, out, lse):
 
 @pytest.mark.parametrize("variant", ["softmax", "softmax1"])
 def test_cudnn_gets_the_gradient_in_one_layout_compiled_or_not(variant, monkeypatch):
-    """PyTorch keeps cuDNN's plans by the strides of q, k and v alone, and compiles with dL/dO in another layout: the
-    second of two layouts would run on the plan of the first."""
-    kernel = fused.kernel_forward
-    monkeypatch.setattr(fused, "kernel_forward", lambda _, *arguments: kernel("cpu_flash", *arguments))
-    monkeypatch.setattr(fused, "kernel_backward", lambda _, *arguments: stand_in(*arguments[:6]))
+    """PyTorch looks up cuDNN's plans by the strides of q, k and v alone, and a compiled graph hands dL/dO over in
+    another layout: the second of two layouts would run on the plan of the first."""
+
+    def forward(q, k, v, bias, with_lse, dropout_p, is_causal, scale):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = flash(q, k, v, dropout_p, is_causal, scale=scale)
+        return out, lse.unsqueeze(-1), None, None, None, None, torch.zeros(()), torch.zeros(()), None
+
+    def backward(grad, q, k, v, out, lse, *rest, scale):
+        return stand_in(grad, q, k, v, out, lse)
+
+    monkeypatch.setattr(fused, "CUDNN", forward)
+    monkeypatch.setattr(fused, "CUDNN_BACKWARD", backward)
     LAYOUTS.clear()
     torch.compiler.reset()
     packed = torch.randn(B, 6, 3 * H * D)
