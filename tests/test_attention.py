@@ -758,9 +758,10 @@ def test_cudnn_gets_the_gradient_in_one_layout_compiled_or_not(variant, monkeypa
     monkeypatch.setattr(fused, "CUDNN_BACKWARD", backward)
     LAYOUTS.clear()
     torch.compiler.reset()
-    packed = torch.randn(B, 6, 3 * H * D)
-    q, k, v = (x.view(B, 6, H, D).transpose(1, 2).detach().requires_grad_() for x in packed.split(H * D, -1))
-    grad = torch.randn(B, 6, H, D).transpose(1, 2)
+    size = 8  # others are padded to a multiple of it, into tensors that lie one after another
+    packed = torch.randn(B, 6, 3 * H * size)
+    q, k, v = (x.view(B, 6, H, size).transpose(1, 2).detach().requires_grad_() for x in packed.split(H * size, -1))
+    grad = torch.randn(B, 6, H, size).transpose(1, 2)
     for function in (attention, torch.compile(attention, fullgraph=True, backend="aot_eager")):
         for g in (grad, grad.contiguous()):
             with use_backend("cuda_cudnn"):
