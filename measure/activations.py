@@ -6,6 +6,7 @@ few numbers a channel and a sequence.
 
 import math
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,8 +70,8 @@ class SequenceStatistics:
         self._kurtosis: list[float] = []
         self._max_abs: list[float] = []
 
-    def update(self, sequences: RowMoments) -> None:
-        """sequences (B,)"""
+    def add_sequences(self, sequences: RowMoments) -> None:
+        """sequences (B,), each the moments of all elements of one."""
         self.moments.merge(sequences.moments())
         self._kurtosis += (sequences.excess_kurtosis + 3).tolist()
         self._max_abs += sequences.max_abs.tolist()
@@ -105,7 +106,7 @@ class TokenStatistics(SequenceStatistics):
 
     def update(self, tokens: RowMoments, squares: Tensor) -> None:
         """tokens (B, T), each the moments over the channels of one; squares (C,), summed over all of them."""
-        super().update(tokens.pooled())
+        self.add_sequences(tokens.pooled())
         self._tokens += tokens.count.numel()
         self._squares = self._squares.to(squares.device) + squares
         kurtosis = tokens.excess_kurtosis
@@ -185,7 +186,7 @@ class AttentionStatistics:
     def __init__(self):
         self.all, self.visible = SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
-        self._row_mass = self._entropy = self._sinks = 0.0
+        self._row_mass = self._entropy = self._sinks = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, q: Tensor, k: Tensor, normalizer: str = "softmax", **parameters: Tensor) -> "AttentionStatistics":
@@ -196,9 +197,9 @@ class AttentionStatistics:
             self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
         return self
 
-    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> None:
+    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]) -> None:
         _, H, T, _ = q.shape
-        blocks, entropy, first_key = [], 0.0, 0.0
+        blocks, entropy, first_key = [], q.new_zeros(H, dtype=torch.float64), q.new_zeros(H, dtype=torch.float64)
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
             P, null = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
@@ -222,8 +223,8 @@ class AttentionStatistics:
         self._sinks = self._sinks + sinks
         self.sequences += 1
         sequence = RowMoments(*(field.unsqueeze(0) for field in rows.pooled()))
-        self.visible.update(sequence)
-        self.all.update(sequence.with_zeros(H * T * (T - 1) // 2))
+        self.visible.add_sequences(sequence)
+        self.all.add_sequences(sequence.with_zeros(H * T * (T - 1) // 2))
 
     @property
     def sink_rate(self) -> Tensor:

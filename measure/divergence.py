@@ -180,7 +180,8 @@ def _phi2(x: Tensor) -> Tensor:
 
 def _phi3(x: Tensor) -> Tensor:
     """`e^x − 1 − x − x²/2` as `_phi2`; for |x| < 1 the series' next term, x¹⁹/19!, is below ε of the first."""
-    inner, series = x.clamp(-1, 1), 1.0
+    inner = x.clamp(-1, 1)
+    series: Tensor | float = 1.0
     for k in range(18, 3, -1):
         series = 1 + inner / k * series
     return torch.where(x.abs() < 1, inner**3 / 6 * series, torch.expm1(x) - x - x * x / 2)

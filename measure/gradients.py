@@ -1,9 +1,10 @@
 """What a gradient loses without the lateral part of the softmax Jacobian: the attention's, and the parameters'."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from measure.jacobian import (
@@ -37,7 +38,8 @@ class Backwards(NamedTuple):
 def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]) -> Backwards:
     """Run `batches(what)`, the same (x, y) each time, (B, T) int64, backward through the model; `what` says which pass
     it is, for a progress bar. The model's own backward is what it was again afterwards."""
-    splits, loss, sequences = [[] for _ in model.transformer.h], 0.0, 0
+    splits: list[list[dict[str, Tensor]]] = [[] for _ in model.transformer.h]
+    loss, sequences = 0.0, 0
     with backward_mode(model, "full"):
         for x, y in batches("full backward"):
             loss += backpropagate(model, x, y, splits) * len(x)
@@ -58,21 +60,24 @@ def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor]
         products[name] = dot_products(gradient, full[name])
         if ".c_attn." in name:
             own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
-            products[f"{name} q, k"] = sum(dot_products(own[part], whole[part]) for part in "qk")
+            products[f"{name} q, k"] = dot_products(own["q"], whole["q"]) + dot_products(own["k"], whole["k"])
     return products
 
 
 def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dict[str, float | None]:
     """Cosine and norm ratio, for each mode, of these parameters' gradients taken as one vector."""
-    values, names = {}, list(names)
+    values: dict[str, float | None] = {}
+    names = list(names)
     for mode in MODES:
-        measured = mode in products
-        cosine, ratio = cosine_and_norm_ratio(sum(products[mode][name] for name in names)) if measured else (None, None)
+        cosine, ratio = None, None
+        if mode in products:
+            together = sum((products[mode][name] for name in names), start=torch.zeros(3, dtype=torch.float64))
+            cosine, ratio = cosine_and_norm_ratio(together)
         values |= {f"cos_{mode}": cosine, f"norm_ratio_{mode}": ratio}
     return finite(values)
 
 
-def finite(values: dict[str, Tensor | float | None]) -> dict[str, float | None]:
+def finite(values: Mapping[str, Tensor | float | None]) -> dict[str, float | None]:
     """As plain numbers; None where there is none. `findings` says why."""
     return {k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()}
 

@@ -208,8 +208,8 @@ def backpropagate(model: GPT, x: Tensor, y: Tensor, splits: list[list[dict[str, 
 
 
 def take_gradients(model: GPT) -> dict[str, Tensor]:
-    """The gradient of every parameter, by name, out of the model's hands: its own start anew."""
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    """The gradient of every parameter that has one, by name, taken from the model, which starts anew without any."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return gradients
 

@@ -90,28 +90,28 @@ class Moments:
 
     @property
     def variance(self) -> float | None:
-        return self._m2 / self.count if self.count else None
+        return self._variance if self.count else None
 
     @property
     def std(self) -> float | None:
-        return math.sqrt(self.variance) if self.count else None
+        return self._std if self.count else None
 
     @property
     def skewness(self) -> float | None:
-        return self._m3 / self.count / (self.variance * self.std) if self._has_shape else None
+        return self._m3 / self.count / (self._variance * self._std) if self._has_shape else None
 
     @property
     def excess_kurtosis(self) -> float | None:
         """Fisher's: a Gaussian gives 0, two equal spikes −2, the least there is."""
-        return self._m4 / self.count / (self.variance * self.variance) - 3 if self._has_shape else None
+        return self._m4 / self.count / (self._variance * self._variance) - 3 if self._has_shape else None
 
     @property
     def max_abs(self) -> float | None:
-        return max(-self._low, self._high) if self.count else None
+        return self._max_abs if self.count else None
 
     @property
     def max_abs_over_std(self) -> float | None:
-        return self.max_abs / self.std if self._has_shape else None
+        return self._max_abs / self._std if self._has_shape else None
 
     def row(self) -> dict[str, int | float | None]:
         """Everything above, named as `COLUMNS`."""
@@ -119,7 +119,21 @@ class Moments:
 
     @property
     def _has_shape(self) -> bool:
-        return self.count > 0 and self.variance * self.variance > sys.float_info.min and math.isfinite(self._m4)
+        return self.count > 0 and self._variance * self._variance > sys.float_info.min and math.isfinite(self._m4)
+
+    # The next three are defined only where `count` is not 0.
+
+    @property
+    def _variance(self) -> float:
+        return self._m2 / self.count
+
+    @property
+    def _std(self) -> float:
+        return math.sqrt(self._variance)
+
+    @property
+    def _max_abs(self) -> float:
+        return max(-self._low, self._high)
 
 
 def excess_kurtosis(tensor: torch.Tensor) -> float | None:
@@ -156,7 +170,7 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
 class RowMoments(NamedTuple):
     """The moments of many rows of numbers at once, each (...,) float64: one entry a row."""
 
-    count: torch.Tensor  # finite elements
+    count: torch.Tensor  # type: ignore[assignment]  # finite elements; the name hides tuple.count, which nobody calls
     nonfinite: torch.Tensor  # NaN and ±Inf, counted and left out
     mean: torch.Tensor
     m2: torch.Tensor  # Σ (x − mean)^k

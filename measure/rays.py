@@ -44,9 +44,9 @@ def medians(ray: Ray, tau: float) -> dict[str, float | None]:
     n = len(ray.spread)
     if n == 0:
         return {column: None for column in (*FIELDS, *TIGHTNESS, "beyond_radius")} | {"rows": 0}
-    found = {column: median(getattr(ray, field).abs()) for column, field in FIELDS.items()}
-    found |= {column: getattr(ray, column).max().item() for column in TIGHTNESS}
-    return found | {"beyond_radius": (ray.radius < tau).double().mean().item(), "rows": n}
+    of_fields = {column: median(getattr(ray, field).abs()) for column, field in FIELDS.items()}
+    tightness = {column: getattr(ray, column).max().item() for column in TIGHTNESS}
+    return {**of_fields, **tightness, "beyond_radius": (ray.radius < tau).double().mean().item(), "rows": n}
 
 
 def median(x: Tensor) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.jacobian import backward_mode
+from measure.jacobian import backward_mode, take_gradients
 from measure.probe import capture_qk
 from model import GPT, NORMALIZERS, attention_rows, materialized_attention
 
@@ -47,9 +47,7 @@ def adamw_direction(
 def gradient_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> Direction:
     """Against the mean gradient over `batches`, as the run's own backward pass gives it; its length as of `scaled`."""
     _backward(model, batches)
-    direction = {name: -p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return scaled(direction, lr)
+    return scaled({name: -gradient for name, gradient in take_gradients(model).items()}, lr)
 
 
 def random_direction(model: GPT, lr: float, seed: int) -> Direction:
@@ -103,7 +101,8 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     with backward_mode(model, "full"):  # any other would give jvp a derivative that is not the attention's
-        primals, tangents = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
+        moved = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
+    primals, tangents = moved  # type: ignore[misc]  # the type allows for a third value, which only has_aux=True brings
 
     H, T, D = primals[0][0].shape
     visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
@@ -138,7 +137,8 @@ def _backward(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         model(x, y)[1].backward()
         count += 1
     for parameter in model.parameters():
-        parameter.grad /= count
+        if parameter.grad is not None:
+            parameter.grad /= count
 
 
 def run_config(info: dict[str, Any], key: str):

@@ -58,7 +58,8 @@ def kind_of(name: str) -> str:
 
 def findings(name: str, parts: dict[str, Moments]) -> list[str]:
     """What is wrong with a parameter's weights or keeps its parts from having a kurtosis, in words."""
-    whole, notes, constant = parts[name], [], []
+    whole, notes = parts[name], []
+    constant: list[str] = []
     if whole.nonfinite:
         notes.append(f"{name}: {whole.nonfinite} of its {whole.count + whole.nonfinite} numbers are NaN or infinite")
     for part, found in parts.items():  # the larger parts come first, and speak for the smaller
