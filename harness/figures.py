@@ -11,8 +11,11 @@ matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from harness.errors import UserError
 from harness.files import written_whole
@@ -26,7 +29,7 @@ RUN_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28)
 )
 
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -101,6 +104,11 @@ def scale_tails(panel: Axes) -> None:
     panel.axhline(0, color="#777777", linewidth=0.8)
 
 
+def integer_ticks(axis: Axis) -> None:
+    """Ticks as Matplotlib sets them, but at integers only: between two layers or two heads there is nothing."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # the rest is AutoLocator's
+
+
 def heat_map(panel: Axes, grid: np.ndarray, low: float | None, high: float | None, figures: str = "") -> AxesImage:
     """A grid (rows, columns) in colours from `low` to `high`, the first row on top; with `figures`, a format, each
     value stands in its cell. NaN is an empty cell."""
@@ -131,7 +139,7 @@ def draw_heads(
     panel.figure.colorbar(image, ax=panel, label=label, extend="max" if beyond else None)
     panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        integer_ticks(axis)
 
 
 def print_table(rows: list[dict], columns: list[str]) -> None:

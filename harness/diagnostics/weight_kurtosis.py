@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from harness.diagnostics import Diagnostic, Result, Subject
-from harness.figures import RUN_STYLES, new_figure, scale_tails
+from harness.figures import RUN_STYLES, integer_ticks, new_figure, scale_tails
 from measure.moments import COLUMNS
 from measure.weights import findings, pooled_by_kind, weight_moments
 
@@ -42,7 +42,7 @@ def draw(result: Result, title: str) -> Figure:
             values = [row[statistic] for name, row in rows.items() if name.endswith(part)]
             panel.plot(range(len(values)), [float("nan") if v is None else v for v in values], label=part, **style)
         panel.set(xlabel="layer", title=label)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        integer_ticks(panel.xaxis)
     scale_tails(panels[0])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{title}: weights")
