@@ -4,7 +4,6 @@
 """
 
 import argparse
-import itertools
 import math
 import multiprocessing
 import random
@@ -24,13 +23,15 @@ from harness.figures import RUN_STYLES, new_figure, save_figure
 from model import NORMALIZERS, Backward, attention, materialized_attention
 
 FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured
-VARIANTS = list(itertools.product(FUSED, get_args(Backward)))
+VARIANTS: dict[str, tuple[str, Backward]] = {
+    f"{normalizer}/{backward}": (normalizer, backward) for normalizer in FUSED for backward in get_args(Backward)
+}
 STOCK = "scaled_dot_product_attention"
 
 
 def names() -> list[str]:
     """What is measured: STOCK, and each variant as normalizer/backward."""
-    return [STOCK, *(f"{normalizer}/{backward}" for normalizer, backward in VARIANTS)]
+    return [STOCK, *VARIANTS]
 
 
 def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
@@ -46,7 +47,7 @@ def forward(name: str, q, k, v) -> torch.Tensor:
     """One of `names`, on q, k, v (B, H, T, D)."""
     if name == STOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    normalizer, backward = name.split("/")
+    normalizer, backward = VARIANTS[name]
     learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
     null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
     return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
@@ -153,7 +154,7 @@ def style(name: str) -> dict:
     """Of a variant's line: colour and marker tell the backward, the dashes the normalizer."""
     if name == STOCK:
         return {"color": "#000000", "linewidth": 2.5}
-    normalizer, backward = name.split("/")
+    normalizer, backward = VARIANTS[name]
     own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
     return own | {"linestyle": ("-", "--", ":", "-.")[FUSED.index(normalizer) % 4]}
 

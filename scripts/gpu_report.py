@@ -21,6 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -54,10 +55,11 @@ def main() -> int:
         raise UserError("PyTorch sees no CUDA device: --cpu is a dry run of the same code on small shapes")
     work = Path("out/gpu_report") if not args.cpu or args.out is None else args.out
     out = args.out or (work if args.cpu else Path("benchmarks"))
-    make_folder(out), make_folder(work)
+    make_folder(out)
+    make_folder(work)
 
     start, card = time.monotonic(), "cpu" if args.cpu else torch.cuda.get_device_name()
-    report = {
+    report: dict[str, Any] = {
         "script": "gpu_report",
         "date": datetime.date.today().isoformat(),
         "card": card,

@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,7 @@ class Result:
     """What a diagnostic found on one checkpoint. None stands for what does not exist (a kurtosis of equal numbers)."""
 
     rows: list[dict]
-    summary: dict[str, float | None]
+    summary: Mapping[str, float | None]
     notes: list[str] = field(default_factory=list)
     tables: dict[str, list[dict]] = field(default_factory=dict)  # further rows, under their own names
 

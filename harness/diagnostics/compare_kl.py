@@ -103,8 +103,7 @@ def measure(other: Subject) -> Result:
 
     found, worst, start = [], [], 0
     for x, y in shorter.batches(offsets, what="positions"):
-        logits = [logits_of(subject, x) for subject in (reference, other)]  # (B·T, V) each
-        values, likeliest = divergences(*logits, args.order)
+        values, likeliest = divergences(logits_of(reference, x), logits_of(other, x), args.order)
         found.append(values.view(len(DIVERGENCES), *x.shape))
         reverse = values[list(DIVERGENCES).index("kl_reverse")]
         for i in reverse.topk(min(args.worst, len(reverse))).indices.tolist():
@@ -173,8 +172,8 @@ def draw(result: Result, title: str) -> Figure:
     for how, style in zip(AGGREGATES, RUN_STYLES, strict=False):
         values = [row[how] for row in positions]
         right.plot([row["position"] for row in positions], values, label=how, **style | {"marker": ""})
-    if "tau" in result.summary:
-        right.axhline(result.summary["tau"], color="#777777", linewidth=0.8, label="τ")
+    if (tau := result.summary.get("tau")) is not None:
+        right.axhline(tau, color="#777777", linewidth=0.8, label="τ")
     right.set(title="KL(other‖reference) by position", xlabel="position in the window", ylabel="nats")
     if any(row["max"] for row in positions):
         right.set_yscale("log")

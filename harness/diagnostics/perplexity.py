@@ -95,8 +95,8 @@ def draw(result: Result, title: str) -> Figure:
         linewidth=0,
         label="± 2 standard errors",
     )
-    mean = result.summary["loss"]
-    axes.axhline(mean, color="#555555", linestyle=(0, (5, 2)), linewidth=1, label=f"all positions: {mean:.4f}")
+    if (mean := result.summary["loss"]) is not None:
+        axes.axhline(mean, color="#555555", linestyle=(0, (5, 2)), linewidth=1, label=f"all positions: {mean:.4f}")
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, 1.1 * rows[-1]["up_to"])
     axes.xaxis.set_major_formatter("{x:g}")

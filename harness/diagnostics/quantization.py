@@ -37,7 +37,7 @@ from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, heat_map, new_figure
 from measure.perplexity import nonfinite, perplexity, score, standard_error, stretches
-from measure.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
+from measure.quantize import HEAD, KINDS, Scheme, calibrate, quantized, schemes, signal_to_noise
 
 FLOAT = "float"
 COLUMNS = {
@@ -72,12 +72,12 @@ def measure(subject: Subject) -> Result:
             return Result([{"scheme": FLOAT, **unknown}], unknown, [f"not quantized: {'; '.join(findings)}"])
 
     before = score(model, batches, offsets, T)
-    found = {scheme: [] for scheme in schemes(args.head)}  # the losses (n,) of each draw
-    layers = None
+    found: dict[Scheme, list[np.ndarray]] = {scheme: [] for scheme in schemes(args.head)}  # each draw's losses (n,)
+    layers: list[dict] = []
     with tqdm(total=len(draws) * len(found), desc="schemes", leave=False, disable=None) as bar:
         for windows in draws:
             ranges = calibrate(model, windows, args.batch_size, args.percentile, args.head)
-            if layers is None:
+            if not layers:
                 compared = [scheme for scheme in found if scheme.weight_bits]
                 reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
                 layers = signal_to_noise(model, reading, compared, ranges, args.head)
@@ -88,7 +88,8 @@ def measure(subject: Subject) -> Result:
                 bar.update()
 
     loss = float(before.losses.mean())
-    rows = [{"scheme": FLOAT, "loss": loss, "perplexity": perplexity(loss), "perplexity_rise": 0.0, "loss_rise": 0.0}]
+    base = perplexity(loss)
+    rows: list[dict] = [{"scheme": FLOAT, "loss": loss, "perplexity": base, "perplexity_rise": 0.0, "loss_rise": 0.0}]
     for scheme, losses in found.items():
         perplexities = [perplexity(float(draw.mean())) for draw in losses]
         rise = np.mean(losses, axis=0) - before.losses
@@ -97,17 +98,17 @@ def measure(subject: Subject) -> Result:
                 "scheme": scheme.name,
                 "loss": float(np.mean(losses)),
                 "perplexity": float(np.mean(perplexities)),
-                "perplexity_rise": float(np.mean(perplexities)) - rows[0]["perplexity"],
+                "perplexity_rise": float(np.mean(perplexities)) - base,
                 "spread": float(np.std(perplexities, ddof=1)) if len(perplexities) > 1 else None,
                 "loss_rise": float(rise.mean()),
                 "standard_error": standard_error(rise, stretches(before, T)),
             }
         )
     layers.sort(key=lambda row: row[WORST_FIRST] if row[WORST_FIRST] is not None else np.inf)
-    summary = {"loss": loss, "perplexity": rows[0]["perplexity"]}
-    summary |= {
+    rises = {
         f"perplexity_rise {row['scheme']}": row["perplexity_rise"] for row in rows if row["scheme"].startswith("W")
     }
+    summary = {"loss": loss, "perplexity": base, **rises}
     return Result(rows, summary, where_it_hurts(rows, layers), {"layers": layers})
 
 
@@ -137,7 +138,7 @@ def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
 def draw(result: Result, title: str) -> Figure:
     figure, (upper_left, upper_right, lower_left, lower_right) = new_figure(2, 2)
     figure.set_size_inches(9.5, 6.2)
-    base, rows = result.rows[0]["perplexity"], result.rows[1:]
+    base, rows = result.rows[0]["perplexity"], result.rows[1:]  # base is None only where there are no rows
     layers = result.tables.get("layers", [])
     draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
@@ -155,7 +156,7 @@ def draw(result: Result, title: str) -> Figure:
     return figure
 
 
-def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float | None) -> None:
+def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     """The schemes of each label, from top to bottom; their rise over the perplexity `base` to the right."""
     for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
         bits = row["scheme"][1]
