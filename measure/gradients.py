@@ -22,17 +22,18 @@ MODES = ("diagonal", "ste")
 
 
 class Backwards(NamedTuple):
-    """The same batches backward in full and in each of MODES."""
+    """What `run_backwards` finds when it runs the same batches backward in full and in each of MODES."""
 
     loss: float
     """mean over the sequences"""
     sequences: int
     splits: list[list[dict[str, Tensor]]]
-    """of each layer, those that `backpropagate` makes: one a sequence"""
+    """for each layer, the `split_of_sequence` of every sequence"""
     parameters: list[str]
+    """their names"""
     products: dict[str, dict[str, Tensor]]
-    """mode → parameter → `dot_products` with the full gradient. c_attn's q and k also stand apart, as "NAME q, k".
-    Without "diagonal" where the normalizer does not say its Jacobian's diagonal."""
+    """mode → parameter → `dot_products` with the full gradient. The rows of c_attn that make q and k also have an entry
+    of their own, "NAME q, k". Where the normalizer does not give its Jacobian's diagonal, there is no "diagonal"."""
 
 
 def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]) -> Backwards:
@@ -107,7 +108,7 @@ def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, d
 
 
 def not_computed(name: str) -> list[str]:
-    """What is null for a normalizer that is no softmax, whose closed forms are not its own."""
+    """Notes on what is null for a normalizer that is no softmax, since the closed forms hold for softmax alone."""
     normalizer = find_normalizer(name)
     notes = [] if normalizer.is_softmax else [f"jacobian_offdiag has a closed form of a softmax alone, not of {name}"]
     if normalizer.diagonal is None:

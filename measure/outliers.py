@@ -57,10 +57,10 @@ def nonfinite(rows: list[dict]) -> list[str]:
 
 
 def constant(rows: list[dict]) -> list[str]:
-    """Why a kurtosis does not exist, and with it what is averaged over it."""
+    """Notes on the tensors without a kurtosis: what is averaged over them has no value either."""
     found, named = [], set()
     for row in rows:
-        tensor = row["name"].partition(" [")[0]  # it comes before its parts, and speaks for them
+        tensor = row["name"].partition(" [")[0]  # the whole tensor comes first; its parts get no note of their own
         if row["nonfinite"] or not row["count"] or tensor in named:
             continue
         if row["std"] == 0:

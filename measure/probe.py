@@ -80,13 +80,13 @@ def capture_qk(model: GPT) -> Iterator[list[tuple[CausalSelfAttention, Tensor, T
 
 
 class AttentionPass(NamedTuple):
-    """One layer's attention on a batch, there and back."""
+    """One layer's attention on a batch: what went into it, and the gradient that came back to its output."""
 
     attn: CausalSelfAttention
     q: Tensor  # (B, H, T, D), as are the others; q and k as they enter the scores
     k: Tensor
     v: Tensor
-    grad_out: Tensor  # dL/dO, O what the heads read
+    grad_out: Tensor  # dL/dO, where O is what the heads read
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Simulated post-training quantization: round weights and activations to a grid of integers, and compute in float.
 
 The rounding is PyTorch's own (`torch.fake_quantize_*`: to the nearest point of the grid, ties to even, clipped at its
-ends). Weights have symmetric grids, activations asymmetric ones that always hold 0. Where a tensor is rounded is a
-`Site`; hooks do it, and the model is as it was once a context ends.
+ends). Weights have symmetric grids, activations asymmetric ones that always hold 0. A `Site` is a place where a tensor
+is rounded. Hooks do the rounding, and when a context ends, the model is as it was before.
 """
 
 import contextlib
@@ -75,14 +75,14 @@ class Site(NamedTuple):
     layer: int | None
     """the block it is in; None for the embedding and the head"""
     module: nn.Module
-    """that takes it (a linear layer), computes it (the attention) or returns it (the residual stream)"""
+    """the module that takes the tensor (a linear layer), computes it (the attention) or returns it (a block)"""
     then: Callable[..., Tensor]
     """what the model makes of it: the linear layer's output (`forward`, past its hooks), the next layer norm's, or, for
     the probabilities P, their product with v, which is known only while the model runs: `then(P, v)`"""
 
 
 def sites(model: GPT, head: bool = False) -> list[Site]:
-    """All of them, in the order of the forward pass."""
+    """All sites of a model, in the order of the forward pass; that of lm_head only with `head`."""
     t = model.transformer
     found, next_norm = [], [*(block.ln_1 for block in t.h), t.ln_f]
     found.append(Site(RESIDUAL, "residual after embedding", None, t.drop, next_norm[0]))
@@ -99,7 +99,7 @@ def sites(model: GPT, head: bool = False) -> list[Site]:
 
 
 def has_static_range(site: Site) -> bool:
-    """Whether its values lie in [0, 1] whatever the text: a softmax's probabilities. Other normalizers' may not."""
+    """Whether the values lie in [0, 1] whatever the text is, as a softmax's probabilities do; other weights may not."""
     return isinstance(site.module, CausalSelfAttention) and find_normalizer(site.module.normalizer).is_softmax
 
 
@@ -177,16 +177,12 @@ def schemes(head: bool = False) -> list[Scheme]:
 
 
 class Range(NamedTuple):
-    """Of the values of a site over the calibration windows, by site name: scalars each."""
+    """The range of a site's values over the calibration windows, and that without the extremes: scalars."""
 
     low: Tensor
     high: Tensor
     percentile_low: Tensor
     percentile_high: Tensor
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(torch.stack(self[:2]).isfinite().all())
 
 
 @torch.no_grad()
@@ -194,7 +190,7 @@ def calibrate(model: GPT, windows: Tensor, batch_size: int, percentile: float, h
     """The ranges of the float model's activations on `windows` (N, T) int64, by site.
 
     The percentile's range leaves out the (1 − percentile/100)·n largest of the n values, and as many of the least. It
-    is exact: what could be among them is kept from batch to batch.
+    is exact, since the largest and the least so far are kept from batch to batch, as many as could be left out.
     """
     largest: dict[str, tuple[Tensor, Tensor]] = {}  # of −x and of x, in falling order
 
@@ -259,8 +255,8 @@ def signal_to_noise(
 
     y is the linear layer's output, the attention's P v, or the next layer norm's output, for the float model's own
     tensors on `batches` of (B, T) int64; ŷ is the same with the tensor (and the linear layer's weight) as the scheme
-    has it. Not of the tensor itself: there one outlier channel passes for a strong signal. None where there is no
-    noise.
+    has it. The ratio is not that of the tensor itself, where one outlier channel would pass for a strong signal. It is
+    None where there is no noise.
     """
     places = sites(model, head)
     signal = {site.name: 0.0 for site in places}
