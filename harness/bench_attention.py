@@ -22,7 +22,7 @@ from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure, save_figure
 from model import NORMALIZERS, Backward, attention, materialized_attention
 
-FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured
+FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
 VARIANTS: dict[str, tuple[str, Backward]] = {
     f"{normalizer}/{backward}": (normalizer, backward) for normalizer in FUSED for backward in get_args(Backward)
 }
@@ -78,12 +78,12 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     seconds = {run: [] for run in runs}
     shuffled = random.Random(0)
     for _ in range(repeats):
-        for run in shuffled.sample(runs, len(runs)):  # what ran before leaves the caches its own way
+        for run in shuffled.sample(runs, len(runs)):  # at random, since each run finds the caches as the last left them
             seconds[run].append(step(*run, T, args, device))
     median = {
         run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()
     }
-    # Each repeat's own ratio first: what drifts from one repeat to the next is then the same above and below the line.
+    # A ratio is taken within each repeat, and the median over these: a machine that slows down slows both times alike.
     ratio = {
         run: statistics.median(a / b for (_, a), (_, b) in zip(seconds[run], seconds[STOCK, False], strict=True))
         for run in runs
@@ -142,7 +142,7 @@ def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory: now on Linux, at most so far elsewhere."""
+    """Bytes of this process in memory: on Linux those of now, elsewhere the most there have been so far."""
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * resource.getpagesize()
@@ -151,7 +151,7 @@ def resident() -> int:
 
 
 def style(name: str) -> dict:
-    """Of a variant's line: colour and marker tell the backward, the dashes the normalizer."""
+    """How a variant's line is drawn: colour and marker tell its backward, the dashes its normalizer."""
     if name == STOCK:
         return {"color": "#000000", "linewidth": 2.5}
     normalizer, backward = VARIANTS[name]
@@ -161,7 +161,7 @@ def style(name: str) -> dict:
 
 def draw(rows: list[dict], title: str, path: Path) -> Path:
     figure, (times, ratios) = new_figure(1, 2)
-    figure.set_figheight(4.2)  # the legend's share
+    figure.set_figheight(4.2)  # taller than usual, for the legend
     timed = [row for row in rows if "ratio" in row]
     for name in names():
         own = [row for row in timed if row["variant"] == name]

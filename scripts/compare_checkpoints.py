@@ -31,7 +31,7 @@ from harness.tracking import log_diagnostic
 NAME = "compare_checkpoints"
 SCRIPTS = Path(__file__).parent
 DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
-"""Those that need no more than a checkpoint and its corpus."""
+"""What runs without --diagnostics: those that need no more than a checkpoint and its corpus."""
 
 
 def main(argv: list[str] | None = None) -> None:

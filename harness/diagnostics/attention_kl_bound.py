@@ -35,7 +35,7 @@ from measure.slopes import (
     run_config,
 )
 
-CURVE_ROWS = 2048  # rows drawn for the picture's curves
+CURVE_ROWS = 2048  # attention rows, drawn at random, over which the picture's curves are medians
 
 COLUMNS = {
     "layer": "transformer block, from 0",
@@ -180,10 +180,8 @@ def draw(result: Result, title: str) -> Figure:
     lines(remainder, bounds)
     remainder.set(title="what the model leaves, and its bound", ylabel="nats, median over rows")
 
-    steps = [
-        {**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows
-    ]  # in radii
-    draw_heads(heat, steps, "log10", "0: the step is at the radius")
+    in_radii = [{**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows]
+    draw_heads(heat, in_radii, "log10", "0: the step is at the radius")
     heat.set_title("log₁₀ of τ over the radius π/Δ")
     return figure
 
@@ -195,7 +193,8 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading=READING,
-    tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},  # not under its own name, and so not printed
+    # The curve is too long to print. Tables are printed by name, so under another name it is explained but not printed.
+    tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},
     add_arguments=add_arguments,
     check_arguments=check_arguments,
     batches=2,

@@ -143,7 +143,7 @@ def draw(result: Result, title: str) -> Figure:
     draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
     draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
-    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one of each
+    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one entry each
     upper_right.legend(by_bits.values(), by_bits.keys(), loc="upper left", bbox_to_anchor=(1, 1))
     upper_left.set_title(title)
     upper_right.set_title("activations alone, min-max")
@@ -157,7 +157,7 @@ def draw(result: Result, title: str) -> Figure:
 
 
 def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
-    """The schemes of each label, from top to bottom; their rise over the perplexity `base` to the right."""
+    """A line for each label, from top to bottom, with the rises of its schemes in percent of the perplexity `base`."""
     for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
         bits = row["scheme"][1]
         style = RUN_STYLES["864".index(bits)]
@@ -185,7 +185,8 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
 
 
 def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:
-    """Kinds of sites × blocks, the embedding before them and the head behind."""
+    """A heat map of a scheme's signal-to-noise ratios: a row for each kind of site, a column for each block, with the
+    embedding before the blocks and the head behind them."""
     kinds = [kind for kind in (*KINDS, HEAD) if any(row["site"] == kind for row in layers)]
     last = max((row["layer"] for row in layers if row["layer"] is not None), default=-1)
     blocks = ["emb", *range(last + 1), "head"][: None if HEAD in kinds else -1]

@@ -27,7 +27,8 @@ def measure(subject: Subject) -> Result:
     kinds = pooled_by_kind(moments)
     summary = {}
     for statistic in ("excess_kurtosis", "max_abs_over_std"):
-        for kind, pooled in kinds.items():  # what is left of broken weights is not a figure to compare
+        for kind, pooled in kinds.items():
+            # Where some weights are NaN or infinite, the figure of the others is not one to compare.
             summary[f"{statistic}/{kind}"] = None if pooled.nonfinite else getattr(pooled, statistic)
     tables = {"kinds": [{"name": kind} | pooled.row() for kind, pooled in kinds.items()]}
     return Result(rows, summary, notes, tables)
