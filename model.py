@@ -375,8 +375,8 @@ class CausalSelfAttention(nn.Module):
             setattr(self, name, nn.Parameter(start(config)))
         self.core = AttentionCore()
 
-    def arguments(self) -> dict[str, str | Tensor]:
-        """The normalizer and its parameters, by the names under which `attention` and `attention_rows` take them."""
+    def arguments(self) -> dict[str, Any]:
+        """The normalizer's name and its parameters, as `attention` and `attention_rows` take them, by keyword."""
         entry = NORMALIZERS[self.normalizer]
         names = {name: "null_logit" if name == entry.null_logit else name for name in entry.parameters}
         return {"normalizer": self.normalizer} | {taken: getattr(self, name) for name, taken in names.items()}

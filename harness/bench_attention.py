@@ -4,7 +4,6 @@
 """
 
 import argparse
-import itertools
 import math
 import multiprocessing
 import random
@@ -23,14 +22,16 @@ from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure, save_figure
 from model import NORMALIZERS, Backward, attention, materialized_attention
 
-FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # the others have no kernel to be measured
-VARIANTS = list(itertools.product(FUSED, get_args(Backward)))
+FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
+VARIANTS: dict[str, tuple[str, Backward]] = {
+    f"{normalizer}/{backward}": (normalizer, backward) for normalizer in FUSED for backward in get_args(Backward)
+}
 STOCK = "scaled_dot_product_attention"
 
 
 def names() -> list[str]:
     """What is measured: STOCK, and each variant as normalizer/backward."""
-    return [STOCK, *(f"{normalizer}/{backward}" for normalizer, backward in VARIANTS)]
+    return [STOCK, *VARIANTS]
 
 
 def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
@@ -46,7 +47,7 @@ def forward(name: str, q, k, v) -> torch.Tensor:
     """One of `names`, on q, k, v (B, H, T, D)."""
     if name == STOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    normalizer, backward = name.split("/")
+    normalizer, backward = VARIANTS[name]
     learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
     null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
     return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
@@ -77,12 +78,12 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     seconds = {run: [] for run in runs}
     shuffled = random.Random(0)
     for _ in range(repeats):
-        for run in shuffled.sample(runs, len(runs)):  # what ran before leaves the caches its own way
+        for run in shuffled.sample(runs, len(runs)):  # at random, since each run finds the caches as the last left them
             seconds[run].append(step(*run, T, args, device))
     median = {
         run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()
     }
-    # Each repeat's own ratio first: what drifts from one repeat to the next is then the same above and below the line.
+    # A ratio is taken within each repeat, and the median over these: a machine that slows down slows both times alike.
     ratio = {
         run: statistics.median(a / b for (_, a), (_, b) in zip(seconds[run], seconds[STOCK, False], strict=True))
         for run in runs
@@ -141,7 +142,7 @@ def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
 
 
 def resident() -> int:
-    """Bytes of this process in memory: now on Linux, at most so far elsewhere."""
+    """Bytes of this process in memory: on Linux those of now, elsewhere the most there have been so far."""
     try:
         with open("/proc/self/statm") as f:
             return int(f.read().split()[1]) * resource.getpagesize()
@@ -150,17 +151,17 @@ def resident() -> int:
 
 
 def style(name: str) -> dict:
-    """Of a variant's line: colour and marker tell the backward, the dashes the normalizer."""
+    """How a variant's line is drawn: colour and marker tell its backward, the dashes its normalizer."""
     if name == STOCK:
         return {"color": "#000000", "linewidth": 2.5}
-    normalizer, backward = name.split("/")
+    normalizer, backward = VARIANTS[name]
     own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
     return own | {"linestyle": ("-", "--", ":", "-.")[FUSED.index(normalizer) % 4]}
 
 
 def draw(rows: list[dict], title: str, path: Path) -> Path:
     figure, (times, ratios) = new_figure(1, 2)
-    figure.set_figheight(4.2)  # the legend's share
+    figure.set_figheight(4.2)  # taller than usual, for the legend
     timed = [row for row in rows if "ratio" in row]
     for name in names():
         own = [row for row in timed if row["variant"] == name]

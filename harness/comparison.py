@@ -1,4 +1,4 @@
-"""The picture of several checkpoints side by side: a panel a value of a diagnostic's summary, a marker a checkpoint."""
+"""The picture of several checkpoints side by side: a panel for each value, a marker for each checkpoint."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def headlines(values: Sequence[str], diagnostics: Sequence[Diagnostic]) -> list[
     own = {diagnostic.name: diagnostic.headlines for diagnostic in diagnostics}
     by_diagnostic: dict[str, list[str]] = {}
     for diagnostic, slash, value in (name.partition("/") for name in values):
-        if slash:  # without one it is the step
+        if slash:  # the one value without a slash is the step
             by_diagnostic.setdefault(diagnostic, []).append(value)
     return [
         f"{diagnostic}/{value}"
@@ -28,7 +28,7 @@ def headlines(values: Sequence[str], diagnostics: Sequence[Diagnostic]) -> list[
 
 
 def draw(rows: list[dict], values: Sequence[str]) -> Figure:
-    """A panel a value, a marker a checkpoint; a value that is the same for all has none."""
+    """A panel for each value, unless it is the same for all checkpoints, with a marker for each checkpoint."""
     values = [v for v in values if len({row.get(v) for row in rows}) > 1] or values
     columns = min(PANELS_A_ROW, len(values))
     figure, panels = new_figure(-(-len(values) // columns), columns)

@@ -1,7 +1,8 @@
-"""The curves of training runs: metrics.jsonl read with each mistake in it named, and drawn a panel a metric."""
+"""The curves of training runs: metrics.jsonl read, each mistake in it named, and drawn, a panel for each metric."""
 
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ class Panel:
     unit: str
     main: str
     aside: str | None = None
-    legend: tuple[str, str] = ("", "")  # what main and aside are
+    legend: tuple[str, str] = ("", "")  # the names of main and aside
     scale: str = "linear"  # "log", "symlog" (for kurtosis, which may be negative), or "zero": linear from 0
 
 
@@ -139,7 +140,8 @@ def last_values(runs: dict[str, Series], panels: list[Panel]) -> list[dict]:
 
 
 def standard_panels(runs: dict[str, Series]) -> list[Panel]:
-    """The panels that some run has data for; perplexity only where there are no bits per byte, its logarithm."""
+    """The panels that some run has data for. Perplexity has one only where there are no bits per byte, which are its
+    logarithm but for a factor and show the same."""
     names = set().union(*runs.values())
     if "val/bits_per_byte" in names:
         names.discard("val/perplexity")
@@ -171,12 +173,14 @@ def panels_for(prefixes: list[str], runs: dict[str, Series]) -> list[Panel]:
     return panels
 
 
-def families(names) -> str:
+def families(names: Iterable[str]) -> str:
+    """What the names begin with, such as "train/, val/", for an error message."""
     return ", ".join(sorted({name.split("/")[0] + "/" for name in names if "/" in name and " " not in name}))
 
 
 def draw(runs: dict[str, Series], panels: list[Panel]) -> Figure:
-    columns = min(len(panels), min((4, 3), key=lambda width: -len(panels) % width))  # the fewest empty places
+    fuller = min((4, 3), key=lambda width: -len(panels) % width)  # the width that leaves fewer places empty
+    columns = min(len(panels), fuller)
     rows = -(-len(panels) // columns)
     figure, grid = new_figure(rows, columns)
     for axes, panel in zip(grid, panels, strict=False):
@@ -224,7 +228,7 @@ def set_scale(axes: Axes, scale: str, values: np.ndarray) -> None:
         axes.axhline(0, color="#777777", linewidth=0.8, zorder=1)
         if high > 10:
             axes.set_yscale("symlog", linthresh=1)
-            axes.set_ylim(bottom=min(low, 0) - 0.3)  # its own margin is a share of the maximum
+            axes.set_ylim(bottom=min(low, 0) - 0.3)  # Matplotlib's margin, a share of the maximum, would be too wide
     elif scale == "zero":
         axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(ticker.EngFormatter(sep="") if high >= 10_000 else lambda value, _: f"{value:g}")

@@ -11,8 +11,11 @@ matplotlib.use("Agg")  # no display is needed, and none is opened
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import MaxNLocator
+from matplotlib.typing import RcKeyType
 
 from harness.errors import UserError
 from harness.files import written_whole
@@ -26,7 +29,7 @@ RUN_STYLES: tuple[dict[str, Any], ...] = tuple(
     {"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28)
 )
 
-_STYLE = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 9,
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
@@ -60,7 +63,7 @@ def new_figure(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
 
 
 def check_folder(folder: Path) -> None:
-    """UserError unless `folder` can be written to, once it is made if it is not there yet."""
+    """UserError unless `folder` can be written to or, if it is not there yet, made."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
         raise UserError(f"{folder} cannot be a folder, a file is in the way: give another --out")
@@ -94,16 +97,21 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 
 def scale_tails(panel: Axes) -> None:
-    """A y axis, with 0 on it, for what may be small or huge, once it is drawn: linear up to 10, logarithmic beyond
-    where values go there."""
+    """Scale the y axis, once the panel is drawn, for values that may be small or huge: with a line at 0 and, where some
+    exceed 30, linear up to 10 and logarithmic beyond."""
     if panel.dataLim.y1 > 30:
         panel.set_yscale("symlog", linthresh=10)
     panel.axhline(0, color="#777777", linewidth=0.8)
 
 
+def integer_ticks(axis: Axis) -> None:
+    """Ticks as Matplotlib sets them, but at integers only: between two layers or two heads there is nothing."""
+    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # the rest is AutoLocator's
+
+
 def heat_map(panel: Axes, grid: np.ndarray, low: float | None, high: float | None, figures: str = "") -> AxesImage:
-    """A grid (rows, columns) in colours from `low` to `high`, the first row on top; with `figures`, a format, each
-    value stands in its cell. NaN is an empty cell."""
+    """A grid (rows, columns) in colours from `low` to `high`, the first row on top. NaN is an empty cell. With
+    `figures`, a format such as "{:.2f}", each cell also shows its value."""
     image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
     low, high = image.get_clim()
     for (row, column), value in np.ndenumerate(grid) if figures else ():
@@ -127,11 +135,11 @@ def draw_heads(
             grid[h["layer"], h["head"]] = h[column]
     image = heat_map(panel, grid, low, high, "{:.2f}" if grid.size <= 36 else "")
     low, high = image.get_clim()
-    beyond = np.nanmax(grid, initial=high) > high + 1e-5 * (high - low)  # a row mass of 1 has a float32's rounding
+    beyond = np.nanmax(grid, initial=high) > high + 1e-5 * (high - low)  # float32 rounds a row mass of 1
     panel.figure.colorbar(image, ax=panel, label=label, extend="max" if beyond else None)
     panel.set(xlabel="head", ylabel="layer")
     for axis in (panel.xaxis, panel.yaxis):
-        axis.get_major_locator().set_params(integer=True)
+        integer_ticks(axis)
 
 
 def print_table(rows: list[dict], columns: list[str]) -> None:

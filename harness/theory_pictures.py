@@ -38,8 +38,9 @@ def draw_gibbs() -> Figure:
     pairs = tools.dirichlet(42, 5, 20_000)
     kl = kl_divergence(pairs[0::2], pairs[1::2])
     right.hist(kl.numpy(), bins=60, color="#0072B2")
-    right.axvline(kl.mean(), color="black", linestyle="--", linewidth=1.2, label=f"mean {kl.mean():.3f}")
-    right.axvline(kl.min(), color="black", linestyle=":", linewidth=1.2, label=f"least {kl.min():.4f}")
+    mean, least = kl.mean().item(), kl.min().item()
+    right.axvline(mean, color="black", linestyle="--", linewidth=1.2, label=f"mean {mean:.3f}")
+    right.axvline(least, color="black", linestyle=":", linewidth=1.2, label=f"least {least:.4f}")
     right.set(title="KL ≥ 0", xlabel="KL(p‖q) of a random pair, nats", ylabel="pairs out of 10,000", yscale="log")
     right.legend()
     return figure
@@ -81,10 +82,11 @@ def draw_two_fits() -> Figure:
     kl = kl_divergence(gaussians, target.expand_as(gaussians))
     filled = right.contourf(means, stds, kl, levels=torch.linspace(0.6, 2, 15), cmap="viridis", extend="max")
     figure.colorbar(filled, label="KL(fit‖mixture), nats")
-    mirrored, saddle = (-seeking[0], seeking[1]), fits.stationary_point(fits.kl_from(target), 1.5, 2)
-    kinds = {"minimum": ("o", [seeking, mirrored, stuck]), "saddle": ("X", [saddle, (-saddle[0], saddle[1])])}
-    for label, (marker, points) in kinds.items():
-        xs, ys = zip(*((point[0], point[1]) for point in points), strict=True)
+    (mean, std, _), (saddle_mean, saddle_std) = seeking, fits.stationary_point(fits.kl_from(target), 1.5, 2)
+    minima = [(mean, std), (-mean, std), stuck[:2]]
+    saddles = [(saddle_mean, saddle_std), (-saddle_mean, saddle_std)]
+    for label, marker, points in (("minimum", "o", minima), ("saddle", "X", saddles)):
+        xs, ys = zip(*points, strict=True)
         right.plot(xs, ys, marker, color="white", markersize=8, markeredgecolor="black", label=label)
     right.set(title="Why it stays: three minima", xlabel="μ", ylabel="σ")
     right.legend(loc="lower center", frameon=True)
@@ -164,13 +166,7 @@ def draw_distillation() -> Figure:
     entropies.set(title="Their entropy", xlabel="temperature τ", ylabel="nats", xscale="log", ylim=(0, 1.8))
     curve(kls, tau, tau**2 * kl_divergence(teacher, student), 0, "τ² KL(teacher‖student)")
     curve(kls, tau, tau**2 * kl_divergence(student, teacher), 1, "τ² KL(student‖teacher)")
-    level(
-        kls,
-        hot_limit(TEACHER, STUDENT),
-        "½ Var(z_T − z_S)",
-        x=0.6,
-        rise=-10,
-    )
+    level(kls, hot_limit(TEACHER, STUDENT).item(), "½ Var(z_T − z_S)", x=0.6, rise=-10)
     kls.set(title="What the student is asked for", xlabel="temperature τ", ylabel="nats", xscale="log", ylim=(0, None))
     kls.legend(loc="lower right")
     return figure
@@ -183,7 +179,7 @@ def draw_elbo() -> Figure:
     curve(left, alpha, reconstruction, 0, "reconstruction E[ln p(x|z)]")
     curve(left, alpha, -kl, 1, "−KL(q‖prior)")
     curve(left, alpha, reconstruction - kl, 2, "ELBO, their sum")
-    level(left, latent.log_evidence(), "ln p(x)")
+    level(left, latent.log_evidence().item(), "ln p(x)")
     left.set(title="The ELBO's parts", xlabel="α of the encoder N(αx, ½)", ylabel="nats", ylim=(-10, 0))
     left.legend(loc="lower center", fontsize=8)
     curve(right, alpha, latent.log_evidence() - (reconstruction - kl), 0, "ln p(x) − ELBO")
@@ -221,7 +217,7 @@ def draw_collapse() -> Figure:
     steps = torch.arange(100)
     curve(right, steps, latent.descend(latent.ANNEALED, 1, 0.85), 0, "β from 0, 1 at step 50")
     curve(right, steps, latent.descend(torch.ones(100), 1, 0.85), 1, "β = 1 from the start")
-    level(right, latent.collapse_rate(1, 0.85, 1), "½ ln(v/σ²)")
+    level(right, latent.collapse_rate(1, 0.85, 1).item(), "½ ln(v/σ²)")
     right.set(title="Annealing β: v = 1, σ² = .85", xlabel="step of gradient descent", ylabel="KL, nats")
     right.legend(loc="center right", fontsize=8, handlelength=2.5)
     return figure

@@ -5,6 +5,7 @@ import math
 import os
 import secrets
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def wandb_run(folder: Path) -> tuple[str, Config]:
     return json.loads(state.read_text())["id"], config
 
 
-def log_diagnostic(folder: Path, name: str, summary: dict[str, float | None], picture: Path) -> None:
+def log_diagnostic(folder: Path, name: str, summary: Mapping[str, float | None], picture: Path) -> None:
     """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
     run_id, config = wandb_run(folder)
     run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())

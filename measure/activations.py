@@ -6,6 +6,7 @@ few numbers a channel and a sequence.
 
 import math
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ OUTLIER_RMS = 6.0
 SINK = 0.3
 """A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
 QUERIES = 64
-"""As many rows of a layer's T × T attention are in memory at once."""
+"""So many rows of a layer's T × T attention are in memory at once."""
 
 
 class Activations:
@@ -45,7 +46,7 @@ class Activations:
 
 
 class TensorStatistics:
-    """Of one tensor (B, T, C): `all` its tokens, the `first` of each sequence, and the `others`."""
+    """Statistics of one tensor (B, T, C): of `all` its tokens, of the `first` of each sequence, and of the `others`."""
 
     def __init__(self):
         self.all, self.first, self.others = TokenStatistics(), TokenStatistics(), TokenStatistics()
@@ -61,16 +62,16 @@ class TensorStatistics:
 
 
 class SequenceStatistics:
-    """Of all elements together, and of each sequence by itself. A statistic that does not exist is None, and so is
-    every one but `moments` where a number is NaN or infinite."""
+    """Statistics of all elements together, and of each sequence by itself. A statistic that does not exist is None, and
+    so is every one but `moments` where a number is NaN or infinite."""
 
     def __init__(self):
         self.moments = Moments()
         self._kurtosis: list[float] = []
         self._max_abs: list[float] = []
 
-    def update(self, sequences: RowMoments) -> None:
-        """sequences (B,)"""
+    def add_sequences(self, sequences: RowMoments) -> None:
+        """sequences (B,), each the moments of all elements of one."""
         self.moments.merge(sequences.moments())
         self._kurtosis += (sequences.excess_kurtosis + 3).tolist()
         self._max_abs += sequences.max_abs.tolist()
@@ -96,7 +97,7 @@ class SequenceStatistics:
 
 
 class TokenStatistics(SequenceStatistics):
-    """Of some of a tensor's tokens: also of each token, and of each channel over all of them."""
+    """Statistics of some tokens of a tensor: those above, of each token, and of each channel over all these tokens."""
 
     def __init__(self):
         super().__init__()
@@ -105,7 +106,7 @@ class TokenStatistics(SequenceStatistics):
 
     def update(self, tokens: RowMoments, squares: Tensor) -> None:
         """tokens (B, T), each the moments over the channels of one; squares (C,), summed over all of them."""
-        super().update(tokens.pooled())
+        self.add_sequences(tokens.pooled())
         self._tokens += tokens.count.numel()
         self._squares = self._squares.to(squares.device) + squares
         kurtosis = tokens.excess_kurtosis
@@ -151,13 +152,13 @@ class TokenStatistics(SequenceStatistics):
 
 
 def chunk_size(x: Tensor) -> int:
-    """As many elements are read at once: enough to amortise some twenty calls, on a CPU few enough for its cache."""
+    """How many elements are read at once: enough to be worth some twenty calls; on a CPU, few enough for its cache."""
     return 2**17 if x.device.type == "cpu" else CHUNK_ACCELERATOR
 
 
 def _read(x: Tensor) -> tuple[RowMoments, Tensor, Tensor]:
-    """The moments over the channels of each token of x (B, T, C), (B, T), and the sum of squares of each channel (C,)
-    over the first tokens and over the others: in float64, a few tokens at a time."""
+    """x (B, T, C) → the moments of each token over its channels (B, T), and each channel's sum of squares (C,) over the
+    first tokens and over the others. Computed in float64, a few tokens at a time."""
     B, T, C = x.shape
     step = max(1, chunk_size(x) // C)
     # One piece of memory for all results: small ones left between large short-lived ones would fragment the heap.
@@ -176,7 +177,7 @@ def _read(x: Tensor) -> tuple[RowMoments, Tensor, Tensor]:
 
 
 class AttentionStatistics:
-    """Of one layer's attention probabilities P (B, H, T, T), a few rows of one sequence at a time.
+    """Statistics of one layer's attention probabilities P (B, H, T, T), computed a few rows of a sequence at a time.
 
     `visible` holds the probabilities on and below the diagonal, `all` the zeros above it too: the quantity that
     quietGPT logs. The figures of a head are (H,) float64.
@@ -185,7 +186,7 @@ class AttentionStatistics:
     def __init__(self):
         self.all, self.visible = SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
-        self._row_mass = self._entropy = self._sinks = 0.0
+        self._row_mass = self._entropy = self._sinks = torch.zeros((), dtype=torch.float64)
 
     @torch.no_grad()
     def update(self, q: Tensor, k: Tensor, normalizer: str = "softmax", **parameters: Tensor) -> "AttentionStatistics":
@@ -196,9 +197,9 @@ class AttentionStatistics:
             self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
         return self
 
-    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> None:
+    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]) -> None:
         _, H, T, _ = q.shape
-        blocks, entropy, first_key = [], 0.0, 0.0
+        blocks, entropy, first_key = [], q.new_zeros(H, dtype=torch.float64), q.new_zeros(H, dtype=torch.float64)
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
             P, null = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
@@ -217,13 +218,13 @@ class AttentionStatistics:
             entropy += row_entropy(P, null, normalizer).double().sum(-1)
         rows = RowMoments(*(torch.cat(field, dim=-1).flatten() for field in zip(*blocks, strict=True)))
         self._entropy = self._entropy + entropy / T
-        # a comparison with NaN is false, and "no sink" would be a claim
+        # NaN stays NaN: a comparison would give False, and so claim that the head does not sink.
         sinks = torch.where(first_key.isnan(), math.nan, (first_key / T > SINK).double())
         self._sinks = self._sinks + sinks
         self.sequences += 1
         sequence = RowMoments(*(field.unsqueeze(0) for field in rows.pooled()))
-        self.visible.update(sequence)
-        self.all.update(sequence.with_zeros(H * T * (T - 1) // 2))
+        self.visible.add_sequences(sequence)
+        self.all.add_sequences(sequence.with_zeros(H * T * (T - 1) // 2))
 
     @property
     def sink_rate(self) -> Tensor:
@@ -237,7 +238,7 @@ class AttentionStatistics:
 
     @property
     def entropy(self) -> Tensor:
-        """In nats, averaged over queries, as of `row_entropy`."""
+        """The entropy of a query's attention in nats (see `row_entropy`), averaged over queries."""
         return self._entropy / self.sequences
 
 

@@ -20,14 +20,14 @@ def kl_divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
     `p (e^x − 1 − x)`, x = log(q/p), are all ≥ 0 and of second order in x, so that neighbours keep their digits, and
     with p = q the gradient is exactly 0. `F.kl_div` gives NaN for p = 0 and cancels where p is close to q.
 
-    ValueError for mismatched shapes, and where no gradient flows also for what does not sum to 1 (in training that
-    look would make the device wait).
+    ValueError for mismatched shapes and, where no gradient flows, for rows that do not sum to 1. (In training the sums
+    are not checked, since to look at them would make the device wait.)
     """
     p, q = _checked(log_p, log_q)
     x = (log_q - log_p).masked_fill(p == 0, 0)
     near = (x < 1) & (p > 0)  # q − p is p (e^x − 1), but for q ≫ p, where e^x may overflow
     excess = torch.where(near, p * torch.expm1(x.clamp(max=1)), q - p)
-    return (excess - p * x).sum(-1).clamp(min=0)  # expm1 may round to a unit below x
+    return (excess - p * x).sum(-1).clamp(min=0)  # a term may be below 0: expm1 may round to a unit below x
 
 
 def jensen_shannon(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ class Ray(NamedTuple):
     radius: Tensor
     """π/Δ, within which the Taylor series in τ converges; inf where Δ = 0"""
     remainder_forward: Tensor
-    """forward − quadratic, to its own last digits"""
+    """forward − quadratic, computed without the cancellation of that difference"""
     remainder_reverse: Tensor
     bound_forward: Tensor
     """τ³Δ³/(36√3): no remainder is larger in magnitude"""
@@ -180,7 +180,8 @@ def _phi2(x: Tensor) -> Tensor:
 
 def _phi3(x: Tensor) -> Tensor:
     """`e^x − 1 − x − x²/2` as `_phi2`; for |x| < 1 the series' next term, x¹⁹/19!, is below ε of the first."""
-    inner, series = x.clamp(-1, 1), 1.0
+    inner = x.clamp(-1, 1)
+    series: Tensor | float = 1.0
     for k in range(18, 3, -1):
         series = 1 + inner / k * series
     return torch.where(x.abs() < 1, inner**3 / 6 * series, torch.expm1(x) - x - x * x / 2)
@@ -202,7 +203,7 @@ def _check_shapes(log_p: Tensor, log_q: Tensor) -> None:
 
 
 def _checked(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """p and q."""
+    """p and q, from their logarithms. ValueError as in `kl_divergence`."""
     _check_shapes(log_p, log_q)
     p, q = log_p.exp(), log_q.exp()
     if not (p.requires_grad or q.requires_grad):

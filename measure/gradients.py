@@ -1,9 +1,10 @@
 """What a gradient loses without the lateral part of the softmax Jacobian: the attention's, and the parameters'."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from measure.jacobian import (
@@ -21,23 +22,25 @@ MODES = ("diagonal", "ste")
 
 
 class Backwards(NamedTuple):
-    """The same batches backward in full and in each of MODES."""
+    """What `run_backwards` finds when it runs the same batches backward in full and in each of MODES."""
 
     loss: float
     """mean over the sequences"""
     sequences: int
     splits: list[list[dict[str, Tensor]]]
-    """of each layer, those that `backpropagate` makes: one a sequence"""
+    """for each layer, the `split_of_sequence` of every sequence"""
     parameters: list[str]
+    """their names"""
     products: dict[str, dict[str, Tensor]]
-    """mode → parameter → `dot_products` with the full gradient. c_attn's q and k also stand apart, as "NAME q, k".
-    Without "diagonal" where the normalizer does not say its Jacobian's diagonal."""
+    """mode → parameter → `dot_products` with the full gradient. The rows of c_attn that make q and k also have an entry
+    of their own, "NAME q, k". Where the normalizer does not give its Jacobian's diagonal, there is no "diagonal"."""
 
 
 def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]) -> Backwards:
     """Run `batches(what)`, the same (x, y) each time, (B, T) int64, backward through the model; `what` says which pass
     it is, for a progress bar. The model's own backward is what it was again afterwards."""
-    splits, loss, sequences = [[] for _ in model.transformer.h], 0.0, 0
+    splits: list[list[dict[str, Tensor]]] = [[] for _ in model.transformer.h]
+    loss, sequences = 0.0, 0
     with backward_mode(model, "full"):
         for x, y in batches("full backward"):
             loss += backpropagate(model, x, y, splits) * len(x)
@@ -58,21 +61,24 @@ def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor]
         products[name] = dot_products(gradient, full[name])
         if ".c_attn." in name:
             own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
-            products[f"{name} q, k"] = sum(dot_products(own[part], whole[part]) for part in "qk")
+            products[f"{name} q, k"] = dot_products(own["q"], whole["q"]) + dot_products(own["k"], whole["k"])
     return products
 
 
 def compare(products: dict[str, dict[str, Tensor]], names: Iterable[str]) -> dict[str, float | None]:
     """Cosine and norm ratio, for each mode, of these parameters' gradients taken as one vector."""
-    values, names = {}, list(names)
+    values: dict[str, float | None] = {}
+    names = list(names)
     for mode in MODES:
-        measured = mode in products
-        cosine, ratio = cosine_and_norm_ratio(sum(products[mode][name] for name in names)) if measured else (None, None)
+        cosine, ratio = None, None
+        if mode in products:
+            together = sum((products[mode][name] for name in names), start=torch.zeros(3, dtype=torch.float64))
+            cosine, ratio = cosine_and_norm_ratio(together)
         values |= {f"cos_{mode}": cosine, f"norm_ratio_{mode}": ratio}
     return finite(values)
 
 
-def finite(values: dict[str, Tensor | float | None]) -> dict[str, float | None]:
+def finite(values: Mapping[str, Tensor | float | None]) -> dict[str, float | None]:
     """As plain numbers; None where there is none. `findings` says why."""
     return {k: float(v) if v is not None and math.isfinite(v) else None for k, v in values.items()}
 
@@ -102,7 +108,7 @@ def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, d
 
 
 def not_computed(name: str) -> list[str]:
-    """What is null for a normalizer that is no softmax, whose closed forms are not its own."""
+    """Notes on what is null for a normalizer that is no softmax, since the closed forms hold for softmax alone."""
     normalizer = find_normalizer(name)
     notes = [] if normalizer.is_softmax else [f"jacobian_offdiag has a closed form of a softmax alone, not of {name}"]
     if normalizer.diagonal is None:

@@ -50,10 +50,10 @@ def jacobian_energy(
     mean_attention over (i, j ≤ i); entropy in nats, the null slot counted (`row_entropy`); row_mass `Σ_j A_ij`; and of
     the Jacobian alone jacobian_diag `Σ A²(1 − A)²` and jacobian_offdiag `(Σ A²)² − Σ A⁴`: means over rows.
 
-    A ratio or cosine with a zero norm is NaN; a sequence without one is left out of the average. NaN are also, of a
-    normalizer that is no softmax, jacobian_offdiag and, where its entry says no diagonal, all that needs that. `scale`
-    multiplies q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink", `parameters` with those that
-    take some. ValueError where the arguments do not fit.
+    A ratio or cosine with a zero norm is NaN; a sequence without one is left out of the average. For a normalizer that
+    is no softmax jacobian_offdiag is NaN, and so is, where its entry gives no diagonal, all that needs the diagonal.
+    `scale` multiplies q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink", `parameters` with those
+    that take some. ValueError where the arguments do not fit.
     """
     shapes = {tuple(x.shape) for x in (q, k, v, grad_out)}
     if len(shapes) > 1 or q.dim() != 4 or not q.numel():
@@ -73,8 +73,8 @@ def jacobian_energy(
 def split_of_sequence(
     q, k, v, grad_out, normalizer: str = "softmax", scale: float | None = None, **parameters: Tensor
 ) -> dict[str, Tensor]:
-    """What `pool` makes the columns of, for one sequence: q, k, v and dL/dO (H, T, D) → (H,) float64 each. The
-    normalizer, its parameters (a null logit among them) and the scale as `attention` takes them."""
+    """The sums and means of one sequence, from which `pool` makes the columns: q, k, v and dL/dO (H, T, D) → (H,)
+    float64 each. The normalizer, its parameters (a null logit among them) and the scale as `attention` takes them."""
     q, k, v, grad_out = (float64(x) for x in (q, k, v, grad_out))
     parameters = {name: float64(x) for name, x in parameters.items()}
     scale = q.size(-1) ** -0.5 if scale is None else scale
@@ -101,7 +101,7 @@ def split_of_sequence(
 
 
 class ScoreGradients(NamedTuple):
-    """Of a block of rows, each of the shape of the weights (H, rows, keys) or, where that is smaller, (H, rows)."""
+    """What `_sums_of_rows` needs of a block of rows: of the shape of the weights (H, rows, keys), but for the last."""
 
     s: Tensor  # the full gradient of the scores
     d: Tensor  # its diagonal part
@@ -119,8 +119,8 @@ def softmax_gradients(A: Tensor, g: Tensor) -> ScoreGradients:
 
 
 def general_gradients(scores: Tensor, g: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> ScoreGradients:
-    """Of any normalizer: scores (1, H, rows, keys), −∞ where a key is not visible, and g (H, rows, keys) → by a
-    vector-Jacobian product through its weights. NaN what its entry does not say."""
+    """Of any normalizer, by a vector-Jacobian product through its weights: scores (1, H, rows, keys), −∞ where a key is
+    not visible, and g (H, rows, keys). What the normalizer's entry does not give is NaN."""
     entry = find_normalizer(normalizer)
     with torch.enable_grad():
         scores.requires_grad_()
@@ -179,7 +179,7 @@ def pool(splits: list[dict[str, Tensor]], over_heads: bool = False) -> dict[str,
 
 
 def _mean_cosine(dot: Tensor, norm_a: Tensor, norm_b: Tensor) -> Tensor:
-    """Over the first dimension, without those whose norm is zero; a NaN stays one."""
+    """The cosine averaged over the first dimension, without entries where a norm is zero; a NaN makes it NaN."""
     exists = (norm_a != 0) & (norm_b != 0)
     cosine = torch.where(exists, dot / norm_a / norm_b, 0.0)
     return cosine.sum(0) / exists.sum(0)
@@ -208,8 +208,8 @@ def backpropagate(model: GPT, x: Tensor, y: Tensor, splits: list[list[dict[str, 
 
 
 def take_gradients(model: GPT) -> dict[str, Tensor]:
-    """The gradient of every parameter, by name, out of the model's hands: its own start anew."""
-    gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+    """The gradient of every parameter that has one, by name, taken from the model, which starts anew without any."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return gradients
 

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A chunk is read about ten times. On a CPU it should stay in the cache, and be worth waking the other threads for,
-# which costs much where the cores are busy. Elsewhere it should amortise the launches.
+# How many elements are read at once, about ten times each. On a CPU they should stay in the cache, and be enough to be
+# worth waking the other threads for, which costs much where the cores are busy. On an accelerator they should be enough
+# for the time of the launches not to count.
 CHUNK_CPU = 2**18
 CHUNK_ACCELERATOR = 2**24
 
@@ -31,7 +32,7 @@ COLUMNS = {
 
 
 def float64(x: Tensor) -> Tensor:
-    """x in float64, where it lies; from MPS, which has no such numbers, on the CPU."""
+    """x in float64 on its own device, or on the CPU where that is MPS, which has no float64."""
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
@@ -90,28 +91,28 @@ class Moments:
 
     @property
     def variance(self) -> float | None:
-        return self._m2 / self.count if self.count else None
+        return self._variance if self.count else None
 
     @property
     def std(self) -> float | None:
-        return math.sqrt(self.variance) if self.count else None
+        return self._std if self.count else None
 
     @property
     def skewness(self) -> float | None:
-        return self._m3 / self.count / (self.variance * self.std) if self._has_shape else None
+        return self._m3 / self.count / (self._variance * self._std) if self._has_shape else None
 
     @property
     def excess_kurtosis(self) -> float | None:
         """Fisher's: a Gaussian gives 0, two equal spikes −2, the least there is."""
-        return self._m4 / self.count / (self.variance * self.variance) - 3 if self._has_shape else None
+        return self._m4 / self.count / (self._variance * self._variance) - 3 if self._has_shape else None
 
     @property
     def max_abs(self) -> float | None:
-        return max(-self._low, self._high) if self.count else None
+        return self._max_abs if self.count else None
 
     @property
     def max_abs_over_std(self) -> float | None:
-        return self.max_abs / self.std if self._has_shape else None
+        return self._max_abs / self._std if self._has_shape else None
 
     def row(self) -> dict[str, int | float | None]:
         """Everything above, named as `COLUMNS`."""
@@ -119,7 +120,21 @@ class Moments:
 
     @property
     def _has_shape(self) -> bool:
-        return self.count > 0 and self.variance * self.variance > sys.float_info.min and math.isfinite(self._m4)
+        return self.count > 0 and self._variance * self._variance > sys.float_info.min and math.isfinite(self._m4)
+
+    # The next three are defined only where `count` is not 0.
+
+    @property
+    def _variance(self) -> float:
+        return self._m2 / self.count
+
+    @property
+    def _std(self) -> float:
+        return math.sqrt(self._variance)
+
+    @property
+    def _max_abs(self) -> float:
+        return max(-self._low, self._high)
 
 
 def excess_kurtosis(tensor: torch.Tensor) -> float | None:
@@ -142,7 +157,7 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
     m4 = d2.square_().sum()
     # one transfer for all of them: on an accelerator each would wait for the device
     low, high, origin, offset, m2, m3, m4 = torch.stack([*x.aminmax(), x[0], offset, m2, m3, m4]).tolist()
-    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax hands on a NaN
+    if not (math.isfinite(low) and math.isfinite(high)):  # aminmax gives NaN where there is one
         moments = _moments_of_chunk(x[x.isfinite()])
         moments.nonfinite = chunk.numel() - moments.count
         return moments
@@ -156,7 +171,7 @@ def _moments_of_chunk(chunk: torch.Tensor) -> Moments:
 class RowMoments(NamedTuple):
     """The moments of many rows of numbers at once, each (...,) float64: one entry a row."""
 
-    count: torch.Tensor  # finite elements
+    count: torch.Tensor  # type: ignore[assignment]  # finite elements; the name hides tuple.count, which nobody calls
     nonfinite: torch.Tensor  # NaN and ±Inf, counted and left out
     mean: torch.Tensor
     m2: torch.Tensor  # Σ (x − mean)^k
@@ -170,7 +185,7 @@ class RowMoments(NamedTuple):
         those elements alone."""
         low, high = x.amin(-1), x.amax(-1)
         nonfinite = torch.zeros(low.shape, dtype=torch.float64, device=x.device)
-        if not (low.isfinite() & high.isfinite()).all():  # amin and amax hand on a NaN
+        if not (low.isfinite() & high.isfinite()).all():  # amin and amax give NaN where there is one
             finite, seen = x.isfinite(), True if visible is None else visible
             nonfinite += (~finite & seen).sum(-1)
             visible = finite & seen
@@ -183,7 +198,7 @@ class RowMoments(NamedTuple):
             low, high = x.masked_fill(hidden, math.inf).amin(-1), x.masked_fill(hidden, -math.inf).amax(-1)
             low, high = (torch.where(count > 0, extreme, 0) for extreme in (low, high))
             mean = x.masked_fill(hidden, 0).sum(-1) / count.clamp(min=1)
-        mean = torch.where(low == high, low.double(), mean)  # equal numbers then have a variance of exactly 0
+        mean = torch.where(low == high, low.double(), mean)  # equal numbers have a variance of exactly 0
         d = x - mean.unsqueeze(-1)
         if visible is not None:
             d.masked_fill_(hidden, 0)

@@ -57,10 +57,10 @@ def nonfinite(rows: list[dict]) -> list[str]:
 
 
 def constant(rows: list[dict]) -> list[str]:
-    """Why a kurtosis does not exist, and with it what is averaged over it."""
+    """Notes on the tensors without a kurtosis: what is averaged over them has no value either."""
     found, named = [], set()
     for row in rows:
-        tensor = row["name"].partition(" [")[0]  # it comes before its parts, and speaks for them
+        tensor = row["name"].partition(" [")[0]  # the whole tensor comes first; its parts get no note of their own
         if row["nonfinite"] or not row["count"] or tensor in named:
             continue
         if row["std"] == 0:
@@ -79,11 +79,11 @@ def first_token_spikes(activations: Activations) -> list[str]:
     found = []
     for name, tensor in activations.tensors.items():
         first, others = tensor.first.moments.max_abs, tensor.others.moments.max_abs
-        if None in (first, others) or tensor.first.moments.nonfinite or first <= SPIKE * others:
+        rms = tensor.first.channel_rms  # None where a number is NaN or infinite
+        if first is None or others is None or rms is None or first <= SPIKE * others:
             continue
         times = f"{first / others:.1f} × that of all other tokens" if others else "0 in all other tokens"
-        channel = tensor.first.channel_rms.argmax()
-        found.append(f"first-token spike in {name}, channel {channel}: max |x| {first:.4g}, {times}")
+        found.append(f"first-token spike in {name}, channel {rms.argmax()}: max |x| {first:.4g}, {times}")
     return found
 
 

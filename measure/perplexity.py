@@ -57,21 +57,23 @@ def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndar
 
 
 def token_losses(model: GPT, x: Tensor, y: Tensor) -> Tensor:
-    """The loss, in nats, of each target of y (B, T) that is not −1: (n,), row by row. Only these pass the head."""
+    """The loss, in nats, of each target of y (B, T) that is not −1: (n,), row by row. Other logits are not computed."""
     scored = y >= 0
     losses = []
     for features, targets in zip(model.features(x)[scored].split(_ROWS), y[scored].split(_ROWS), strict=True):
         logits = model.lm_head(features)
-        exact = torch.promote_types(logits.dtype, torch.float32)
-        losses.append(F.cross_entropy(logits.to(exact), targets, reduction="none"))
+        at_least_float32 = torch.promote_types(logits.dtype, torch.float32)
+        losses.append(F.cross_entropy(logits.to(at_least_float32), targets, reduction="none"))
     return torch.cat(losses)
 
 
 def standard_error(losses: np.ndarray, clusters: np.ndarray) -> float | None:
-    """Of the mean of `losses` (n,), where those of one cluster (n,) depend on each other and those of two do not.
+    """The standard error of the mean of `losses` (n,). `clusters` (n,) says which cluster each is in: losses of one
+    cluster may depend on each other, those of different clusters do not.
 
-    Of the ratio Σ_c L_c / Σ_c n_c over C clusters, linearized: `√(C/(C−1) Σ_c (L_c − n_c·mean)²) / n` (Cochran 1977,
-    Sampling Techniques, §2.11). With one token a cluster this is the usual s/√n. None for a single cluster.
+    It is that of the ratio Σ_c L_c / Σ_c n_c over C clusters, linearized: `√(C/(C−1) Σ_c (L_c − n_c·mean)²) / n`
+    (Cochran 1977, Sampling Techniques, §2.11). With one token a cluster this is the usual s/√n. None for a single
+    cluster.
     """
     _, cluster = np.unique(clusters, return_inverse=True)
     residuals = np.bincount(cluster, weights=losses - losses.mean())

@@ -30,8 +30,9 @@ DIVERGENCES = {
 
 @torch.no_grad()
 def divergences(reference: Tensor, other: Tensor, order: float) -> tuple[Tensor, Tensor]:
-    """Of logits (N, V): (divergences, N) in float64 on the CPU, and the likeliest token of each model with its
-    probability, (2 models, 2, N). Block by block, since in float64 they are larger than the logits themselves."""
+    """From two models' logits (N, V): the values of all DIVERGENCES, (divergences, N) in float64 on the CPU; and each
+    model's likeliest token with its probability, (2 models, 2, N). Block by block, since log-probabilities in float64
+    take more memory than the logits."""
     rows, values, likeliest = max(1, BLOCK // reference.size(-1)), [], []
     for blocks in zip(reference.split(rows), other.split(rows), strict=True):
         p, q = (torch.log_softmax((x.cpu() if x.device.type == "mps" else x).double(), -1) for x in blocks)

@@ -1,7 +1,7 @@
 """Look inside a model: statistics of its weights and of what flows through it."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -41,25 +41,29 @@ def rows_of_c_attn(x: Tensor, n_head: int) -> dict[str, Tensor]:
 @torch.no_grad()
 def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
     """The excess kurtosis of the attention probabilities on idx (B, T), each layer's over all its (B, H, T, T) entries,
-    the causal zeros included; averaged over layers. This is the activation kurtosis that quietGPT logs."""
-    kurtoses = []
+    the causal zeros included; averaged over layers. None where one layer has none. This is the activation kurtosis that
+    quietGPT logs."""
+    kurtoses: list[float] = []
     with capture_qk(model) as captured:
         model(idx)
     for attn, q, k in captured:
         moments = Moments()
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):  # one sequence's T × T maps at a time
             moments.update(attention_rows(q_1, k_1, **attn.arguments())[0])
+        if moments.excess_kurtosis is None:
+            return None
         kurtoses.append(moments.excess_kurtosis)
-    return None if None in kurtoses else sum(kurtoses) / len(kurtoses)
+    return sum(kurtoses) / len(kurtoses)
 
 
 @contextlib.contextmanager
-def capture_qk(model: GPT):
+def capture_qk(model: GPT) -> Iterator[list[tuple[CausalSelfAttention, Tensor, Tensor]]]:
     """A list that fills, while the model runs, with (attention module, q, k) of each layer; q and k (B, H, T, D), as
     they enter the scores."""
-    captured, handles = [], []
+    captured: list[tuple[CausalSelfAttention, Tensor, Tensor]] = []
+    handles = []
 
-    def hook_for(attn):
+    def hook_for(attn: CausalSelfAttention):
         def hook(_core, inputs):
             q, k, _ = inputs
             captured.append((attn, q, k))
@@ -76,25 +80,26 @@ def capture_qk(model: GPT):
 
 
 class AttentionPass(NamedTuple):
-    """One layer's attention on a batch, there and back."""
+    """One layer's attention on a batch: what went into it, and the gradient that came back to its output."""
 
     attn: CausalSelfAttention
     q: Tensor  # (B, H, T, D), as are the others; q and k as they enter the scores
     k: Tensor
     v: Tensor
-    grad_out: Tensor  # dL/dO, O what the heads read
+    grad_out: Tensor  # dL/dO, where O is what the heads read
 
 
 @contextlib.contextmanager
-def capture_attention(model: GPT):
+def capture_attention(model: GPT) -> Iterator[list[AttentionPass]]:
     """A list that fills, while a loss runs back through the model, with each layer's AttentionPass, in their order."""
-    captured, handles = [], []
+    captured: list[AttentionPass] = []
+    handles = []
 
-    def hook_for(attn):
+    def hook_for(attn: CausalSelfAttention):
         def hook(_core, inputs, out):
-            qkv = [x.detach() for x in inputs]
+            q, k, v = (x.detach() for x in inputs)
             # Insert at the front: the backward pass reaches the last layer first.
-            out.register_hook(lambda grad: captured.insert(0, AttentionPass(attn, *qkv, grad.detach())))
+            out.register_hook(lambda grad: captured.insert(0, AttentionPass(attn, q, k, v, grad.detach())))
 
         return hook
 
@@ -117,7 +122,7 @@ def watch(
     model: GPT,
     on_tensor: Callable[[str, Tensor], None],
     on_attention: Callable[[int, CausalSelfAttention, Tensor, Tensor], None],
-):
+) -> Iterator[None]:
     """While the model runs, call on_tensor(name, x) for every tensor on its way, as soon as it is there: x (B, T, C) of
     each of `TENSORS`, and call on_attention(layer, attn, q, k) for each attention: q and k (B, H, T, D) as they enter
     the scores."""

@@ -1,8 +1,8 @@
 """Simulated post-training quantization: round weights and activations to a grid of integers, and compute in float.
 
 The rounding is PyTorch's own (`torch.fake_quantize_*`: to the nearest point of the grid, ties to even, clipped at its
-ends). Weights have symmetric grids, activations asymmetric ones that always hold 0. Where a tensor is rounded is a
-`Site`; hooks do it, and the model is as it was once a context ends.
+ends). Weights have symmetric grids, activations asymmetric ones that always hold 0. A `Site` is a place where a tensor
+is rounded. Hooks do the rounding, and when a context ends, the model is as it was before.
 """
 
 import contextlib
@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
 from model import GPT, CausalSelfAttention, attention_rows, find_normalizer
 
@@ -74,21 +75,21 @@ class Site(NamedTuple):
     layer: int | None
     """the block it is in; None for the embedding and the head"""
     module: nn.Module
-    """that takes it (a linear layer), computes it (the attention) or returns it (the residual stream)"""
-    then: Callable[[Tensor], Tensor] | None
-    """what the model makes of it: the linear layer's output (`forward`, past its hooks) or the next layer norm's; the
-    probabilities' P @ v is only known while the model runs"""
+    """the module that takes the tensor (a linear layer), computes it (the attention) or returns it (a block)"""
+    then: Callable[..., Tensor]
+    """what the model makes of it: the linear layer's output (`forward`, past its hooks), the next layer norm's, or, for
+    the probabilities P, their product with v, which is known only while the model runs: `then(P, v)`"""
 
 
 def sites(model: GPT, head: bool = False) -> list[Site]:
-    """All of them, in the order of the forward pass."""
+    """All sites of a model, in the order of the forward pass; that of lm_head only with `head`."""
     t = model.transformer
     found, next_norm = [], [*(block.ln_1 for block in t.h), t.ln_f]
     found.append(Site(RESIDUAL, "residual after embedding", None, t.drop, next_norm[0]))
     for layer, block in enumerate(t.h):
         for name in LINEAR:
             if name == "attn.c_proj":
-                found.append(Site(PROBABILITIES, f"h.{layer}.attn probabilities", layer, block.attn, None))
+                found.append(Site(PROBABILITIES, f"h.{layer}.attn probabilities", layer, block.attn, torch.matmul))
             linear = block.get_submodule(name)
             found.append(Site(f"{name} input", f"h.{layer}.{name}", layer, linear, linear.forward))
         found.append(Site(RESIDUAL, f"residual after h.{layer}", layer, block, next_norm[layer + 1]))
@@ -98,8 +99,8 @@ def sites(model: GPT, head: bool = False) -> list[Site]:
 
 
 def has_static_range(site: Site) -> bool:
-    """Whether its values lie in [0, 1] whatever the text: a softmax's probabilities. Other normalizers' may not."""
-    return site.kind == PROBABILITIES and find_normalizer(site.module.normalizer).is_softmax
+    """Whether the values lie in [0, 1] whatever the text is, as a softmax's probabilities do; other weights may not."""
+    return isinstance(site.module, CausalSelfAttention) and find_normalizer(site.module.normalizer).is_softmax
 
 
 Visit = Callable[[Site, Tensor, Callable[[Tensor], Tensor]], Tensor]
@@ -110,28 +111,26 @@ def visiting(places: Iterable[Site], visit: Visit) -> Iterator[None]:
     """While the model runs, `visit(site, tensor, then)` replaces the tensor of each site; `then` is what follows it."""
     with contextlib.ExitStack() as stack:
         for site in places:
-            for handle in _hooks(site, visit):
-                stack.callback(handle.remove)
+            stack.callback(_hook(site, visit).remove)
         yield
 
 
-def _hooks(site: Site, visit: Visit):
-    if site.kind == RESIDUAL:
-        yield site.module.register_forward_hook(lambda _module, _args, x: visit(site, x, site.then))
-    elif site.kind == PROBABILITIES:
-        attn = site.module
-        yield attn.core.register_forward_hook(lambda _core, qkv, _out: _attend(attn, *qkv, site, visit))
-    else:
-        yield site.module.register_forward_pre_hook(lambda _module, args: visit(site, args[0], site.then))
+def _hook(site: Site, visit: Visit) -> RemovableHandle:
+    module = site.module
+    if isinstance(module, CausalSelfAttention):
+        return module.core.register_forward_hook(lambda _core, qkv, _out: _attend(site, visit, module, *qkv))
+    if isinstance(module, nn.Linear):
+        return module.register_forward_pre_hook(lambda _module, args: visit(site, args[0], site.then))
+    return module.register_forward_hook(lambda _module, _args, x: visit(site, x, site.then))
 
 
-def _attend(attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor, site: Site, visit: Visit) -> Tensor:
+def _attend(site: Site, visit: Visit, attn: CausalSelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The attention's output (B, H, T, D) with its probabilities as `visit` leaves them, in place of the fused one."""
     at_once = max(1, _CHUNK // (q.size(1) * q.size(2) * k.size(2)))  # sequences
     outputs = []
     for q_, k_, v_ in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
         P, _ = attention_rows(q_, k_, **attn.arguments())
-        then = partial(torch.matmul, other=v_)
+        then = partial(site.then, other=v_)
         outputs.append(then(visit(site, P, then)))
     return torch.cat(outputs)
 
@@ -178,16 +177,12 @@ def schemes(head: bool = False) -> list[Scheme]:
 
 
 class Range(NamedTuple):
-    """Of the values of a site over the calibration windows, by site name: scalars each."""
+    """The range of a site's values over the calibration windows, and that without the extremes: scalars."""
 
     low: Tensor
     high: Tensor
     percentile_low: Tensor
     percentile_high: Tensor
-
-    @property
-    def is_finite(self) -> bool:
-        return bool(torch.stack(self[:2]).isfinite().all())
 
 
 @torch.no_grad()
@@ -195,22 +190,27 @@ def calibrate(model: GPT, windows: Tensor, batch_size: int, percentile: float, h
     """The ranges of the float model's activations on `windows` (N, T) int64, by site.
 
     The percentile's range leaves out the (1 − percentile/100)·n largest of the n values, and as many of the least. It
-    is exact: what could be among them is kept from batch to batch.
+    is exact, since the largest and the least so far are kept from batch to batch, as many as could be left out.
     """
     largest: dict[str, tuple[Tensor, Tensor]] = {}  # of −x and of x, in falling order
 
     def observe(site: Site, x: Tensor, _then) -> Tensor:
         total = x[0].numel() * len(windows)
         keep = round((1 - percentile / 100) * total) + 1
-        former = largest.get(site.name, (x.new_empty(0), x.new_empty(0)))
-        values = (torch.cat((old, y.flatten())) for old, y in zip(former, (-x, x), strict=True))
-        largest[site.name] = tuple(y.topk(min(keep, len(y))).values for y in values)
+        down, up = largest.get(site.name, (x.new_empty(0), x.new_empty(0)))
+        largest[site.name] = _largest(keep, down, -x), _largest(keep, up, x)
         return x
 
     with visiting([site for site in sites(model, head) if not has_static_range(site)], observe):
         for x in windows.split(batch_size):
             model(x)
     return {name: Range(-down[0], up[0], -down[-1], up[-1]) for name, (down, up) in largest.items()}
+
+
+def _largest(count: int, former: Tensor, x: Tensor) -> Tensor:
+    """The largest of `former` (n,) and of x, of any shape: (count,) in falling order, or all where they are fewer."""
+    values = torch.cat((former, x.flatten()))
+    return values.topk(min(count, len(values))).values
 
 
 def quantize_activation(x: Tensor, site: Site, scheme: Scheme, ranges: dict[str, Range]) -> Tensor:
@@ -231,13 +231,14 @@ def quantized(model: GPT, scheme: Scheme, ranges: dict[str, Range], head: bool =
     """Within this context the model computes as the scheme has it: the weights of its linear layers (the head's only
     with `head`, and never the embedding that it is tied to) and the activations of the scheme's sites."""
     places = sites(model, head)
-    linears = [site.module for site in places if isinstance(site.module, nn.Linear)] if scheme.weight_bits else []
+    linears = [site.module for site in places if isinstance(site.module, nn.Linear)]
     former = [linear.weight for linear in linears]
     visited = [site for site in places if scheme.activation_bits and site.kind in scheme.kinds]
     try:
-        for linear in linears:
-            weight = quantize_weight(linear.weight.detach(), scheme.weight_bits, scheme.per_channel)
-            linear.weight = nn.Parameter(weight, requires_grad=False)
+        if scheme.weight_bits:
+            for linear in linears:
+                weight = quantize_weight(linear.weight.detach(), scheme.weight_bits, scheme.per_channel)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
         with visiting(visited, lambda site, x, _then: quantize_activation(x, site, scheme, ranges)):
             yield
     finally:
@@ -254,8 +255,8 @@ def signal_to_noise(
 
     y is the linear layer's output, the attention's P v, or the next layer norm's output, for the float model's own
     tensors on `batches` of (B, T) int64; ŷ is the same with the tensor (and the linear layer's weight) as the scheme
-    has it. Not of the tensor itself: there one outlier channel passes for a strong signal. None where there is no
-    noise.
+    has it. The ratio is not that of the tensor itself, where one outlier channel would pass for a strong signal. It is
+    None where there is no noise.
     """
     places = sites(model, head)
     signal = {site.name: 0.0 for site in places}

@@ -24,9 +24,9 @@ FIELDS = {  # column → field of a Ray
     "bound_forward": "bound_forward",
     "bound_reverse": "bound_reverse",
 }
-CONSTANT = ("variance", "spread", "radius")  # in τ
+CONSTANT = ("variance", "spread", "radius")  # the columns that do not depend on τ
 TIGHTNESS = ("tightness_forward", "tightness_reverse")
-ENDS = (*CONSTANT, "kl_forward", "kl_reverse")  # what extremes are given of
+ENDS = (*CONSTANT, "kl_forward", "kl_reverse")  # the columns of which `ends` gives the least and the largest
 
 
 def rays_of_heads(alpha0: Tensor, slopes: Tensor, tau: float) -> Tensor:
@@ -38,19 +38,19 @@ def rays_of_heads(alpha0: Tensor, slopes: Tensor, tau: float) -> Tensor:
 
 
 def medians(ray: Ray, tau: float) -> dict[str, float | None]:
-    """Of one head, from the Ray of its moving rows, (n,) on the CPU: the median of each column of FIELDS (of a
-    remainder, its size), the largest of TIGHTNESS, the share of rows beyond the radius at τ, and n under `rows`. None
-    where no row moves."""
+    """One head in figures, from the Ray of its moving rows, (n,) on the CPU: the median of each column of FIELDS (of a
+    remainder's absolute value), the largest of each of TIGHTNESS, the share of rows for which τ is beyond the radius,
+    and n under `rows`. Where no row moves they are None, and n is 0."""
     n = len(ray.spread)
     if n == 0:
         return {column: None for column in (*FIELDS, *TIGHTNESS, "beyond_radius")} | {"rows": 0}
-    found = {column: median(getattr(ray, field).abs()) for column, field in FIELDS.items()}
-    found |= {column: getattr(ray, column).max().item() for column in TIGHTNESS}
-    return found | {"beyond_radius": (ray.radius < tau).double().mean().item(), "rows": n}
+    of_fields = {column: median(getattr(ray, field).abs()) for column, field in FIELDS.items()}
+    tightness = {column: getattr(ray, column).max().item() for column in TIGHTNESS}
+    return {**of_fields, **tightness, "beyond_radius": (ray.radius < tau).double().mean().item(), "rows": n}
 
 
 def median(x: Tensor) -> float:
-    """Of x (n,) on the CPU. Not torch.quantile: it takes no more than 2²⁴ numbers."""
+    """The median of x (n,) on the CPU. By NumPy, since torch.quantile takes no more than 2²⁴ numbers."""
     return float(np.median(x.numpy()))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from measure.jacobian import backward_mode
+from measure.jacobian import backward_mode, take_gradients
 from measure.probe import capture_qk
 from model import GPT, NORMALIZERS, attention_rows, materialized_attention
 
@@ -47,9 +47,7 @@ def adamw_direction(
 def gradient_direction(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], lr: float) -> Direction:
     """Against the mean gradient over `batches`, as the run's own backward pass gives it; its length as of `scaled`."""
     _backward(model, batches)
-    direction = {name: -p.grad for name, p in model.named_parameters()}
-    model.zero_grad()
-    return scaled(direction, lr)
+    return scaled({name: -gradient for name, gradient in take_gradients(model).items()}, lr)
 
 
 def random_direction(model: GPT, lr: float, seed: int) -> Direction:
@@ -60,8 +58,8 @@ def random_direction(model: GPT, lr: float, seed: int) -> Direction:
 
 
 def scaled(direction: Direction, lr: float) -> Direction:
-    """With a root mean square of `lr` over all parameters: about the length of Adam's steps, which move each parameter
-    by some lr, whatever the gradient's. ValueError where the direction has no finite length, or none at all."""
+    """The direction with a root mean square of `lr` over all parameters. Adam's steps are about as long: they move each
+    parameter by about lr, however long the gradient is. ValueError where the direction's length is 0 or not finite."""
     norm, count = length(direction), sum(x.numel() for x in direction.values())
     if not 0 < norm < float("inf"):
         raise ValueError(f"the gradient has the norm {norm}: it gives no direction; take --direction random")
@@ -74,7 +72,7 @@ def length(direction: Direction) -> float:
 
 
 def learning_rate(info: dict[str, Any]) -> float | None:
-    """Of the run's last step, from its optimizer; else its config's; None where the checkpoint says neither."""
+    """The learning rate of the run's last step, by its optimizer; else that of its config; None without either."""
     groups = info.get("optimizer", {}).get("param_groups", [])
     return groups[0]["lr"] if groups else run_config(info, "lr") or run_config(info, "learning_rate")
 
@@ -84,10 +82,10 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     idx (T,): (H, T, n) each, n = T, or T + 1 with the null slot last.
 
     a is the total derivative of the logits S = QKᵀ/√D, through everything below: `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot
-    has slope 0, a sink's that of its parameter. Where a query cannot see (α⁰ = 0), a is that of its first key, so that
-    it does not count in the spread. One forward pass with its tangents; the forward pass does not depend on `backward`,
-    so neither do the slopes. ValueError for a normalizer that is no softmax: its weights are no α ∝ e^S, along whose
-    ray the KL has its bounds.
+    has slope 0, a sink's that of its parameter. A key that a query cannot see (α⁰ = 0) is given the slope of the first
+    key, so that it does not widen the spread. All this takes one forward pass with its tangents; that pass does not
+    depend on `backward`, so neither do the slopes. ValueError for a normalizer that is no softmax: its weights are not
+    α ∝ e^S, and the KL has its bounds only along the ray of such weights.
     """
     normalizer = NORMALIZERS[model.config.normalizer]
     if not normalizer.is_softmax:
@@ -103,7 +101,8 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     with backward_mode(model, "full"):  # any other would give jvp a derivative that is not the attention's
-        primals, tangents = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
+        moved = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
+    primals, tangents = moved  # type: ignore[misc]  # the type allows for a third value, which only has_aux=True brings
 
     H, T, D = primals[0][0].shape
     visible = torch.ones(T, T, dtype=torch.bool, device=idx.device).tril()
@@ -138,10 +137,11 @@ def _backward(model: GPT, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
         model(x, y)[1].backward()
         count += 1
     for parameter in model.parameters():
-        parameter.grad /= count
+        if parameter.grad is not None:
+            parameter.grad /= count
 
 
 def run_config(info: dict[str, Any], key: str):
-    """Of this project's config, or of nanoGPT's flat one."""
+    """The value of `key` in the run's config: in section `optimizer` of this project's, or in nanoGPT's flat one."""
     config = info.get("config") or {}
     return config.get("optimizer", config).get(key)

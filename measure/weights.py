@@ -58,10 +58,12 @@ def kind_of(name: str) -> str:
 
 def findings(name: str, parts: dict[str, Moments]) -> list[str]:
     """What is wrong with a parameter's weights or keeps its parts from having a kurtosis, in words."""
-    whole, notes, constant = parts[name], [], []
+    whole, notes = parts[name], []
+    constant: list[str] = []
     if whole.nonfinite:
         notes.append(f"{name}: {whole.nonfinite} of its {whole.count + whole.nonfinite} numbers are NaN or infinite")
-    for part, found in parts.items():  # the larger parts come first, and speak for the smaller
+    for part, found in parts.items():
+        # The larger parts come first. Where one of them is constant, so are the parts of it, which get no note.
         said = any(part.startswith(larger.removesuffix("]")) for larger in constant)
         if found.count > 1 and found.variance == 0 and not found.nonfinite and not said:
             constant.append(part)

@@ -1,10 +1,10 @@
 """Time and memory of every attention variant: `python scripts/bench_attention.py [--device D] [--dtype T] …`.
 
 For each context length, all variants run side by side in one process, one call of each in every round, in random order,
-so that a machine whose speed drifts is fair to all; medians over the rounds. Beside them (a) PyTorch's own
-scaled_dot_product_attention, which every ratio is over, and (b) each variant's materialised form, as long as eight such
-matrices stay below 2 GiB. The peak memory of a forward and backward pass is measured in a process of its own: resident
-memory over a warmed baseline on a CPU, inputs and gradients included; allocated memory on a GPU.
+so that a machine whose speed drifts is fair to all; medians over the rounds. Beside them run (a) PyTorch's own
+scaled_dot_product_attention, to which every ratio is taken, and (b) each variant's materialised form, where eight T × T
+matrices in float32 take less than 2 GiB. The peak memory of a forward and backward pass is measured in a process of its
+own: on a CPU the resident memory over that of a warm-up, inputs and gradients included; on a GPU the allocated memory.
 
 Columns: forward and forward+backward in milliseconds, medians; ratio, forward+backward over (a), the median of the
 rounds' own ratios; materialized, forward+backward of (b) over the variant's own; MiB, the peak.

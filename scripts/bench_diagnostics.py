@@ -52,7 +52,7 @@ def main() -> None:
     config = shape(args.config, overrides)
 
     rows = []
-    context = multiprocessing.get_context("spawn")  # each has its memory to itself
+    context = multiprocessing.get_context("spawn")  # a new process for each, which has its memory to itself
     for name in tqdm(args.only, leave=False, disable=None):
         with ProcessPoolExecutor(1, context) as pool:
             rows.append(pool.submit(bench, name, config, args.sequences, args.repeat, args.device).result())

@@ -12,6 +12,7 @@ forward, kl (the forward pass of `kl.reference` and the penalty; 0 where there i
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -49,7 +50,7 @@ def main() -> None:
     workers = [Worker(Stepper, config, nanogpt) for config, nanogpt in configs]
     steps = [[seconds for worker in workers for seconds in worker.ask("run", 1)] for _ in range(WARMUP + args.steps)]
     rows = [
-        {"config": config.run.name + (", as nanoGPT steps it" if nanogpt else "")} | row(worker, seconds)
+        {"config": config.folder.name + (", as nanoGPT steps it" if nanogpt else "")} | row(worker, seconds)
         for (config, nanogpt), worker, seconds in zip(configs, workers, zip(*steps[WARMUP:], strict=True), strict=True)
     ]
     for each in rows:
@@ -60,7 +61,7 @@ def main() -> None:
         write_text(args.out, json.dumps({"script": "bench_training", "rows": rows}, indent=1))
 
 
-def row(worker: Worker, steps: list[dict[str, float]]) -> dict:
+def row(worker: Worker, steps: Sequence[dict[str, float]]) -> dict:
     seconds, about = median([sum(step.values()) for step in steps]).value, worker.ask("describe")
     return {
         "dtype": about["dtype"],

@@ -7,6 +7,7 @@ import importlib.util
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,7 +31,7 @@ from harness.tracking import log_diagnostic
 NAME = "compare_checkpoints"
 SCRIPTS = Path(__file__).parent
 DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
-"""Those that need no more than a checkpoint and its corpus."""
+"""What runs without --diagnostics: those that need no more than a checkpoint and its corpus."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = [arguments_of(diagnostic, args) for diagnostic in diagnostics]
     folder = check_files(NAME, args)
 
-    rows = [{"checkpoint": name} for name in names]
+    rows: list[dict[str, Any]] = [{"checkpoint": name} for name in names]
     entries = []
     pairs = [(c, d) for c in range(len(rows)) for d in range(len(diagnostics))]
     for c, d in tqdm(pairs, desc="comparing", leave=False, disable=None):

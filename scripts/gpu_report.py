@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -62,7 +63,7 @@ def main() -> int:
         make_folder(folder)
 
     start, card = time.monotonic(), "cpu" if args.cpu else torch.cuda.get_device_name()
-    report = {
+    report: dict[str, Any] = {
         "script": "gpu_report",
         "date": datetime.date.today().isoformat(),
         "card": card,

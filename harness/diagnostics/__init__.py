@@ -9,7 +9,7 @@ import argparse
 import json
 import math
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
 LABELS = ("name", "parameter", "scheme", "divergence", "layer", "head", "position")
-"""Columns that tell a row from the others."""
+"""Columns that tell a row from the others: a note names a row by them."""
 
 
 @dataclass
@@ -38,7 +38,7 @@ class Result:
     """What a diagnostic found on one checkpoint. None stands for what does not exist (a kurtosis of equal numbers)."""
 
     rows: list[dict]
-    summary: dict[str, float | None]
+    summary: Mapping[str, float | None]
     notes: list[str] = field(default_factory=list)
     tables: dict[str, list[dict]] = field(default_factory=dict)  # further rows, under their own names
 
@@ -86,18 +86,19 @@ class Subject:
 
     @property
     def arguments(self) -> dict:
-        """What the result depends on beside the checkpoint, its corpus by name; not where it goes."""
+        """The arguments that the result depends on besides the checkpoint, with the corpus and the device that were
+        chosen; those that only say where the result goes are left out."""
         given = {k: v for k, v in vars(self.args).items() if k not in ("checkpoints", "out", "wandb")}
         return given | {"data": self.corpus_folder, "device": str(self.device)}
 
     @property
     def corpus_folder(self) -> str | None:
-        """That of --data, or the one the checkpoint was trained on, if it says which."""
+        """The one in --data, or that of the checkpoint's own corpus; None where the checkpoint does not say which."""
         return self.args.data or self.info.get("corpus", {}).get("folder")
 
     @cached_property
     def corpus(self) -> Corpus:
-        """The one in `corpus_folder`. UserError if it is missing or does not fit."""
+        """The corpus in `corpus_folder`. UserError if it is missing or does not fit the model."""
         folder = self.corpus_folder
         if folder is None:
             raise UserError(f"{self.path} does not say which corpus it was trained on: name one with --data DIR")
@@ -118,7 +119,7 @@ class Subject:
         return corpus
 
     def offsets(self, split: str | None = None, count: int | None = None):
-        """Where the windows start: all of the split's (default: --split), or `count` of them, spread evenly."""
+        """Where windows of block_size start in a split (default: --split): all of them, or `count`, spread evenly."""
         split, block_size = split or self.args.split, self.model.config.block_size
         tokens = len(self.corpus.tokens[split])
         if tokens <= block_size:
@@ -127,7 +128,7 @@ class Subject:
             )
         if count is None:
             return validation_offsets(tokens, block_size)
-        whole = (tokens - 1) // block_size * block_size + 1  # of a window with all its targets, no shorter one
+        whole = (tokens - 1) // block_size * block_size + 1  # without the end that fills no window
         return validation_offsets(whole, block_size, count)
 
     def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
@@ -143,7 +144,7 @@ class Subject:
 
 
 def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
-    """The script's command line: measure every checkpoint, then print and write; nothing is written before all are."""
+    """The script's command line: measure and print one checkpoint after the other, then write the JSON and pictures."""
     parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
     parser.epilog = help_of_columns(diagnostic)
     diagnostic.add_arguments(parser)

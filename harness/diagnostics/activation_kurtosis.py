@@ -7,7 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from harness.diagnostics import Diagnostic, Result, Subject
-from harness.figures import RUN_STYLES, draw_heads, new_figure, scale_tails
+from harness.figures import RUN_STYLES, draw_heads, integer_ticks, new_figure, scale_tails
 from measure.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
 from measure.moments import COLUMNS
 from measure.outliers import (
@@ -96,7 +96,7 @@ def draw(result: Result, title: str) -> Figure:
     for panel in panels[:3]:
         scale_tails(panel)
         panel.set_xlabel("layer")
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        integer_ticks(panel.xaxis)
     heads = result.tables["heads"]
     draw_heads(panels[3], heads, "sink_rate", f"share of sequences > {SINK}", 0, 1)
     panels[3].set(title="Sink rate")

@@ -12,6 +12,7 @@ import math
 
 import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
@@ -34,7 +35,7 @@ from measure.slopes import (
     run_config,
 )
 
-CURVE_ROWS = 2048  # rows drawn for the picture's curves
+CURVE_ROWS = 2048  # attention rows, drawn at random, over which the picture's curves are medians
 
 COLUMNS = {
     "layer": "transformer block, from 0",
@@ -101,7 +102,9 @@ def measure(subject: Subject) -> Result:
         if findings := nonfinite(model, idx.to(device)):
             raise UserError(f"{subject.path} has no attention to measure: {'; '.join(findings)}")
     direction, notes = direction_of(subject, model, device)
-    tau, rays, drawn = subject.args.tau, [[] for _ in model.transformer.h], []
+    tau = subject.args.tau
+    rays: list[list[Tensor]] = [[] for _ in model.transformer.h]  # of each layer, one a sequence
+    drawn: list[tuple[Tensor, Tensor]] = []  # α⁰ and slopes of the rows that the curves are of
     generator = torch.Generator().manual_seed(subject.args.seed)
     sequences = subject.args.batches * subject.args.batch_size
     share = math.ceil(CURVE_ROWS / (sequences * len(rays)))
@@ -110,19 +113,21 @@ def measure(subject: Subject) -> Result:
             for sequence in idx.to(device):
                 for layer, (alpha0, slopes) in enumerate(attention_slopes(model, direction, sequence)):
                     rays[layer].append(rays_of_heads(alpha0, slopes, tau))
-                    rows = alpha0.flatten(0, 1), slopes.flatten(0, 1)
-                    chosen = torch.randint(len(rows[0]), (share,), generator=generator)
-                    drawn.append([x[chosen.to(device)].cpu() for x in rows])
+                    alpha0, slopes = alpha0.flatten(0, 1), slopes.flatten(0, 1)  # (H·T, slots)
+                    chosen = torch.randint(len(alpha0), (share,), generator=generator).to(device)
+                    drawn.append((alpha0[chosen].cpu(), slopes[chosen].cpu()))
     except ValueError as e:
         raise UserError(f"{subject.path}: {e}") from e
-    rows, extremes = [], []
+    rows: list[dict] = []
+    extremes: list[dict] = []
     for layer, found in enumerate(rays):
         ray = Ray(*torch.cat(found, dim=-1))  # (heads, rows) each
         for head in range(len(ray.spread)):
             of_head = Ray(*(x[head, ray.spread[head] > 0] for x in ray))
             for table, values in ((rows, medians(of_head, tau)), (extremes, ends(of_head))):
                 table.append({"layer": layer, "head": head, **values})
-    curve = median_curve(*(torch.cat(x) for x in zip(*drawn, strict=True)), tau, rows)
+    alpha0, slopes = (torch.cat(x) for x in zip(*drawn, strict=True))
+    curve = median_curve(alpha0, slopes, tau, rows)
     summary = {"tau": tau, "step_norm": length(direction), "rows": sum(row["rows"] for row in rows)}
     if moving := [row for row in rows if row["rows"]]:
         beyond = sum(row["beyond_radius"] * row["rows"] for row in moving)
@@ -134,9 +139,8 @@ def measure(subject: Subject) -> Result:
 def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]:
     """The direction asked for, and notes that say what it is."""
     args, kind = subject.args, subject.args.direction
-    lr = learning_rate(subject.info)
-    known = lr is not None
-    lr = lr if known else LR
+    own_lr = learning_rate(subject.info)
+    lr = LR if own_lr is None else own_lr
 
     def batches():
         offsets = subject.offsets("train", args.batches * args.batch_size)
@@ -147,7 +151,7 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
         notes = [f"τ = 1 is the next AdamW update, at the learning rate {lr:g}"]
         optimizer = saved_optimizer(model, subject.info, subject.path)
         return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
-    whose = "the run's learning rate" if known else "as the checkpoint knows no learning rate"
+    whose = "as the checkpoint knows no learning rate" if own_lr is None else "the run's learning rate"
     notes = [f"τ = 1 is a step whose root mean square over the parameters is {lr:g}, {whose}"]
     if kind == "gradient":
         try:
@@ -176,10 +180,8 @@ def draw(result: Result, title: str) -> Figure:
     lines(remainder, bounds)
     remainder.set(title="what the model leaves, and its bound", ylabel="nats, median over rows")
 
-    steps = [
-        {**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows
-    ]  # in radii
-    draw_heads(heat, steps, "log10", "0: the step is at the radius")
+    in_radii = [{**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows]
+    draw_heads(heat, in_radii, "log10", "0: the step is at the radius")
     heat.set_title("log₁₀ of τ over the radius π/Δ")
     return figure
 
@@ -191,7 +193,8 @@ DIAGNOSTIC = Diagnostic(
     measure=measure,
     draw=draw,
     reading=READING,
-    tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},  # not under its own name, and so not printed
+    # The curve is too long to print. Tables are printed by name, so under another name it is explained but not printed.
+    tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},
     add_arguments=add_arguments,
     check_arguments=check_arguments,
     batches=2,

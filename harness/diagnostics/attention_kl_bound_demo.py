@@ -96,7 +96,7 @@ def print_digits(rows: list[dict]) -> None:
     print_table(text, list(rows[0]))
 
 
-def draw_demo(three_way, extremum, cases: list[dict]) -> Figure:
+def draw_demo(three_way: tuple[Tensor, Tensor], extremum: tuple[Tensor, Tensor], cases: list[dict]) -> Figure:
     figure, (kl, remainder, random, coin) = new_figure(2, 2)
     steps = torch.linspace(0, 1.5, 200, dtype=torch.float64)
     ray = kl_along_ray(*three_way, steps)

@@ -94,7 +94,7 @@ def measure(other: Subject) -> Result:
     args = other.args
     reference = Subject(args.reference, args)
     check_vocabularies(reference, other)
-    # the windows of the shorter context, and the corpus of whichever knows one
+    # Both models read windows of the shorter of their contexts. The corpus is that of the one that names a corpus.
     shorter = min((reference, other), key=lambda s: s.model.config.block_size)
     knows = other if "corpus" in other.info or args.data else reference
     corpus, block_size = knows.corpus, shorter.model.config.block_size
@@ -103,8 +103,7 @@ def measure(other: Subject) -> Result:
 
     found, worst, start = [], [], 0
     for x, y in shorter.batches(offsets, what="positions"):
-        logits = [logits_of(subject, x) for subject in (reference, other)]  # (B·T, V) each
-        values, likeliest = divergences(*logits, args.order)
+        values, likeliest = divergences(logits_of(reference, x), logits_of(other, x), args.order)
         found.append(values.view(len(DIVERGENCES), *x.shape))
         reverse = values[list(DIVERGENCES).index("kl_reverse")]
         for i in reverse.topk(min(args.worst, len(reverse))).indices.tolist():
@@ -133,7 +132,7 @@ def measure(other: Subject) -> Result:
 
 @torch.no_grad()
 def logits_of(subject: Subject, idx: Tensor) -> Tensor:
-    """(B, T) → (B·T, V). UserError where they are not finite, which says where that comes from."""
+    """The logits (B·T, V) on idx (B, T). If they are not finite, a UserError says where that starts in the model."""
     logits, _ = subject.model(idx)
     if not logits.isfinite().all():
         findings = "; ".join(nonfinite(subject.model, idx))
@@ -154,7 +153,7 @@ def check_vocabularies(reference: Subject, other: Subject) -> None:
 
 
 def as_text(tokenizer: Tokenizer, ids: list[int]) -> str:
-    """As a Python string literal; ids that only pad the vocabulary stand for nothing."""
+    """The text of `ids` as a Python string literal. Ids that only pad the vocabulary have none: the first as `<id>`."""
     if padding := [i for i in ids if i >= tokenizer.vocab_size]:
         return f"<{padding[0]}>"
     return repr(tokenizer.decode(ids))
@@ -173,8 +172,8 @@ def draw(result: Result, title: str) -> Figure:
     for how, style in zip(AGGREGATES, RUN_STYLES, strict=False):
         values = [row[how] for row in positions]
         right.plot([row["position"] for row in positions], values, label=how, **style | {"marker": ""})
-    if "tau" in result.summary:
-        right.axhline(result.summary["tau"], color="#777777", linewidth=0.8, label="τ")
+    if (tau := result.summary.get("tau")) is not None:
+        right.axhline(tau, color="#777777", linewidth=0.8, label="τ")
     right.set(title="KL(other‖reference) by position", xlabel="position in the window", ylabel="nats")
     if any(row["max"] for row in positions):
         right.set_yscale("log")
@@ -194,7 +193,7 @@ DIAGNOSTIC = Diagnostic(
     tables={
         "hinge": HINGE,
         "worst": WORST,
-        # too long to print, and so not under their own names
+        # These are too long to print. Tables are printed by name, so under other names they are explained, not printed.
         "by_position, in the JSON": BY_POSITION,
         "histogram, in the JSON": HISTOGRAM,
     },

@@ -69,7 +69,7 @@ def draw_demo(reverse: dict[str, Tensor], of_student: dict[str, list[dict]], tau
         row = next(r for r in of_student[name] if r["divergence"] == "kl_reverse")
         right.plot(AGGREGATES, [row[how] for how in AGGREGATES], label=name, **style | {"linestyle": ""})
     left.set(title="two students, by position", xlabel="position", ylabel="KL(student‖teacher), nats")
-    left.set_yscale("symlog", linthresh=1e-3)  # the loop is 0 elsewhere
+    left.set_yscale("symlog", linthresh=1e-3)  # not "log": the looping student's KL is 0 elsewhere
     right.axhline(tau, color="#777777", linewidth=0.8)
     right.text(-0.4, tau, f"τ = {tau:g}", va="bottom", fontsize=7.5, color="#444444")
     right.set(title="the mean is blind", yscale="log", ylabel="nats", xlim=(-0.5, 3.5))

@@ -1,9 +1,10 @@
 """How much of the gradient through attention is lateral, per layer and head; and what the parameters' gradients lose
 without it: the split of the softmax Jacobian into its diagonal and the rest, on real batches with the real gradient.
 
-The loss L is each batch's own mean, and energies are summed over the batches: they go with 1 / --batch-size squared,
-ratios and cosines do not. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was
-trained with; then the same weights and batches run again with the diagonal one and with straight-through (ste).
+The loss L is each batch's own mean, so that a sequence's gradient is in proportion to 1 / --batch-size, and the
+energies, which are sums of squares over all sequences, to 1 / --batch-size squared. Ratios and cosines do not depend on
+it. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was trained with; then the
+same weights and batches run again with the diagonal one and with straight-through (ste).
 """
 
 import math
@@ -85,7 +86,7 @@ def draw(result: Result, title: str) -> Figure:
     figure.suptitle(title)
     for ax, (column, label) in zip(axes, PANELS.items(), strict=True):
         values = [row[column] for row in result.rows if row[column] is not None]
-        # from 0 to 1 at least; a head whose parts nearly cancel would take the whole scale
+        # The colours cover 0 to 1 at least, and end at 3: a head whose parts nearly cancel would take up all of them.
         low, high = min([0, *values]), min(max([1, *values]), 3)
         draw_heads(ax, result.rows, column, "", low, high)
         ax.set(title=label)

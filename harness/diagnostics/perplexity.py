@@ -66,7 +66,8 @@ def measure(subject: Subject) -> Result:
         notes.append(
             f"{bad} of {len(scores.losses)} losses are NaN or Inf, the first that of token {scores.targets[first]}"
         )
-        x, _ = next(subject.batches(scores.targets[first : first + 1] - scores.positions[first]))  # its window
+        window = scores.targets[first : first + 1] - scores.positions[first]  # where the one that scored it starts
+        x, _ = next(subject.batches(window))
         notes += nonfinite(subject.model, x)
     loss = float(scores.losses.mean())
     summary = {
@@ -82,7 +83,7 @@ def measure(subject: Subject) -> Result:
 def draw(result: Result, title: str) -> Figure:
     figure, (axes,) = new_figure()
     known = [row for row in result.rows if row["standard_error"] is not None]
-    rows = known or result.rows  # a bin within one stretch of the text, a few tokens mostly, is left out
+    rows = known or result.rows  # without the bins, of few tokens mostly, that lie in one stretch of the text
     center = [math.sqrt(row["position"] * row["up_to"]) for row in rows]
     loss, error = (np.array([row[key] for row in rows], dtype=float) for key in ("loss", "standard_error"))
     axes.plot(center, loss, **RUN_STYLES[0], label="mean loss")
@@ -95,8 +96,8 @@ def draw(result: Result, title: str) -> Figure:
         linewidth=0,
         label="± 2 standard errors",
     )
-    mean = result.summary["loss"]
-    axes.axhline(mean, color="#555555", linestyle=(0, (5, 2)), linewidth=1, label=f"all positions: {mean:.4f}")
+    if (mean := result.summary["loss"]) is not None:
+        axes.axhline(mean, color="#555555", linestyle=(0, (5, 2)), linewidth=1, label=f"all positions: {mean:.4f}")
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, 1.1 * rows[-1]["up_to"])
     axes.xaxis.set_major_formatter("{x:g}")

@@ -37,7 +37,7 @@ from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, heat_map, new_figure
 from measure.perplexity import nonfinite, perplexity, score, standard_error, stretches
-from measure.quantize import HEAD, KINDS, calibrate, quantized, schemes, signal_to_noise
+from measure.quantize import HEAD, KINDS, Scheme, calibrate, quantized, schemes, signal_to_noise
 
 FLOAT = "float"
 COLUMNS = {
@@ -72,12 +72,12 @@ def measure(subject: Subject) -> Result:
             return Result([{"scheme": FLOAT, **unknown}], unknown, [f"not quantized: {'; '.join(findings)}"])
 
     before = score(model, batches, offsets, T)
-    found = {scheme: [] for scheme in schemes(args.head)}  # the losses (n,) of each draw
-    layers = None
+    found: dict[Scheme, list[np.ndarray]] = {scheme: [] for scheme in schemes(args.head)}  # each draw's losses (n,)
+    layers: list[dict] = []
     with tqdm(total=len(draws) * len(found), desc="schemes", leave=False, disable=None) as bar:
         for windows in draws:
             ranges = calibrate(model, windows, args.batch_size, args.percentile, args.head)
-            if layers is None:
+            if not layers:
                 compared = [scheme for scheme in found if scheme.weight_bits]
                 reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
                 layers = signal_to_noise(model, reading, compared, ranges, args.head)
@@ -88,7 +88,8 @@ def measure(subject: Subject) -> Result:
                 bar.update()
 
     loss = float(before.losses.mean())
-    rows = [{"scheme": FLOAT, "loss": loss, "perplexity": perplexity(loss), "perplexity_rise": 0.0, "loss_rise": 0.0}]
+    base = perplexity(loss)
+    rows: list[dict] = [{"scheme": FLOAT, "loss": loss, "perplexity": base, "perplexity_rise": 0.0, "loss_rise": 0.0}]
     for scheme, losses in found.items():
         perplexities = [perplexity(float(draw.mean())) for draw in losses]
         rise = np.mean(losses, axis=0) - before.losses
@@ -97,17 +98,17 @@ def measure(subject: Subject) -> Result:
                 "scheme": scheme.name,
                 "loss": float(np.mean(losses)),
                 "perplexity": float(np.mean(perplexities)),
-                "perplexity_rise": float(np.mean(perplexities)) - rows[0]["perplexity"],
+                "perplexity_rise": float(np.mean(perplexities)) - base,
                 "spread": float(np.std(perplexities, ddof=1)) if len(perplexities) > 1 else None,
                 "loss_rise": float(rise.mean()),
                 "standard_error": standard_error(rise, stretches(before, T)),
             }
         )
     layers.sort(key=lambda row: row[WORST_FIRST] if row[WORST_FIRST] is not None else np.inf)
-    summary = {"loss": loss, "perplexity": rows[0]["perplexity"]}
-    summary |= {
+    rises = {
         f"perplexity_rise {row['scheme']}": row["perplexity_rise"] for row in rows if row["scheme"].startswith("W")
     }
+    summary = {"loss": loss, "perplexity": base, **rises}
     return Result(rows, summary, where_it_hurts(rows, layers), {"layers": layers})
 
 
@@ -137,12 +138,12 @@ def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
 def draw(result: Result, title: str) -> Figure:
     figure, (upper_left, upper_right, lower_left, lower_right) = new_figure(2, 2)
     figure.set_size_inches(9.5, 6.2)
-    base, rows = result.rows[0]["perplexity"], result.rows[1:]
+    base, rows = result.rows[0]["perplexity"], result.rows[1:]  # base is None only where there are no rows
     layers = result.tables.get("layers", [])
     draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
     draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
-    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one of each
+    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one entry each
     upper_right.legend(by_bits.values(), by_bits.keys(), loc="upper left", bbox_to_anchor=(1, 1))
     upper_left.set_title(title)
     upper_right.set_title("activations alone, min-max")
@@ -155,8 +156,8 @@ def draw(result: Result, title: str) -> Figure:
     return figure
 
 
-def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float | None) -> None:
-    """The schemes of each label, from top to bottom; their rise over the perplexity `base` to the right."""
+def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
+    """A line for each label, from top to bottom, with the rises of its schemes in percent of the perplexity `base`."""
     for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
         bits = row["scheme"][1]
         style = RUN_STYLES["864".index(bits)]
@@ -184,7 +185,8 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float | None) -> N
 
 
 def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:
-    """Kinds of sites × blocks, the embedding before them and the head behind."""
+    """A heat map of a scheme's signal-to-noise ratios: a row for each kind of site, a column for each block, with the
+    embedding before the blocks and the head behind them."""
     kinds = [kind for kind in (*KINDS, HEAD) if any(row["site"] == kind for row in layers)]
     last = max((row["layer"] for row in layers if row["layer"] is not None), default=-1)
     blocks = ["emb", *range(last + 1), "head"][: None if HEAD in kinds else -1]

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from harness.diagnostics import Diagnostic, Result, Subject
-from harness.figures import RUN_STYLES, new_figure, scale_tails
+from harness.figures import RUN_STYLES, integer_ticks, new_figure, scale_tails
 from measure.moments import COLUMNS
 from measure.weights import findings, pooled_by_kind, weight_moments
 
@@ -27,7 +27,8 @@ def measure(subject: Subject) -> Result:
     kinds = pooled_by_kind(moments)
     summary = {}
     for statistic in ("excess_kurtosis", "max_abs_over_std"):
-        for kind, pooled in kinds.items():  # what is left of broken weights is not a figure to compare
+        for kind, pooled in kinds.items():
+            # Where some weights are NaN or infinite, the figure of the others is not one to compare.
             summary[f"{statistic}/{kind}"] = None if pooled.nonfinite else getattr(pooled, statistic)
     tables = {"kinds": [{"name": kind} | pooled.row() for kind, pooled in kinds.items()]}
     return Result(rows, summary, notes, tables)
@@ -42,7 +43,7 @@ def draw(result: Result, title: str) -> Figure:
             values = [row[statistic] for name, row in rows.items() if name.endswith(part)]
             panel.plot(range(len(values)), [float("nan") if v is None else v for v in values], label=part, **style)
         panel.set(xlabel="layer", title=label)
-        panel.xaxis.get_major_locator().set_params(integer=True)
+        integer_ticks(panel.xaxis)
     scale_tails(panels[0])
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{title}: weights")

@@ -76,7 +76,7 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
     """Every variant on every backend that takes the dtype."""
     T_q, T_k, D = shape
     generator, rows = torch.Generator().manual_seed(seed), []
-    for normalizer, backward in VARIANTS:
+    for normalizer, backward in VARIANTS.values():
         inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, torch.device("cpu" if cpu else "cuda"))
         with materialized_attention():
             reference = values([x.double() for x in inputs], normalizer, backward)

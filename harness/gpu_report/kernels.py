@@ -96,7 +96,7 @@ class Shape:
         if not cpu:  # on a CPU it has no backward
             calls["FlexAttention, softmax"] = torch.compile(flex, **how)
             calls["FlexAttention, softmax1"] = torch.compile(flex_softmax1, **how)
-        for normalizer, backward in VARIANTS:
+        for normalizer, backward in VARIANTS.values():
             calls[f"{normalizer}/{backward}"] = ours(normalizer, backward)
         for backward in get_args(Backward):
             call = torch.compile(functools.partial(attention, normalizer="softmax1", backward=backward), **how)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 # Tolerances: float64's epsilon is 2.2e-16, and no sum here has more than 10⁴ terms of size 1.
 ROUNDING = 1e-11
-# What a quadrature, a root finder or an optimiser may leave: one in the sixth digit, as the figures.
+# The error that a quadrature, a root finder or an optimiser may leave: one in the sixth digit, as in the figures.
 NUMERICAL = 1e-6
 
 
@@ -29,7 +29,7 @@ class Check(NamedTuple):
 
 
 def figures(name: str, found, due: str, units: int = 1) -> Check:
-    """`found`, one number or several, are those in `due`, "0.25 1.50", up to `units` of the last digit of each."""
+    """`found`, one number or several, are those in `due`, say "0.25 1.50", up to `units` of each one's last digit."""
     numbers = due.split()
     digits = [len(number.partition(".")[2]) for number in numbers]
     return Check(name, _floats(found), "=", [float(number) for number in numbers], [units * 10.0**-d for d in digits])
@@ -61,7 +61,7 @@ def as_tensor(value) -> Tensor:
 
 
 def outcomes(section: int, check_section: Callable[[], Iterator[Check]]) -> Iterator[dict]:
-    """A row a check. An exception is one that failed, and the section's last: what comes after it cannot be known."""
+    """A row for each check. An exception counts as a check that failed, and ends the section."""
     where = "its first check"
     try:
         for check in check_section():

@@ -94,5 +94,5 @@ def check_closed_forms() -> Iterator[Check]:
     yield figures("VAE(1.5, σ² = 2)", closed, "1.278426")
     on_cells = kl_divergence(gaussian(as_tensor(1.5), as_tensor(math.sqrt(2))), gaussian(as_tensor(0), as_tensor(1)))
     yield equal("VAE: closed form = sum over a grid", closed, on_cells)
-    p = Normal(as_tensor(1.5), as_tensor(math.sqrt(2)))
-    yield equal("VAE: = torch", closed, torch_kl(p, Normal(as_tensor(0), as_tensor(1))))
+    code = Normal(as_tensor(1.5), as_tensor(math.sqrt(2)))
+    yield equal("VAE: = torch", closed, torch_kl(code, Normal(as_tensor(0), as_tensor(1))))

@@ -80,7 +80,7 @@ def check_renyi() -> Iterator[Check]:
     closed = math.log(0.8**3 / 0.5**2 + 0.2**3 / 0.5**2) / 2
     yield equal("α = 3: ln Σ p³/q² over 2", at(3), closed)
     p_2, q_2 = dirichlet(12, 4, 2)
-    product = [(a[:, None] + b).flatten() for a, b in ((p, p_2), (q, q_2))]
+    p_both, q_both = ((a[:, None] + b).flatten() for a, b in ((p, p_2), (q, q_2)))
     for order in (0.5, 1, 2):
         apart = at(order) + renyi(p_2, q_2, order)
-        yield equal(f"additive over independent pairs, α = {order:g}", renyi(*product, order), apart)
+        yield equal(f"additive over independent pairs, α = {order:g}", renyi(p_both, q_both, order), apart)

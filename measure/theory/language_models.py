@@ -136,7 +136,7 @@ def check_dpo() -> Iterator[Check]:
     surprise = torch.sigmoid(reward[:, 1] - reward[:, 0])
     yield equal("… by β times the probability given to the wrong order", down, beta * surprise)
     preferred = (reward[:, 0].exp() / reward.exp().sum(1)).log()
-    yield equal("loss = −ln of Bradley-Terry's probability", dpo_loss(*margins.T, beta), -preferred)
+    yield equal("loss = −ln of Bradley-Terry's probability", dpo_loss(margins[:, 0], margins[:, 1], beta), -preferred)
 
     def policy_loss(logits):
         ratios = logits.log_softmax(-1) - REFERENCE_POLICY

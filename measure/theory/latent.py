@@ -114,8 +114,8 @@ def check_posterior_collapse() -> Iterator[Check]:
     least = torch.stack([curvature(beta_vae_loss(1, 0.25, beta), [0, 0, 0])[0] for beta in (1, 3.99, 4.01)])
     yield equal("a = w = 0 is stable from βσ² = v on: signs of curvature", least.sign(), [-1, -1, 1])
     # There the Hessian over (a, w) is [[βv, −v/σ²], [−v/σ², 1/σ²]], whose determinant is v/σ² (β − v/σ²).
-    closed = [(beta + 4) / 2 - math.hypot((beta - 4) / 2, 4) for beta in (1, 3.99, 4.01)]
-    yield equal("… its least curvature in closed form", least, closed)
+    eigenvalues = [(beta + 4) / 2 - math.hypot((beta - 4) / 2, 4) for beta in (1, 3.99, 4.01)]
+    yield equal("… its least curvature in closed form", least, eigenvalues)
     # Below βσ² = v the collapsed point is a saddle, which gradient descent leaves the more slowly the larger β is:
     # within 100 steps it finds the other branch if β comes up from 0, and not yet if β is 1 from the start.
     kept = collapse_rate(1, 0.85, 1)
