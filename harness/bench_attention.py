@@ -4,9 +4,10 @@
 """
 
 import argparse
+import contextlib
+import functools
 import math
 import multiprocessing
-import random
 import resource
 import statistics
 import threading
@@ -17,9 +18,10 @@ from typing import get_args
 import torch
 import torch.nn.functional as F
 
-from harness.device import choose_device, now, peak_memory
+from harness.device import choose_device, peak_memory
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure, save_figure
+from harness.timing import Laps, in_turn, median_ratio
 from model import NORMALIZERS, Backward, attention, materialized_attention
 
 FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
@@ -53,49 +55,42 @@ def forward(name: str, q, k, v) -> torch.Tensor:
     return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
 
 
-def step(name: str, materialized: bool, T: int, args: argparse.Namespace, device) -> tuple[float, float]:
-    """Seconds of one forward, and of it with its backward."""
+def step(name: str, materialized: bool, T: int, args: argparse.Namespace, device, laps: Laps) -> None:
+    """One forward and backward pass, a lap each, on inputs of its own."""
     q, k, v, g = inputs(T, args, device)
-    start = now(device)
-    if materialized:
-        with materialized_attention():
-            out = forward(name, q, k, v)
-    else:
+    laps.end("inputs")
+    with materialized_attention() if materialized else contextlib.nullcontext():
         out = forward(name, q, k, v)
-    middle = now(device)
+    laps.end("forward")
     torch.autograd.grad(out, (q, k, v), g)
-    return middle - start, now(device) - start
+    laps.end("backward")
 
 
 def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     """The rows of one context length: the script's columns without MiB."""
     matrix = 4 * args.B * args.H * T * T  # bytes in float32; a materialised step holds several
-    runs = [(name, False) for name in names()]
-    runs += [(name, True) for name in names()[1:] if 8 * matrix < 2**31]
-    seconds = {run: [step(*run, T, args, device)] for run in runs}  # a warm-up, and how many repeats there is time for
-    typical = statistics.median(total for values in seconds.values() for _, total in values)
-    repeats = max(3, min(200, math.ceil(args.seconds / max(typical, 1e-9))))
-    seconds = {run: [] for run in runs}
-    shuffled = random.Random(0)
-    for _ in range(repeats):
-        for run in shuffled.sample(runs, len(runs)):  # at random, since each run finds the caches as the last left them
-            seconds[run].append(step(*run, T, args, device))
-    median = {
-        run: [statistics.median(column) for column in zip(*values, strict=True)] for run, values in seconds.items()
-    }
-    # A ratio is taken within each repeat, and the median over these: a machine that slows down slows both times alike.
-    ratio = {
-        run: statistics.median(a / b for (_, a), (_, b) in zip(seconds[run], seconds[STOCK, False], strict=True))
-        for run in runs
-    }
+    slow = [name for name in VARIANTS if 8 * matrix < 2**31]
+    runs = {name: functools.partial(step, name, False, T, args, device) for name in names()}
+    runs |= {f"{name}, materialized": functools.partial(step, name, True, T, args, device) for name in slow}
+
+    def seconds_of(rounds: int) -> dict[str, list[float]]:
+        """Of forward and backward together; those of the forward alone under the name and ", forward"."""
+        laps = in_turn(runs, device, rounds)
+        both = {name: [each["forward"] + each["backward"] for each in own] for name, own in laps.items()}
+        return both | {f"{name}, forward": [each["forward"] for each in own] for name, own in laps.items()}
+
+    warm_up = seconds_of(1)
+    typical = statistics.median(warm_up[name][0] for name in runs)
+    seconds = seconds_of(max(3, min(200, math.ceil(args.seconds / max(typical, 1e-9)))))
+    ratio = {name: median_ratio(seconds[name], seconds[STOCK]).value for name in runs}
     return [
         {
             "T": T,
             "variant": name,
-            "forward": 1e3 * median[name, False][0],
-            "forward+backward": 1e3 * median[name, False][1],
-            "ratio": ratio[name, False],
-            "materialized": ratio[name, True] / ratio[name, False] if (name, True) in runs else None,
+            "forward": 1e3 * statistics.median(seconds[f"{name}, forward"]),
+            "forward+backward": 1e3 * statistics.median(seconds[name]),
+            "ratio": ratio[name],
+            "materialized": ratio[f"{name}, materialized"] / ratio[name] if name in slow else None,
         }
         for name in names()
     ]
@@ -119,11 +114,11 @@ def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
 def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
     """What the process of `peak_of` runs: measures, and sends the MiB."""
     device = choose_device(args.device)
-    step(name, False, 64, args, device)  # threads, libraries, kernels
+    step(name, False, 64, args, device, Laps(device))  # threads, libraries, kernels
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step(name, False, T, args, device)
+        step(name, False, T, args, device, Laps(device))
         return pipe.send((peak_memory(device) - before) / 2**20)
     before, peak, done = resident(), 0, threading.Event()
 
@@ -135,7 +130,7 @@ def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step(name, False, T, args, device)
+    step(name, False, T, args, device, Laps(device))
     done.set()
     watcher.join()
     return pipe.send((peak - before) / 2**20)
