@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
@@ -79,6 +80,45 @@ def save_model(model: GPT, path: str | Path, corpus: str | Path | None = None, /
     path.parent.mkdir(parents=True, exist_ok=True)
     save_checkpoint(path, content | more)
     return path
+
+
+def nanogpt_peer(folder: Path) -> tuple[Path, transformers.GPT2LMHeadModel, Path]:
+    """A checkpoint as nanoGPT writes it, of a compiled model of an older PyTorch: prefixed names, the causal masks.
+
+    With it the same weights in Hugging Face's GPT-2, in float64, and a corpus of its 65 characters.
+    """
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 65}
+    torch.manual_seed(0)
+    options = {"activation_function": "gelu", "initializer_range": 0.4, "attn_implementation": "eager"}
+    config = transformers.GPT2Config(**shape, n_positions=16, bos_token_id=0, eos_token_id=0, **options)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)  # biases and gains too, which are all 0 and 1 at first
+    state = {}
+    for name, value in peer.state_dict().items():
+        transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))  # theirs are (in, out)
+        state[f"_orig_mod.{name}"] = value.T.contiguous() if transposed else value
+    for layer in range(2):
+        state[f"_orig_mod.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    args = shape | {"block_size": 16, "bias": True, "dropout": 0.0}
+    rest = {"optimizer": {}, "iter_num": 5000, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "made up"}}
+    torch.save({"model": state, "model_args": args} | rest, folder / "ckpt.pt")
+    corpus = tiny_corpus(folder / "corpus", 2000, 321, "".join(map(chr, range(60, 125))))
+    return folder / "ckpt.pt", peer.double(), corpus
+
+
+def shakespeares_nanogpt() -> tuple[Path, np.ndarray]:
+    """A checkpoint that nanoGPT itself trained on tiny shakespeare, and the ids of its validation text.
+
+    Larger than a repository should hold: the tests of its known figures are skipped where it does not lie beside it.
+    """
+    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
+    if not (checkpoint.exists() and text.exists()):
+        pytest.skip(f"an extra beside the made checkpoint: no {checkpoint} and {text}")
+    characters = text.read_text()
+    ids = {character: i for i, character in enumerate(sorted(set(characters)))}
+    return checkpoint, np.array([ids[c] for c in characters[int(0.9 * len(characters)) :]], dtype=np.int64)
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

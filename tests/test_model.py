@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import model as model_module
 from harness.checkpoint import load_model
 from model import GPT, GPTConfig, sample
-from tests.helpers import SHARED, random_ids, tiny_gpt
+from tests.helpers import random_ids, shakespeares_nanogpt, tiny_gpt
 
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
 
@@ -393,17 +393,22 @@ def test_rows_are_drawn_each_from_its_own_logits():
 # --- nanoGPT's own model --------------------------------------------------------------------------------------------
 
 
-def test_nanogpt_checkpoint_has_its_loss():
-    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
-    if not (checkpoint.exists() and text.exists()):
-        pytest.skip(f"no {checkpoint} and {text}")
+def test_a_nanogpt_checkpoint_has_hugging_faces_logits(nanogpt):
+    checkpoint, peer, _ = nanogpt
+    model, info = load_model(checkpoint)
+    assert (model.config.block_size, model.config.activation, info["iter_num"]) == (16, "gelu", 5000)
+    idx = random_ids(4, 16, vocab_size=65)
+    with torch.no_grad():
+        # float64: some hundred roundings of logits below 100
+        torch.testing.assert_close(model.double()(idx, idx)[0], peer(idx).logits, rtol=0, atol=1e-11)
+
+
+def test_shakespeares_nanogpt_has_its_loss():
+    checkpoint, ids = shakespeares_nanogpt()
     model, info = load_model(checkpoint)
     assert (model.config.block_size, model.config.activation, info["iter_num"] > 0) == (64, "gelu", True)
     model.double()
-
-    characters = text.read_text()
-    vocabulary = {c: i for i, c in enumerate(sorted(set(characters)))}
-    ids = torch.tensor([vocabulary[c] for c in characters[int(0.9 * len(characters)) :]])
+    ids = torch.from_numpy(ids)
     targets = len(ids) - 1
     assert targets == 111_539
     whole = targets // 64 * 64

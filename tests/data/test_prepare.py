@@ -18,9 +18,6 @@ from tests.helpers import SHARED, run_python
 
 SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # port 9 refuses
-needs_tokenizer = pytest.mark.skipif(
-    not (SHARED / "tiktoken_cache").is_dir(), reason=f"{SHARED / 'tiktoken_cache'} is absent: GPT-2's tokenizer file"
-)
 needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.is_file(), reason=f"{SHAKESPEARE} is absent")
 
 
@@ -57,26 +54,42 @@ def test_stdlib(tmp_path):
     assert documents["val"] + documents["train"] == [expected[key] for key in ordered]
 
 
-@needs_shakespeare
-def test_shakespeare_char_is_nanogpts(tmp_path):
-    prepare("shakespeare_char", "--input", SHAKESPEARE, "--out", tmp_path, cwd=tmp_path)
-    corpus = Corpus(tmp_path)
-    assert corpus.vocab_size == 65
-    assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (1_003_854, 111_540)
-    text = SHAKESPEARE.read_text()
+PLAY = "".join(f"Person {i}:\nWhat is {i * i}, naïve friend? 漢!\n\n" for i in range(500))
+
+
+@pytest.mark.parametrize("which", ["made up", pytest.param("tiny shakespeare", marks=needs_shakespeare)])
+def test_shakespeare_char_is_nanogpts(which, tmp_path):
+    """Nine tenths of the characters are for training, and an id is the place among the sorted characters."""
+    source = tmp_path / "play.txt"
+    source.write_text(PLAY if which == "made up" else SHAKESPEARE.read_text())
+    prepare("shakespeare_char", "--input", source, "--out", tmp_path, cwd=tmp_path)
+    corpus, text = Corpus(tmp_path), source.read_text()
+    assert corpus.vocab_size == len(set(text))
+    cut = int(0.9 * len(text))
+    assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (cut, len(text) - cut)
+    if which == "tiny shakespeare":
+        assert (corpus.vocab_size, cut, len(text) - cut) == (65, 1_003_854, 111_540)
     ids = [corpus.tokens[split] for split in ("train", "val")]
     assert corpus.tokenizer.decode(np.concatenate(ids)) == text
     # The same two files beside nanoGPT's meta.pkl are the same corpus.
     (tmp_path / "meta.json").unlink()
     itos = dict(enumerate(sorted(set(text))))
-    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 65, "itos": itos, "stoi": {}}))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": {}}))
     assert Corpus(tmp_path).sha256 == corpus.sha256
     assert Corpus(tmp_path).bytes_per_token["val"] == corpus.bytes_per_token["val"]
 
 
+def test_shakespeare_is_cut_by_its_characters_and_encoded_by_gpt2(tmp_path, gpt2):
+    (tmp_path / "play.txt").write_text(PLAY)
+    prepare("shakespeare", "--input", "play.txt", "--out", tmp_path, cwd=tmp_path)
+    corpus, cut = Corpus(tmp_path), int(0.9 * len(PLAY))
+    for split, part in (("train", PLAY[:cut]), ("val", PLAY[cut:])):
+        assert corpus.tokens[split].tolist() == gpt2.encode(part).tolist()
+        assert corpus.meta["splits"][split]["bytes"] == len(part.encode())
+
+
 @needs_shakespeare
-@needs_tokenizer
-def test_shakespeare_is_nanogpts(tmp_path):
+def test_shakespeare_is_nanogpts(tmp_path, gpt2):
     prepare("shakespeare", "--input", SHAKESPEARE, "--out", tmp_path, cwd=tmp_path)
     corpus = Corpus(tmp_path)
     assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (301_966, 36_059)
@@ -140,8 +153,7 @@ def test_hf_local_json_lines(tmp_path):
         list(huggingface_datasets.texts(streamed, "number"))
 
 
-@needs_tokenizer
-def test_hf_saved_folder_with_its_own_validation_split(tmp_path):
+def test_hf_saved_folder_with_its_own_validation_split(tmp_path, gpt2):
     code = (
         "import datasets; make = lambda *t: datasets.Dataset.from_dict({'text': list(t)});"
         "datasets.DatasetDict(train=make('one', 'two', 'three'), test=make('four')).save_to_disk('saved')"

@@ -66,10 +66,7 @@ def test_the_readable_form_is_left_with_its_context_even_by_an_error():
     assert largest_saved() == B * H * 300 * D
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@gpu
+@pytest.mark.gpu
 def test_cuda_chooses_a_fused_kernel_or_says_that_there_is_none():
     def chosen(dtype, D=64, T_q=128, **arguments):
         q, k = (

@@ -425,10 +425,7 @@ def test_cudnn_gets_the_gradient_in_one_layout_compiled_or_not(variant, monkeypa
     assert LAYOUTS[0][1] == LAYOUTS[0][2]
 
 
-gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize(
     ("backend", "dtype"),
     [("cuda_flash", torch.bfloat16), ("cuda_flash", torch.float16), ("cuda_efficient", torch.float32),

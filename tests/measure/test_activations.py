@@ -11,13 +11,14 @@ from scipy import stats
 
 from harness.batches import gather
 from harness.checkpoint import load_model
+from harness.corpus import Corpus
 from measure import activations as activations_module
 from measure.activations import Activations, AttentionStatistics, TensorStatistics
 from measure.moments import Moments, RowMoments
 from measure.outliers import kind_of
 from measure.probe import TENSORS, attention_kurtosis
 from model import GPT
-from tests.helpers import SHARED, every_normalizer, tiny_gpt
+from tests.helpers import every_normalizer, shakespeares_nanogpt, tiny_gpt
 
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
 
@@ -315,15 +316,24 @@ def test_the_model_computes_the_same_while_it_is_watched():
 # --- the script: what is planted is found and named -------------------------------------------------------------------
 
 
-def test_the_nanogpt_checkpoint_has_the_entropies_of_the_reference(tmp_path):
+def test_a_nanogpt_checkpoint_has_the_attention_of_hugging_faces(nanogpt):
+    checkpoint, peer, corpus = nanogpt
+    val = Corpus(corpus).tokens["val"]
+    idx = gather(val, 16 * np.arange(20), 16, torch.device("cpu"))[0]
+    found = Activations(load_model(checkpoint)[0].double()).update(idx)
+    with torch.no_grad():
+        attentions = peer(idx, output_attentions=True).attentions
+    for layer, P in enumerate(attentions):
+        entropy = torch.special.entr(P).sum(-1).mean((0, 2))
+        torch.testing.assert_close(found.attention[layer].entropy, entropy, rtol=1e-9, atol=0)
+        kurtosis = stats.kurtosis(P.flatten().numpy())
+        assert found.attention[layer].all.moments.excess_kurtosis == pytest.approx(kurtosis, rel=1e-9)
+
+
+def test_shakespeares_nanogpt_has_its_known_entropies():
     """On the first 32 windows of 64, in float64; the figures have six decimals."""
-    path, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
-    if not (path.exists() and text.exists()):
-        pytest.skip(f"no {path} or no {text}")
+    path, val = shakespeares_nanogpt()
     model = load_model(path)[0].double()
-    characters = text.read_text()
-    ids = {character: i for i, character in enumerate(sorted(set(characters)))}
-    val = np.array([ids[character] for character in characters[int(0.9 * len(characters)) :]])
     found = Activations(model).update(gather(val, 64 * np.arange(32), 64, torch.device("cpu"))[0])
     entropies = {f"{layer}.{head}": a.entropy[head].item() for layer, a in found.attention.items() for head in range(2)}
     expected = {"0.0": 3.094014, "0.1": 2.999989, "1.1": 2.911717}

@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from harness.checkpoint import load_model
+from harness.corpus import Corpus
 from harness.diagnostics import argument_parser
 from measure import jacobian
 from measure.jacobian import (
@@ -26,7 +26,7 @@ from measure.jacobian import (
 )
 from measure.probe import capture_attention
 from model import GPT, attention
-from tests.helpers import SHARED, tiny_gpt
+from tests.helpers import shakespeares_nanogpt, tiny_gpt
 
 COLUMNS = [
     *("mean_attention", "entropy", "row_mass", "e_full", "e_diag", "e_lateral", "e_cross"),
@@ -364,19 +364,33 @@ def test_cosine_and_norm_ratio_by_numpy(monkeypatch):
     assert cosine_and_norm_ratio(dot_products(torch.from_numpy(a), zero)) == (None, None)
 
 
-def nanogpt_windows() -> tuple[Path, list[int], str]:
-    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
-    if not (checkpoint.exists() and text.exists()):
-        pytest.skip(f"no {checkpoint} and {text}")
-    characters = text.read_text()
-    vocabulary = {c: i for i, c in enumerate(sorted(set(characters)))}
-    return checkpoint, [vocabulary[c] for c in characters[int(0.9 * len(characters)) :][: 32 * 64 + 1]]
+def test_the_split_is_that_of_hugging_faces_attention(nanogpt):
+    """From the gradients of the attention weights that their eager attention returns."""
+    checkpoint, peer, corpus = nanogpt
+    ids, splits = torch.from_numpy(Corpus(corpus).tokens["val"][:65].astype(np.int64)), [[], []]
+    x, y = ids[:-1].view(4, 16), ids[1:].view(4, 16)
+    loss = backpropagate(load_model(checkpoint)[0].double(), x, y, splits)
+    output = peer(x, output_attentions=True)
+    for P in output.attentions:
+        P.retain_grad()
+    expected = F.cross_entropy(output.logits.flatten(0, 1), y.flatten())
+    expected.backward()
+    peer.zero_grad()
+    assert loss == pytest.approx(expected.item(), rel=1e-12)
+    for layer, P in enumerate(output.attentions):
+        found, g, P = pool(splits[layer]), P.grad.tril(), P.detach()
+        full, diagonal = P * (g - (P * g).sum(-1, keepdim=True)), P * (1 - P) * g
+        energies = {"e_full": full, "e_diag": diagonal, "e_lateral": full - diagonal}
+        for name, x in energies.items():
+            # Their logits are ours up to some hundred roundings, and so are the gradients.
+            torch.testing.assert_close(found[name], x.square().sum((0, 2, 3)), rtol=1e-9, atol=0)
+        torch.testing.assert_close(found["entropy"], torch.special.entr(P).sum(-1).mean((0, 2)), rtol=1e-9, atol=0)
 
 
-def test_figures_of_the_nanogpt_checkpoint():
-    checkpoint, ids = nanogpt_windows()
+def test_figures_of_shakespeares_nanogpt():
+    checkpoint, ids = shakespeares_nanogpt()
     model = load_model(checkpoint)[0].double()
-    ids, splits = torch.tensor(ids), [[], []]
+    ids, splits = torch.from_numpy(ids[: 32 * 64 + 1]), [[], []]
     loss = backpropagate(model, ids[:-1].view(32, 64), ids[1:].view(32, 64), splits)
     assert loss == pytest.approx(2.509927359, abs=5e-10)
     names = ["entropy", "r_diag", "r_lateral", "r_cross", "cos_diag", "cos_ste", "jacobian_diag", "jacobian_offdiag"]

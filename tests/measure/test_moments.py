@@ -195,7 +195,7 @@ def test_beyond_the_range_of_the_powers_there_is_no_shape(scale):
     assert (moments.skewness, moments.excess_kurtosis, moments.max_abs_over_std) == (None, None, None)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
 def test_a_gpu_gives_the_same():
     x = torch.from_numpy(heavy_tailed(100_000))
     same(Moments().update(x.cuda()), Moments().update(x), rounding_bound(x.numel()))

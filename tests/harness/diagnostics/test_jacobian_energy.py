@@ -17,7 +17,7 @@ from harness.diagnostics import jacobian_energy as script
 from harness.tokenizer import Bytes
 from measure import gradients
 from model import GPT
-from tests.helpers import SHARED, diagnose, read_json, save_model, tiny_gpt
+from tests.helpers import diagnose, read_json, save_model, shakespeares_nanogpt, tiny_gpt
 
 COLUMNS = [
     *("mean_attention", "entropy", "row_mass", "e_full", "e_diag", "e_lateral", "e_cross"),
@@ -32,15 +32,6 @@ def random_gpt(normalizer: str = "softmax", **changes) -> GPT:
 def windows(B=3, T=12) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.randint(256, (B, T + 1), generator=torch.Generator().manual_seed(5))
     return ids[:, :-1], ids[:, 1:]
-
-
-def nanogpt_windows() -> tuple[Path, list[int], str]:
-    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
-    if not (checkpoint.exists() and text.exists()):
-        pytest.skip(f"no {checkpoint} and {text}")
-    characters = text.read_text()
-    vocabulary = {c: i for i, c in enumerate(sorted(set(characters)))}
-    return checkpoint, [vocabulary[c] for c in characters[int(0.9 * len(characters)) :][: 32 * 64 + 1]]
 
 
 @pytest.fixture
@@ -238,11 +229,11 @@ def test_help_explains_every_column(capsys):
     assert "each batch's own mean" in printed
 
 
-def test_the_script_has_the_figures_of_the_nanogpt_checkpoint(tmp_path):
+def test_the_script_has_the_figures_of_shakespeares_nanogpt(tmp_path):
     """In the checkpoint's own float32: six digits still."""
-    checkpoint, ids = nanogpt_windows()
-    np.array(ids, dtype=np.uint16).tofile(tmp_path / "val.bin")
-    np.array(ids, dtype=np.uint16).tofile(tmp_path / "train.bin")
+    checkpoint, ids = shakespeares_nanogpt()
+    for split in ("train", "val"):
+        ids[: 32 * 64 + 1].astype(np.uint16).tofile(tmp_path / f"{split}.bin")
     meta = {"vocab_size": 65, "itos": {i: chr(i) for i in range(65)}, "stoi": {chr(i): i for i in range(65)}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
     args = arguments(str(checkpoint), "--data", str(tmp_path), "--batches", "1", "--batch-size", "32")

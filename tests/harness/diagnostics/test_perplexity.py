@@ -17,7 +17,7 @@ from harness.diagnostics.perplexity import DIAGNOSTIC
 from harness.pretrained import save_gpt2
 from harness.tokenizer import Bytes, Chars
 from model import GPT
-from tests.helpers import SHARED, diagnose, read_json, save_model, tiny_gpt
+from tests.helpers import diagnose, read_json, save_model, shakespeares_nanogpt, tiny_gpt
 
 
 def random_gpt(**changes) -> GPT:
@@ -113,14 +113,25 @@ def test_a_checkpoint_of_hugging_faces(folder):
     assert report(folder)["summary"]["loss"] == pytest.approx(torch.cat(losses).mean().item(), abs=1e-4)
 
 
-def test_nanogpt_checkpoint_has_its_loss(tmp_path):
-    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
-    if not (checkpoint.exists() and text.exists()):
-        pytest.skip(f"no {checkpoint} and {text}")
-    characters = text.read_text()
-    cut = int(0.9 * len(characters))
-    documents = [("train", characters[:cut]), ("val", characters[cut:])]
-    write_corpus(tmp_path / "corpus", documents, Chars("".join(sorted(set(characters)))), source="test")
+def test_a_nanogpt_checkpoint_has_the_loss_of_hugging_faces(nanogpt, tmp_path):
+    checkpoint, peer, corpus = nanogpt
+    assert diagnose(DIAGNOSTIC, checkpoint, "--data", corpus, "--dtype", "float64", "--out", tmp_path) == 0
+    ids = torch.from_numpy(Corpus(corpus).tokens["val"].astype(np.int64))
+    with torch.no_grad():
+        losses = [
+            F.cross_entropy(peer(x[None]).logits[0], y, reduction="none")
+            for x, y in zip(ids[:-1].split(16), ids[1:].split(16), strict=True)
+        ]
+    summary = read_json(tmp_path / "perplexity.json")["summary"]
+    assert summary["tokens"] == 320
+    assert summary["loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-12)
+
+
+def test_shakespeares_nanogpt_has_its_loss(tmp_path):
+    checkpoint, ids = shakespeares_nanogpt()
+    text = "".join(map(chr, 60 + ids))  # other characters of the same ids
+    alphabet = Chars("".join(map(chr, range(60, 125))))
+    write_corpus(tmp_path / "corpus", [("train", text), ("val", text)], alphabet, source="test")
     argv = ("--data", tmp_path / "corpus", "--dtype", "float64", "--batch-size", 64, "--out", tmp_path / "diagnostics")
     assert diagnose(DIAGNOSTIC, checkpoint, *argv) == 0
     summary = report(tmp_path)["summary"]

@@ -13,7 +13,7 @@ from harness.diagnostics import run
 from harness.diagnostics.weight_kurtosis import DIAGNOSTIC
 from measure.weights import KINDS, kind_of
 from model import GPT
-from tests.helpers import SHARED, read_json, save_model, tiny_gpt
+from tests.helpers import read_json, save_model, shakespeares_nanogpt, tiny_gpt
 
 
 def heavy_gpt() -> GPT:
@@ -123,10 +123,9 @@ def test_a_constant_part_is_named_once_by_the_largest_that_is(tmp_path):
     ]
 
 
-def test_nanogpts_own_checkpoint(tmp_path):
-    path = SHARED / "nanogpt_checkpoint" / "ckpt.pt"
-    if not path.exists():
-        pytest.skip(f"no {path}")
+@pytest.mark.parametrize("trained", [False, True])
+def test_nanogpts_own_checkpoint(trained, tmp_path, nanogpt):
+    path = shakespeares_nanogpt()[0] if trained else nanogpt[0]
     run(DIAGNOSTIC, [str(path), "--device", "cpu", "--out", str(tmp_path)])
     rows = {row["name"]: row for row in json.loads((tmp_path / "weight_kurtosis.json").read_text())["rows"]}
     for name, parameter in load_model(path)[0].named_parameters():
