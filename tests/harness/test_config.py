@@ -256,6 +256,7 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x85"), max_size
 VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | TEXT | st.lists(st.just(1))
 
 
+@pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted(KEYS)), value=VALUES)
 def test_any_value_is_taken_as_it_is_or_refused_by_name(key, value):

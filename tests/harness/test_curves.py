@@ -48,3 +48,11 @@ def test_a_last_line_that_only_lacks_its_newline_counts(tmp_path):
     run = write_run(tmp_path / "run", [{"step": 0, "train/loss": 5.0}], end='{"step": 10, "train/loss": 4.0}')
     steps, _ = curves.read_run(Path(run, "metrics.jsonl"))["train/loss"]
     assert steps.tolist() == [0, 10]
+
+
+def test_a_kurtosis_group_is_its_median_and_largest_without_what_does_not_exist(tmp_path):
+    series = curves.read_run(Path(write_run(tmp_path / "run"), "metrics.jsonl"))
+    steps, values = series["median weight_kurtosis"]
+    assert values.tolist() == [sorted((0.1, step / 10, 0.3))[1] for step in steps]  # "constant" is null throughout
+    assert series["max weight_kurtosis"][1].tolist() == [max(0.3, step / 10) for step in steps]
+    assert "weight_kurtosis/constant" not in series

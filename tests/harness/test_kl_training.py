@@ -273,11 +273,13 @@ def columns(lines: list[dict], *names: str) -> list[list[float]]:
     return [[line[name] for line in lines if name in line] for name in names]
 
 
+@pytest.mark.slow
 def test_it_is_off_unless_a_reference_is_named(base):
     assert not any(key.startswith("kl/") for line in base.metrics() for key in line)
     assert base.checkpoint()["reference"] is None
 
 
+@pytest.mark.slow
 def test_the_losses_stay_plain_and_a_weight_of_0_only_looks(base):
     """Dropout draws the same numbers beside a reference, whose config has dropout as well."""
     dropout = ("--model.dropout", "0.1")
@@ -296,6 +298,7 @@ def test_the_losses_stay_plain_and_a_weight_of_0_only_looks(base):
     assert first["train/grad_norm"] != pushed_first["train/grad_norm"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [BARRIER, (*BARRIER, "--kl.aggregate", "p95"), DISTILL])
 def test_the_penalty_is_the_same_for_any_number_of_micro_steps(base, how):
     whole = finished("whole", *SHORT, *how)
@@ -306,6 +309,7 @@ def test_the_penalty_is_the_same_for_any_number_of_micro_steps(base, how):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 def test_two_ranks_are_penalised_as_one(base):
     one = finished("one", *SHORT, *BARRIER)
     how = ("config.yaml", "--run.name", "two", *SHORT, *BARRIER, "--training.micro_batch_size", "2")
@@ -317,6 +321,7 @@ def test_two_ranks_are_penalised_as_one(base):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [BARRIER, DISTILL])
 def test_a_killed_run_goes_on_bit_for_bit(base, how):
     how = (*how, "--model.dropout", "0.1", "--training.micro_batch_size", "4", "--model.normalizer", "softmax")
@@ -338,6 +343,7 @@ def other_text() -> tuple[str, str]:
     return "--data.corpus", "other"
 
 
+@pytest.mark.slow
 def test_a_barrier_holds(base, other_text):
     how = ("--training.init_from", "out/base/ckpt.pt", *other_text, *BARRIER)
     how += ("--optimizer.lr", "3e-3", "--optimizer.min_lr", "0")
@@ -352,6 +358,7 @@ def test_a_barrier_holds(base, other_text):
     assert free[-1]["val/loss"] < held[-1]["val/loss"]  # what the barrier costs
 
 
+@pytest.mark.slow
 def test_distillation_brings_the_student_to_its_teacher(base, other_text):
     student = ("--model.n_layer", "1", *other_text, *DISTILL)
     taught, alone = (finished(f"weight{weight}", *student, "--kl.weight", weight).metrics() for weight in ("10", "0"))
@@ -361,6 +368,7 @@ def test_distillation_brings_the_student_to_its_teacher(base, other_text):
     np.testing.assert_allclose(taught[-1]["kl/penalty"], 10 * 2**2 * taught[-1]["kl/mean"], rtol=4 * EPS)
 
 
+@pytest.mark.slow
 def test_a_resume_beside_another_reference_is_refused(base):
     finished("run", *SHORT, *BARRIER)
     identity = torch.load("out/run/best.pt", weights_only=True)["reference"]
@@ -384,6 +392,7 @@ def test_a_resume_beside_another_reference_is_refused(base):
     )
 
 
+@pytest.mark.slow
 def test_a_step_says_which_figure_is_not_finite(base):
     """Here the reference's weights overflow, and the loss stays finite."""
     model, _ = load_model("out/base/ckpt.pt")

@@ -39,6 +39,7 @@ write_corpus({str(corpus)!r}, documents, from_name("bytes"), source="")
     return path
 
 
+@pytest.mark.slow
 def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothing(config):
     done = run_training("tiny.yaml", cwd=config.parent)  # a config is found from where the user stands
     assert done.returncode == 0, done.stderr
@@ -60,6 +61,7 @@ def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothin
     assert "a sample:" not in again.stdout
 
 
+@pytest.mark.slow
 def test_a_stopped_run_passes_its_status_on_and_continues(config):
     process = subprocess.Popen(
         [str(ROOT / "run_training.sh"), str(config), "--training.max_steps", "100000"],
@@ -77,6 +79,7 @@ def test_a_stopped_run_passes_its_status_on_and_continues(config):
     assert "the same command continues" in output
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -94,6 +97,7 @@ def test_mistakes_get_one_line_and_status_2(arguments, expected):
     assert done.stderr.splitlines()[-1] == expected
 
 
+@pytest.mark.slow
 def test_help_and_print_config_need_no_corpus(config):
     shown = run_training("--help")
     assert shown.returncode == 0

@@ -152,6 +152,7 @@ def test_wandbs_mode_is_chosen_and_said(tmp_path, monkeypatch, capsys, setting, 
     assert (f"{tmp_path}/wandb" in said) == (mode != "disabled")  # where the run is, if there is one
 
 
+@pytest.mark.slow
 def test_the_real_wandb_writes_an_offline_run_that_a_resume_continues(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))
     session(tmp_path, None, (0, 5, 10), "offline")

@@ -87,6 +87,7 @@ def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
     assert cpu.load() is not None
 
 
+@pytest.mark.slow
 def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
     source = tmp_path / "cpu.cpp"
     shutil.copy(cpu.SOURCE, source)
@@ -99,6 +100,7 @@ def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
     assert cpu.load() is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default
 def test_the_compiler_is_the_users(words, anew):
     anew.setenv("CXX", words)
@@ -137,6 +139,7 @@ def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, a
         pass
 
 
+@pytest.mark.slow
 def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tmp_path):
     source = tmp_path / "cpu.cpp"
     shutil.copy(cpu.SOURCE, source)
@@ -152,6 +155,7 @@ def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tm
         assert cpu.load() is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's vectors")
 @pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])  # vectors of 4 and of 8; native may have 16
 def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
@@ -264,6 +268,7 @@ def test_nan_is_not_hidden(backward):
         assert grad_k[:, :, :101].isnan().all()
 
 
+@pytest.mark.slow
 def test_nothing_is_read_or_written_beyond_the_tensors(tmp_path):
     """Under the address sanitizer, in a process of its own."""
     program = f"""

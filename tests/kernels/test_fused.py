@@ -190,7 +190,9 @@ def tolerance_of(kind, q, k, dtype) -> float:
 @every_backward
 @every_variant
 @pytest.mark.parametrize(("dtype", "own"), KERNELS, ids=str)
-@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "ordinary" else pytest.param(kind, marks=pytest.mark.slow) for kind in LOGITS]
+)
 def test_values_and_gradients_have_the_digits_of_their_dtype(variant, backward, dtype, own, kind, monkeypatch):
     arguments, null_logit = VARIANTS[variant]
     use_own_kernel(own, monkeypatch)
@@ -322,6 +324,7 @@ def test_the_value_gradient_is_the_same_head_by_head(dtype, monkeypatch):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("normalizer", ["sink"])  # which adds the null logit's own gradient
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("own", [True, False])  # False: on PyTorch's kernels, as where there is no compiler

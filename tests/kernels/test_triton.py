@@ -194,6 +194,7 @@ for kernel in compiled:
 """
 
 
+@pytest.mark.slow
 def test_kernels_compile_for_a_gpu(tmp_path):
     """The interpreter takes more than the compiler does. On Hopper: tensor cores, copies of 16 bytes, and NaNs kept
     wherever a weight is held at 1 (STE's dQ has no weights)."""

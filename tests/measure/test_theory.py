@@ -22,7 +22,7 @@ from measure.theory import (
 )
 from measure.theory.checks import at_least, at_most, equal, figures
 
-NUMBERS = range(1, 18)
+NUMBERS = [pytest.param(n, marks=pytest.mark.slow) if n == 15 else n for n in range(1, 18)]
 
 # What is under test: every function that computes something, the divergences included; not what builds the checks.
 MODULES = (tools, information, fits, closed_forms, f_divergences, geometry, language_models, latent)

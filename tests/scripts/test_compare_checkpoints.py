@@ -41,6 +41,7 @@ def compare(*arguments: str) -> dict:
     return json.loads(Path("compared/compare_checkpoints.json").read_text())
 
 
+@pytest.mark.slow
 def test_every_value_is_the_one_that_its_script_writes(checkpoints, capsys):
     compared = compare(*checkpoints, *BOTH)
     printed = capsys.readouterr().out

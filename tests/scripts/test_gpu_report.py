@@ -88,6 +88,7 @@ def test_the_markdown_has_a_row_for_each_measurement(dry_run):
                 assert any(line.startswith(f"| {row['variant']} | {row['ms']:.1f} ± ") for line in lines)
 
 
+@pytest.mark.slow
 def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"half a corpus")
     arguments = ("--cpu", "--out", tmp_path, "--corpus", tmp_path, "--sections", "steps", "hardware")
@@ -103,6 +104,7 @@ def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_
     assert hardware["rows"]
 
 
+@pytest.mark.slow
 def test_a_section_ends_at_its_limit(tmp_path):
     done = run_script("--cpu", "--minutes", "0.01", "--out", tmp_path, "--sections", "hardware", cwd=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -111,6 +113,7 @@ def test_a_section_ends_at_its_limit(tmp_path):
     assert "stopped at its limit" in document
 
 
+@pytest.mark.slow
 def test_without_a_card_it_says_so_in_one_line(tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     done = run_script(cwd=tmp_path)

@@ -170,6 +170,7 @@ def test_bad_places_for_the_picture(plot, tmp_path):
     assert_error(plot(run, "--out", "folder.png"), "is a folder")
 
 
+@pytest.mark.slow
 def test_runs_from_any_folder(tmp_path):
     run = write_run(tmp_path / "run")
     done = run_python("scripts/plot_metrics.py", run, cwd=tmp_path)

@@ -3,23 +3,21 @@
 import argparse
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from harness.checkpoint import save_checkpoint
 from harness.diagnostics import Subject, attention_kl_bound, run
-from harness.errors import UserError, run_cli
+from harness.errors import UserError
 from measure.slopes import (
     attention_slopes,
     float64_copy,
     random_direction,
 )
 from model import GPT, GPTConfig
-from tests.helpers import VARIANTS, every_normalizer, random_ids, run_python, save_model, tiny_corpus, tiny_gpt
+from tests.helpers import VARIANTS, every_normalizer, random_ids, save_model, tiny_corpus, tiny_gpt
 
 
 def optimizer_of(model: GPT) -> torch.optim.AdamW:
@@ -112,65 +110,10 @@ def test_the_columns_are_those_of_the_rows(run_folder):
             assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6)
 
 
-@pytest.mark.parametrize("direction", ["adamw", "gradient", "random"])
-def test_a_model_without_attention_is_one_line_that_names_the_weight(run_folder, capsys, direction):
-    broken = torch.load(run_folder / "softmax" / "ckpt.pt", weights_only=True)
-    broken["model"]["transformer.h.1.attn.c_attn.weight"][3, 5] = torch.nan
-    save_checkpoint(run_folder / "softmax" / "broken.pt", broken)
-    out = run_folder / "nothing"
-    argv = [str(run_folder / "softmax" / "broken.pt"), "--direction", direction, "--out", str(out)]
-    assert run_cli(lambda: run(attention_kl_bound.DIAGNOSTIC, argv)) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "transformer.h.1.attn.c_attn.weight holds 1 of 192 weights that are NaN or Inf" in error
-    assert not out.exists()
-
-
-def test_help_explains_every_column(run_folder, capsys):
-    found = measure(run_folder / "softmax" / "ckpt.pt", direction="random")
-    with pytest.raises(SystemExit):
-        run(attention_kl_bound.DIAGNOSTIC, ["--help"])
-    columns, extremes, curve = re.split(r"extremes:\n|curve, in the JSON:\n", capsys.readouterr().out)
-    for rows, shown in ((found.rows, columns), (found.tables["extremes"], extremes), (found.tables["curve"], curve)):
-        assert all(re.search(rf"\b{column}\b", shown) for column in rows[0])
-
-
-def test_what_a_user_may_get_wrong(run_folder):
-    for path, *options, message in (
-        ("ckpt.pt", "--tau", "-1", "--tau -1: above 0"),
-        ("ckpt.pt", "--tau", "nan", "--tau nan: above 0"),
-        ("best.pt", "best.pt holds no optimizer state.*--direction gradient"),
-        ("none.pt", "no checkpoint"),
-    ):
-        argv = [str(run_folder / "softmax" / path), *options, "--out", str(run_folder / "nothing")]
-        with pytest.raises(UserError, match=message):
-            run(attention_kl_bound.DIAGNOSTIC, argv)
+def test_without_the_optimizers_state_another_direction_is_advised_and_works(run_folder):
+    path = run_folder / "softmax" / "best.pt"
+    with pytest.raises(UserError, match=r"best\.pt holds no optimizer state.*--direction gradient"):
+        run(attention_kl_bound.DIAGNOSTIC, [str(path), "--out", str(run_folder / "nothing")])
     assert not (run_folder / "nothing").exists()
-    found = measure(run_folder / "softmax" / "best.pt", direction="gradient", batches=1)  # as the message advises
+    found = measure(path, direction="gradient", batches=1)
     assert found.summary["rows"] == 4 * 11
-
-
-def test_the_demonstration_needs_no_checkpoint(tmp_path):
-    """As a user runs it; the known figures, and tightness down to τ = 1e-8."""
-    done = run_python("scripts/attention_kl_bound.py", "--demo", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert all(figure in done.stdout for figure in ("0.00128341443", "0.467833617", "0.326989004", "0.999989976"))
-    found = json.loads((tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.json").read_text())
-    assert found["rows"][1] == pytest.approx(
-        {
-            "tau": 0.5,
-            "kl_reverse": 0.034843166,
-            "kl_forward": 0.033172060,
-            "quadratic": 0.031261169,
-            "bound_reverse": 0.008808601,
-            "tightness_reverse": 0.406648,
-            "tightness_forward": 0.433869,
-        },
-        abs=5e-7,
-    )
-    assert len(found["random_cases"]) == 100
-    assert found["summary"]["random_cases_forward_max"] == pytest.approx(0.995373899, abs=1e-9)
-    coin = {row["tau"]: row for row in found["bernoulli"]}
-    assert coin[0.3]["tightness_reverse"] == pytest.approx(0.990386945, abs=1e-9)
-    assert coin[1e-8]["tightness_reverse"] == pytest.approx(1, abs=20 * np.finfo(float).eps)
-    assert (tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.png").stat().st_size > 0

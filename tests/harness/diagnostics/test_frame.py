@@ -340,6 +340,7 @@ def trained(folder: Path, wandb: str) -> None:
     (folder / "config.yaml").write_text(f"run: {{name: a run}}\ntracking: {{wandb: {wandb}, project: offbyone}}\n")
 
 
+@pytest.mark.slow
 def test_summary_and_picture_go_to_the_runs_own_page(path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(path.parent / "cache"))
     monkeypatch.delenv("WANDB_MODE", raising=False)

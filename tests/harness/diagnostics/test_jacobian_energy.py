@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from harness.checkpoint import load_model
 from harness.corpus_writing import write_corpus
-from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.diagnostics import Result, Subject, argument_parser
 from harness.diagnostics import jacobian_energy as script
 from harness.tokenizer import Bytes
 from measure import gradients
@@ -193,40 +193,6 @@ def test_heads_and_parameters_without_a_gradient_are_named(folder):
     assert f"full gradients that are zero: {', '.join(names)}" in result.notes
     assert [row["cos_ste"] for row in result.tables["gradients"] if row["parameter"] in names] == 4 * [None]
     assert result.summary["gradient_cos_ste"] is not None
-
-
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["absent.pt"], "no checkpoint absent.pt"),
-        (["ckpt.pt", "--batches", "0"], "--batches 0: at least 1"),
-        (["ckpt.pt", "--data", "nowhere"], "nowhere"),
-        (["foreign.pt"], "foreign.pt is not a checkpoint"),
-        (["cut.pt"], "cut.pt is truncated or not a checkpoint"),
-        (["ckpt.pt", "--data", "short"], "short/val.bin has 12 tokens, fewer than one window of 12 + 1"),
-        (["small.pt"], "corpus has 256 token ids, small.pt only 17"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing_behind(folder, capsys, argv, message):
-    Path("foreign.pt").write_bytes(b"no checkpoint at all")
-    Path("cut.pt").write_bytes(Path("ckpt.pt").read_bytes()[:5000])
-    write_corpus("short", [("train", b"x" * 40), ("val", b"x" * 12)], Bytes(), source="test")
-    save(tiny_gpt(vocab_size=17), "small.pt")
-    capsys.readouterr()
-    assert diagnose(script.DIAGNOSTIC, *argv, "--out", "made") == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert message in error
-    assert not Path("made").exists()
-
-
-def test_help_explains_every_column(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        run(script.DIAGNOSTIC, ["--help"])
-    printed = capsys.readouterr().out
-    for column in (*COLUMNS, *script.GRADIENTS):
-        assert any(line.strip().startswith(column + " ") for line in printed.splitlines()), column
-    assert "each batch's own mean" in printed
 
 
 def test_the_script_has_the_figures_of_shakespeares_nanogpt(tmp_path):

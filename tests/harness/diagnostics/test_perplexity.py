@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -154,38 +153,8 @@ def test_nan_weights_are_a_finding(folder, capsys):
     assert "transformer.wpe.weight holds 1" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        (["--stride", 9], "--stride 9 would skip tokens, the context of .* is 8"),
-        (["--stride", 0], "--stride 0: at least 1"),
-        (["--batches", 0], "--batches 0: at least 1"),
-        (["--batch-size", 0], "--batch-size 0: at least 1"),
-        (["--data", "nowhere"], "nowhere is not prepared"),
-        (["--data", "short"], "val.bin has 8 tokens, fewer than one window of 8"),
-        (["--data", "other"], "has 300 token ids, .* only 256"),
-    ],
-)
-def test_a_mistake_is_one_line_and_nothing_is_written(folder, capsys, monkeypatch, argv, message):
+def test_a_corpus_with_more_ids_than_the_model_is_refused_by_its_count(folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)
-    write_corpus("short", [("train", TEXT), ("val", TEXT[:8])], Bytes(), source="test")
     write_corpus("other", [("train", "ab" * 9), ("val", "ab" * 9)], Chars("ab" + CHARACTERS), source="test")
-    capsys.readouterr()
-    assert diagnose(DIAGNOSTIC, "ckpt.pt", *argv) == 2
-    captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1
-    assert re.search(message, captured.err)
-    assert not (folder / "diagnostics").exists()
-
-
-def test_broken_checkpoints_are_refused(folder, capsys):
-    (folder / "truncated.pt").write_bytes((folder / "ckpt.pt").read_bytes()[:5000])
-    for name in ("missing.pt", "truncated.pt"):
-        assert diagnose(DIAGNOSTIC, folder / name) == 2
-        assert name in capsys.readouterr().err
-    (folder / "corpus").rename(folder / "elsewhere")
-    assert diagnose(DIAGNOSTIC, folder / "ckpt.pt") == 2
-    assert "name one with --data" in capsys.readouterr().err
-    assert not (folder / "diagnostics").exists()
-    assert diagnose(DIAGNOSTIC, folder / "ckpt.pt", "--data", folder / "elsewhere") == 0
-    assert report(folder)["summary"]["tokens"] == len(Corpus(folder / "elsewhere").tokens["val"]) - 1
+    assert diagnose(DIAGNOSTIC, "ckpt.pt", "--data", "other") == 2
+    assert "has 300 token ids, ckpt.pt only 256" in capsys.readouterr().err
