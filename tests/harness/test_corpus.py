@@ -1,4 +1,4 @@
-"""What is written can be read, nothing half-made is ever left, and damage is told in one line."""
+"""What can be read is what was written, and damage is told in one line."""
 
 import hashlib
 import json

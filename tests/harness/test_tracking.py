@@ -1,4 +1,4 @@
-"""Curves that stay right over kills and resumes, the run's folder, and what is measured inside a model."""
+"""Curves that stay right over kills and resumes, in metrics.jsonl and in wandb."""
 
 import json
 import math

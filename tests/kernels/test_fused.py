@@ -1,4 +1,4 @@
-"""softmax1, and causal attention with a choice of normaliser and of backward pass."""
+"""Every attention variant as one autograd function over fused kernels, against the readable form and float64."""
 
 import argparse
 import itertools

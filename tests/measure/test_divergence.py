@@ -141,7 +141,7 @@ def test_jensen_shannon_is_scipys_squared():
 
 
 def test_the_family_at_one_pair_of_coins():
-    """REFERENCE: θ = .101 against .5, and Rényi's for .8 against .5."""
+    """Known figures: θ = .101 against .5, and Rényi's for .8 against .5."""
     theta, fair = bernoulli(0.101), bernoulli(0.5)
     assert kl_divergence(theta, fair).item() == pytest.approx(0.365873, abs=5e-7)
     assert kl_divergence(fair, theta).item() == pytest.approx(0.506406, abs=5e-7)
@@ -331,7 +331,7 @@ def exact_ray(alpha0: torch.Tensor, slopes: torch.Tensor, tau: float) -> dict[st
 
 
 def test_the_three_way_example():
-    """REFERENCE's table: KL reverse and forward, quadratic, the reverse bound, tightness reverse and forward."""
+    """Known figures: KL reverse and forward, quadratic, the reverse bound, tightness reverse and forward."""
     table = {
         0.1: (0.001283414, 0.001267073, 0.001250447, 0.000070469, 0.467834, 0.471864),
         0.5: (0.034843166, 0.033172060, 0.031261169, 0.008808601, 0.406648, 0.433869),

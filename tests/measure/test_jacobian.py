@@ -1,4 +1,4 @@
-"""The split of attention's gradient against autograd's own Jacobian, and what the parameters' gradients lose."""
+"""The split of attention's gradient against autograd's own Jacobian and against Hugging Face's attention."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Rounding by hand, the sites by a forward pass written out, and the command on a model with a planted outlier."""
+"""Rounding by hand, and the sites by a forward pass written out."""
 
 import numpy as np
 import pytest

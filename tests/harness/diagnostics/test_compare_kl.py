@@ -1,4 +1,4 @@
-"""Divergences of two models against a plain float64 computation, and the demonstration against its known figures."""
+"""Divergences of two models against a plain float64 computation."""
 
 import json
 from ast import literal_eval
