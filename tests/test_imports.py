@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from tests.helpers import ROOT
+
 FLOORS = ("kernels", "model", "measure", "harness", "train", "scripts")  # from the ground up
 ABOVE_ALL = ("data", "tests")  # which may import from any
 MODULES = sorted(path for floor in FLOORS for path in (*ROOT.glob(f"{floor}.py"), *(ROOT / floor).rglob("*.py")))

@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +10,8 @@ from torch.nn import functional as F
 import model as model_module
 from harness.checkpoint import load_model
 from model import GPT, GPTConfig, sample
+from tests.helpers import random_ids, shakespeares_nanogpt, tiny_gpt
 
-DATA = Path(__file__).parents[2] / "shared" / "data"
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
 
 every_attention = pytest.mark.parametrize(
@@ -20,10 +19,9 @@ every_attention = pytest.mark.parametrize(
 )
 
 
-def tiny_gpt(config: GPTConfig = TINY, seed: int = 2) -> GPT:
-    """In eval mode, with matrices large enough for attention and logits that tell tokens and positions apart."""
-    torch.manual_seed(seed)
-    model = GPT(replace(config)).eval()
+def telling_gpt(config: GPTConfig = TINY, seed: int = 2) -> GPT:
+    """With matrices large enough for attention and logits that tell tokens and positions apart."""
+    model = tiny_gpt(seed, **vars(config))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 or name.endswith("sink"):
             torch.nn.init.normal_(parameter, std=2 if parameter is model.transformer.wpe.weight else 1)
@@ -31,7 +29,7 @@ def tiny_gpt(config: GPTConfig = TINY, seed: int = 2) -> GPT:
 
 
 def tokens(*shape: int, vocab_size: int = TINY.vocab_size) -> torch.Tensor:
-    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(1))
+    return random_ids(*shape, vocab_size=vocab_size, seed=1)
 
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -143,7 +141,7 @@ def test_the_counts_follow_what_the_model_is_made_of():
 
 
 def test_logits_are_for_every_position_with_and_without_targets():
-    model, idx = tiny_gpt(), tokens(3, 7)
+    model, idx = telling_gpt(), tokens(3, 7)
     logits, loss = model(idx)
     assert logits.shape == (3, 7, 17)
     assert loss is None
@@ -153,7 +151,7 @@ def test_logits_are_for_every_position_with_and_without_targets():
 
 
 def test_loss_is_the_mean_over_targets_leaving_out_minus_1():
-    model, idx = tiny_gpt(), tokens(3, 7)
+    model, idx = telling_gpt(), tokens(3, 7)
     targets = tokens(3, 7).flip(1).clone()
     targets[0, 2:], targets[2] = -1, -1
     logits, loss = model(idx, targets)
@@ -169,7 +167,7 @@ def test_loss_is_the_mean_over_targets_leaving_out_minus_1():
 
 
 def test_the_loss_of_a_float64_model_is_float64():
-    model = tiny_gpt().double()
+    model = telling_gpt().double()
     logits, loss = model(tokens(3, 7), tokens(3, 7).flip(1))
     expected = F.cross_entropy(logits.flatten(0, 1), tokens(3, 7).flip(1).flatten())
     assert loss.dtype == torch.float64
@@ -178,7 +176,7 @@ def test_the_loss_of_a_float64_model_is_float64():
 
 @every_attention
 def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, backward):
-    model = tiny_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()
+    model = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()
     idx = tokens(2, 9)
     changed = idx.clone()
     changed[0, 5:] = (changed[0, 5:] + 1) % 17
@@ -193,7 +191,7 @@ def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, ba
 def test_logits_do_not_depend_on_the_backward(normalizer):
     idx = tokens(2, 9)
     full, *others = (
-        tiny_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()(idx)[0]
+        telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()(idx)[0]
         for backward in ("full", "diagonal", "ste")
     )
     for other in others:
@@ -201,7 +199,7 @@ def test_logits_do_not_depend_on_the_backward(normalizer):
 
 
 def test_padding_the_vocabulary_leaves_the_other_logits_alone():
-    model = tiny_gpt()
+    model = telling_gpt()
     padded = GPT(replace(TINY, vocab_size=32)).eval()
     state = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
@@ -215,7 +213,7 @@ def test_padding_the_vocabulary_leaves_the_other_logits_alone():
 
 def test_the_activation_is_the_one_chosen():
     idx = tokens(2, 9)
-    tanh, exact = (tiny_gpt(replace(TINY, activation=a)) for a in ("gelu_tanh", "gelu"))
+    tanh, exact = (telling_gpt(replace(TINY, activation=a)) for a in ("gelu_tanh", "gelu"))
     assert not torch.equal(tanh(idx)[0], exact(idx)[0])
     x = torch.linspace(-3, 3, 50, dtype=torch.float64)
     assert torch.equal(tanh.transformer.h[0].mlp.gelu(x), F.gelu(x, approximate="tanh"))
@@ -223,7 +221,7 @@ def test_the_activation_is_the_one_chosen():
 
 
 def test_dropout_acts_in_training_only():
-    model, idx = tiny_gpt(replace(TINY, dropout=0.5)), tokens(2, 9)
+    model, idx = telling_gpt(replace(TINY, dropout=0.5)), tokens(2, 9)
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
@@ -231,7 +229,7 @@ def test_dropout_acts_in_training_only():
 
 def test_a_sequence_longer_than_the_context_is_refused():
     with pytest.raises(ValueError, match=r"13 tokens .* block_size, 12"):
-        tiny_gpt()(tokens(1, 13))
+        telling_gpt()(tokens(1, 13))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +260,7 @@ def test_a_config_that_makes_no_sense_is_refused(values, named):
 
 
 def test_cropping_the_context_keeps_the_logits_of_what_still_fits():
-    model, idx = tiny_gpt(), tokens(2, 5)
+    model, idx = telling_gpt(), tokens(2, 5)
     before = model(idx)[0]
     model.crop_block_size(5)
     assert torch.equal(model(idx)[0], before)
@@ -283,13 +281,14 @@ def test_cropping_one_model_leaves_another_of_the_same_config_alone():
 @pytest.mark.parametrize("block_size", [0, 13])
 def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
     with pytest.raises(ValueError, match=rf"12 to {block_size}"):
-        tiny_gpt().crop_block_size(block_size)
+        telling_gpt().crop_block_size(block_size)
 
 
+@pytest.mark.slow
 @every_attention
 def test_compiling_takes_the_model_whole(normalizer, backward):
     torch.compiler.reset()  # the variants before this one count towards a limit of recompilations
-    model, idx = tiny_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(2, 12)
+    model, idx = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [f(idx, idx)[1] for f in (model, compiled)]
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
@@ -311,7 +310,7 @@ def generated(model: GPT, idx: torch.Tensor, count: int, seed: int = 0, **argume
 def test_generation_is_the_same_with_and_without_the_cache(normalizer, backward, knobs):
     # The two differ by some 1e-5 in logits of a few units. A token differs where the two best, or the draw and the
     # edge between two tokens, are closer than that: odds of some 1e-5 each of 60 times, and the seeds are fixed.
-    model, idx = tiny_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(3, 4)
+    model, idx = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(3, 4)
     cached = generated(model, idx, 20, use_cache=True, **knobs)  # goes beyond block_size
     assert cached.shape == (3, 20)
     assert torch.equal(cached, generated(model, idx, 20, use_cache=False, **knobs))
@@ -319,7 +318,7 @@ def test_generation_is_the_same_with_and_without_the_cache(normalizer, backward,
 
 
 def test_greedy_generation_is_the_argmax_of_the_last_block_size_tokens():
-    model, idx = tiny_gpt(), tokens(2, 4)
+    model, idx = telling_gpt(), tokens(2, 4)
     whole = torch.cat((idx, generated(model, idx, 15, temperature=0)), dim=1)
     for end in range(4, 19):
         logits, _ = model(whole[:, max(0, end - 12) : end])
@@ -327,7 +326,7 @@ def test_greedy_generation_is_the_argmax_of_the_last_block_size_tokens():
 
 
 def test_the_same_generator_draws_the_same_tokens_and_the_global_one_is_left_alone():
-    model, idx = tiny_gpt(), tokens(2, 4)
+    model, idx = telling_gpt(), tokens(2, 4)
     state = torch.get_rng_state()
     first = generated(model, idx, 20, seed=5)
     assert torch.equal(first, generated(model, idx, 20, seed=5))
@@ -336,7 +335,7 @@ def test_the_same_generator_draws_the_same_tokens_and_the_global_one_is_left_alo
 
 
 def test_with_the_cache_each_step_feeds_one_token():
-    model, fed, scored = tiny_gpt(), [], []
+    model, fed, scored = telling_gpt(), [], []
     model.transformer.wte.register_forward_hook(lambda _module, inputs, _output: fed.append(inputs[0].size(1)))
     model.lm_head.register_forward_hook(lambda _module, inputs, _output: scored.append(inputs[0].shape))
     generated(model, tokens(2, 5), 10)
@@ -345,7 +344,7 @@ def test_with_the_cache_each_step_feeds_one_token():
 
 
 def test_generation_streams_and_leaves_gradients_on_for_the_caller():
-    steps = tiny_gpt().generate(tokens(1, 4), 3)
+    steps = telling_gpt().generate(tokens(1, 4), 3)
     token = next(steps)
     assert token.shape == (1, 1)
     assert torch.is_grad_enabled()
@@ -355,7 +354,7 @@ def test_generation_streams_and_leaves_gradients_on_for_the_caller():
 def test_a_row_that_drew_the_stop_token_repeats_it_until_all_have(monkeypatch):
     drawn = iter([[[3], [4]], [[9], [5]], [[6], [7]], [[8], [9]], [[1], [2]]])
     monkeypatch.setattr(model_module, "sample", lambda *_, **__: torch.tensor(next(drawn)))
-    assert generated(tiny_gpt(), tokens(2, 4), 5, stop_token=9).tolist() == [[3, 9, 9, 9], [4, 5, 7, 9]]
+    assert generated(telling_gpt(), tokens(2, 4), 5, stop_token=9).tolist() == [[3, 9, 9, 9], [4, 5, 7, 9]]
 
 
 LOGITS = torch.log(torch.tensor([0.15, 0.5, 0.05, 0.3]))
@@ -395,17 +394,22 @@ def test_rows_are_drawn_each_from_its_own_logits():
 # --- nanoGPT's own model --------------------------------------------------------------------------------------------
 
 
-def test_nanogpt_checkpoint_has_its_loss():
-    checkpoint, text = DATA / "nanogpt_checkpoint" / "ckpt.pt", DATA / "tinyshakespeare" / "input.txt"
-    if not (checkpoint.exists() and text.exists()):
-        pytest.skip(f"no {checkpoint} and {text}")
+def test_a_nanogpt_checkpoint_has_hugging_faces_logits(nanogpt):
+    checkpoint, peer, _ = nanogpt
+    model, info = load_model(checkpoint)
+    assert (model.config.block_size, model.config.activation, info["iter_num"]) == (16, "gelu", 5000)
+    idx = random_ids(4, 16, vocab_size=65)
+    with torch.no_grad():
+        # float64: some hundred roundings of logits below 100
+        torch.testing.assert_close(model.double()(idx, idx)[0], peer(idx).logits, rtol=0, atol=1e-11)
+
+
+def test_shakespeares_nanogpt_has_its_loss():
+    checkpoint, ids = shakespeares_nanogpt()
     model, info = load_model(checkpoint)
     assert (model.config.block_size, model.config.activation, info["iter_num"] > 0) == (64, "gelu", True)
     model.double()
-
-    characters = text.read_text()
-    vocabulary = {c: i for i, c in enumerate(sorted(set(characters)))}
-    ids = torch.tensor([vocabulary[c] for c in characters[int(0.9 * len(characters)) :]])
+    ids = torch.from_numpy(ids)
     targets = len(ids) - 1
     assert targets == 111_539
     whole = targets // 64 * 64

@@ -20,9 +20,7 @@ from harness.batches import gather, validation_offsets
 from harness.checkpoint import load_model
 from harness.config import help_text
 from harness.corpus import Corpus
-from harness.corpus_writing import write_corpus
 from harness.errors import run_cli
-from harness.tokenizer import from_name
 from measure.jacobian import jacobian_energy
 from measure.quantize import PROBABILITIES, sites, visiting
 from model import (
@@ -37,6 +35,7 @@ from model import (
 )
 from scripts import activation_kurtosis, attention_kl_bound, quantization, sample, weight_kurtosis
 from scripts import jacobian_energy as jacobian_script
+from tests.helpers import squares_corpus, tiny_gpt
 
 T, H, ZETA, GAMMA = 16, 2, 1.0, -0.03
 
@@ -79,8 +78,7 @@ def name(request, monkeypatch) -> str:
 def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(CONFIG)
-    text = b" ".join(b"%d squared is %d." % (i, i * i) for i in range(3000))
-    write_corpus("corpus", [("train", text[:40000]), ("val", text[40000:44001])], from_name("bytes"), source="test")
+    squares_corpus()
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     yield
     for number, handler in handlers.items():
@@ -275,7 +273,7 @@ def test_the_model_is_one_graph(normalizer, monkeypatch):
     if normalizer in ENTRIES:
         monkeypatch.setitem(NORMALIZERS, normalizer, ENTRIES[normalizer])
     torch.manual_seed(0)
-    model = GPT(GPTConfig(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=8, normalizer=normalizer))
+    model = tiny_gpt(normalizer=normalizer)
     idx = torch.arange(8)[None]
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

@@ -1,17 +1,11 @@
-"""Training runs: exact resume, interruption, accumulation, ranks, and what a user's mistakes do.
-
-Each run is a process of its own, forked from a server that has imported train.py already: a start costs milliseconds
-where a fresh interpreter takes seconds, and it can be killed like any other.
-"""
+"""Training runs: exact resume, interruption, accumulation, ranks, and what a user's mistakes do."""
 
 import dataclasses
 import json
-import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,113 +15,19 @@ import torch
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
+from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused, run_on_two_ranks
 
-ROOT = Path(__file__).parents[1]
-CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])  # AdamW imports the second
-
-CONFIG = """
-model: {n_layer: 2, n_head: 2, n_embd: 32, block_size: 16, bias: false, normalizer: softmax1, dropout: 0.0}
-data: {corpus: corpus}
-optimizer: {lr: 1e-2, warmup_steps: 2, min_lr: 1e-3}
-training: {max_steps: 24, batch_size: 8, device: cpu, dtype: float32, checkpoint_interval: 5}
-evaluation: {interval: 6, batches: 4}
-tracking: {wandb: disabled, log_interval: 1}
-"""
+pytestmark = pytest.mark.usefixtures("training_folder")
 
 
-def _child(arguments, log):
-    with open(log, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
-    import train
-    from harness.errors import run_cli
-
-    torch.set_num_threads(1)
-    sys.argv = ["train.py", *arguments]
-    sys.exit(run_cli(train.main))
-
-
-class Run:
-    """`train.py config.yaml --run.name NAME …` in a folder of its own."""
-
-    def __init__(self, name: str, *arguments: str):
-        self.folder, self.log = Path("out") / name, Path(f"{name}.log")
-        arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log))
-        self.process.start()
-
-    def wait(self) -> int:
-        self.process.join(900)
-        return self.process.exitcode
-
-    def wait_for_step(self, step: int) -> None:
-        deadline = time.time() + 600
-        while not any(line["step"] >= step for line in self.metrics()):
-            assert self.process.is_alive(), self.output()
-            assert time.time() < deadline, self.output()
-            time.sleep(0.002)
-
-    def metrics(self) -> list[dict]:
-        path = self.folder / "metrics.jsonl"
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        return [json.loads(line) for line in lines if line.endswith("\n")]
-
-    def output(self) -> str:
-        return self.log.read_text()
-
-    def checkpoint(self, name="ckpt.pt") -> dict:
-        return torch.load(self.folder / name, weights_only=True)
-
-
-def finished(name: str, *arguments: str) -> Run:
-    run = Run(name, *arguments)
-    assert run.wait() == 0, run.output()
-    return run
-
-
-def refused(name: str, *arguments: str) -> str:
-    """The one line that a mistake gets."""
-    run = Run(name, *arguments)
-    assert run.wait() == 2, run.output()
-    errors = [line for line in run.output().splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, run.output()
-    assert "Traceback" not in run.output()
-    return errors[0]
-
-
-def reproducible(lines: list[dict]) -> list[dict]:
-    """The metrics without those that a clock gives."""
-    return [{k: v for k, v in line.items() if k not in ("train/tokens_per_second", "train/mfu")} for line in lines]
-
-
-def assert_same_run(a: Run, b: Run) -> None:
-    assert reproducible(a.metrics()) == reproducible(b.metrics())
-    one, other = a.checkpoint(), b.checkpoint()
-    assert one["step"] == other["step"]
-    assert one["best_val_loss"] == other["best_val_loss"]
-    for key, tensor in one["model"].items():
-        assert torch.equal(tensor, other["model"][key]), key
-    for i, state in one["optimizer"]["state"].items():
-        assert all(torch.equal(value, other["optimizer"]["state"][i][k]) for k, value in state.items())
-
-
-@pytest.fixture(autouse=True)
-def workplace(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("config.yaml").write_text(CONFIG)
-    text = b" ".join(b"%d squared is %d." % (i, i * i) for i in range(3000))
-    write_corpus("corpus", [("train", text[:40000]), ("val", text[40000:44001])], from_name("bytes"), source="test")
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("dropout", ["0.0", "0.1"])
-@pytest.mark.parametrize("micro_batch_size", ["8", "2"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dropout", ["0.1", pytest.param("0.0", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("micro_batch_size", ["2", pytest.param("8", marks=pytest.mark.slow)])
 def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, dropout, micro_batch_size):
     how = ("--training.dtype", dtype, "--model.dropout", dropout, "--training.micro_batch_size", micro_batch_size)
     whole = finished("whole", *how)
     for step in (0, 7, 16):  # before the first checkpoint, between two, and once more after a resume
-        killed = Run("killed", *how)
+        killed = TrainingRun("killed", *how)
         killed.wait_for_step(step)
         killed.process.kill()
         killed.process.join()
@@ -145,15 +45,12 @@ def test_micro_steps_add_up_to_the_whole_batch():
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("normalizer", "backward"), [("softmax1", "full"), ("sink", "ste")])
 def test_two_ranks_train_as_one(normalizer, backward):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
     one = finished("one", *changes)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(ROOT / "train.py"), "config.yaml", "--run.name", "two", *changes]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False
-    )
+    done = run_on_two_ranks("train.py", "config.yaml", "--run.name", "two", *changes)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
@@ -197,15 +94,14 @@ sys.exit(status)
 """
 
 
+@pytest.mark.slow
 def test_every_rank_does_the_same_and_rank_0_alone_writes():
     """What a sharded model needs: its parts are only whole where all ranks run it, measure it or save it together. The
     last evaluation is of 63 batches, an odd number, for two ranks."""
     Path("witness.py").write_text(WITNESS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "witness.py"]
-    command += [str(ROOT), "config.yaml", "--run.name", "two", "--training.max_steps", "2"]
-    command += ["--evaluation.interval", "1", "--training.checkpoint_interval", "1"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    arguments = ("config.yaml", "--run.name", "two", "--training.max_steps", "2")
+    arguments += ("--evaluation.interval", "1", "--training.checkpoint_interval", "1")
+    done = run_on_two_ranks(Path("witness.py").resolve(), ROOT, *arguments)
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]
@@ -219,10 +115,11 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number):
     whole = finished("whole")
-    run = Run("stopped")
+    run = TrainingRun("stopped")
     run.wait_for_step(8)
     os.kill(run.process.pid, number)
     assert run.wait() == 128 + number
@@ -234,7 +131,7 @@ def test_a_signal_ends_the_step_saves_and_says_how_to_go_on(number):
 
 
 def test_ctrl_c_twice_stops_at_once_with_the_checkpoint_intact():
-    run = Run("twice", "--training.max_steps", "100000")
+    run = TrainingRun("twice", "--training.max_steps", "100000")
     run.wait_for_step(6)
     os.kill(run.process.pid, signal.SIGINT)
     os.kill(run.process.pid, signal.SIGINT)
@@ -272,6 +169,7 @@ def test_starting_afresh_never_destroys_a_run_unasked():
     assert fresh.metrics()[0]["val/loss"] != before_loss
 
 
+@pytest.mark.slow
 def test_the_last_evaluation_is_of_the_whole_validation_set():
     sampled = finished("sampled", "--evaluation.batches", "1")
     whole = finished("whole", "--evaluation.batches", "full")
@@ -313,6 +211,7 @@ def test_kurtosis_is_logged_at_every_evaluation():
     assert "weight_kurtosis/transformer.h.0.attn.c_attn.weight" in names
 
 
+@pytest.mark.slow
 def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     base = finished("base")
     tuned = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "softmax",
@@ -360,7 +259,7 @@ def test_a_resume_with_another_model_lists_what_differs():
 
 
 def test_two_processes_cannot_train_into_one_folder():
-    first = Run("run", "--training.max_steps", "100000")
+    first = TrainingRun("run", "--training.max_steps", "100000")
     first.wait_for_step(1)
     assert f"process {first.process.pid} is training into out/run" in refused("run")
     assert first.process.is_alive()
@@ -384,6 +283,7 @@ def test_a_resume_on_other_text_is_refused():
     assert "was trained on other text" in refused("run")
 
 
+@pytest.mark.slow
 def test_a_full_disk_keeps_the_former_checkpoint():
     run = finished("run", "--training.max_steps", "5")
     size = (run.folder / "ckpt.pt").stat().st_size

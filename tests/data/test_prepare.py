@@ -1,0 +1,179 @@
+"""The prepare scripts, run as a user runs them."""
+
+import hashlib
+import json
+import os
+import pickle
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from harness import huggingface_datasets
+from harness.corpus import Corpus
+from harness.errors import UserError
+from tests.helpers import SHARED, run_python
+
+SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
+NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # port 9 refuses
+needs_shakespeare = pytest.mark.skipif(not SHAKESPEARE.is_file(), reason=f"{SHAKESPEARE} is absent")
+
+
+def prepare(corpus, *arguments, cwd, status=0, **environment):
+    """Runs data/<corpus>/prepare.py from another folder; returns stdout, or the one line of the error."""
+    run = run_python(f"data/{corpus}/prepare.py", *arguments, cwd=cwd, **NO_NETWORK | environment)
+    assert run.returncode == status, run.stderr
+    if status:
+        assert run.stderr.startswith("error: ")
+        assert run.stderr.count("\n") == 1
+        return run.stderr
+    assert "\r" not in run.stderr  # no progress bar where no one watches
+    return run.stdout
+
+
+def test_stdlib(tmp_path):
+    printed = prepare("stdlib", "--out", "a", cwd=tmp_path)
+    assert printed.count("\n") == 1
+    prepare("stdlib", "--out", "b", "--threads", "1", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "a")
+    assert corpus.sha256 == Corpus(tmp_path / "b").sha256
+    assert corpus.meta["python_version"] == ".".join(map(str, sys.version_info[:3]))
+
+    documents = {split: bytes(ids.astype(np.uint8)).split(b"\0") for split, ids in corpus.tokens.items()}
+    assert 0.01 < len(corpus.tokens["val"]) / len(corpus.tokens["train"]) < 0.15
+    root = Path(sysconfig.get_path("stdlib"))
+    unwanted = {"site-packages", "dist-packages", "test", "tests", "idlelib", "idle_test", "__pycache__"}
+    expected = {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*.py")
+        if not unwanted & set(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata")
+    }
+    ordered = sorted(expected, key=lambda key: hashlib.sha256(key.encode()).digest()[16:20])
+    assert documents["val"] + documents["train"] == [expected[key] for key in ordered]
+
+
+PLAY = "".join(f"Person {i}:\nWhat is {i * i}, naïve friend? 漢!\n\n" for i in range(500))
+
+
+@pytest.mark.parametrize("which", ["made up", pytest.param("tiny shakespeare", marks=needs_shakespeare)])
+def test_shakespeare_char_is_nanogpts(which, tmp_path):
+    """Nine tenths of the characters are for training, and an id is the place among the sorted characters."""
+    source = tmp_path / "play.txt"
+    source.write_text(PLAY if which == "made up" else SHAKESPEARE.read_text())
+    prepare("shakespeare_char", "--input", source, "--out", tmp_path, cwd=tmp_path)
+    corpus, text = Corpus(tmp_path), source.read_text()
+    assert corpus.vocab_size == len(set(text))
+    cut = int(0.9 * len(text))
+    assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (cut, len(text) - cut)
+    if which == "tiny shakespeare":
+        assert (corpus.vocab_size, cut, len(text) - cut) == (65, 1_003_854, 111_540)
+    ids = [corpus.tokens[split] for split in ("train", "val")]
+    assert corpus.tokenizer.decode(np.concatenate(ids)) == text
+    # The same two files beside nanoGPT's meta.pkl are the same corpus.
+    (tmp_path / "meta.json").unlink()
+    itos = dict(enumerate(sorted(set(text))))
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": len(itos), "itos": itos, "stoi": {}}))
+    assert Corpus(tmp_path).sha256 == corpus.sha256
+    assert Corpus(tmp_path).bytes_per_token["val"] == corpus.bytes_per_token["val"]
+
+
+def test_shakespeare_is_cut_by_its_characters_and_encoded_by_gpt2(tmp_path, gpt2):
+    (tmp_path / "play.txt").write_text(PLAY)
+    prepare("shakespeare", "--input", "play.txt", "--out", tmp_path, cwd=tmp_path)
+    corpus, cut = Corpus(tmp_path), int(0.9 * len(PLAY))
+    for split, part in (("train", PLAY[:cut]), ("val", PLAY[cut:])):
+        assert corpus.tokens[split].tolist() == gpt2.encode(part).tolist()
+        assert corpus.meta["splits"][split]["bytes"] == len(part.encode())
+
+
+@needs_shakespeare
+def test_shakespeare_is_nanogpts(tmp_path, gpt2):
+    prepare("shakespeare", "--input", SHAKESPEARE, "--out", tmp_path, cwd=tmp_path)
+    corpus = Corpus(tmp_path)
+    assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (301_966, 36_059)
+    sizes = [corpus.meta["splits"][split]["bytes"] for split in ("train", "val")]
+    assert sum(sizes) == SHAKESPEARE.stat().st_size
+
+
+def test_a_download_that_fails(tmp_path):
+    error = prepare("shakespeare_char", "--out", tmp_path / "out", cwd=tmp_path, status=2)
+    assert "raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt" in error
+    assert "--input FILE" in error
+    assert not (tmp_path / "out").exists()
+
+
+def test_input_that_cannot_be_read(tmp_path):
+    assert "no.txt: No such file" in prepare("shakespeare", "--input", "no.txt", cwd=tmp_path, status=2)
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9 au lait")
+    assert "latin.txt is not UTF-8" in prepare("shakespeare", "--input", "latin.txt", cwd=tmp_path, status=2)
+
+
+def test_text(tmp_path):
+    (tmp_path / "one.txt").write_text("é" * 50)
+    prepare("text", "one.txt", "--tokenizer", "chars", "--val-fraction", "0.15", "--out", "one", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "one")
+    assert corpus.tokenizer.vocabulary == "é"
+    assert (len(corpus.tokens["train"]), len(corpus.tokens["val"])) == (43, 7)  # by position, between characters
+
+    for i in range(3):
+        (tmp_path / "folder").mkdir(exist_ok=True)
+        (tmp_path / "folder" / f"{i}.md").write_text(f"document {i}")
+    prepare("text", "folder", "one.txt", "--glob", "*.md", "--tokenizer", "bytes", "--out", "many", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "many")
+    counts = corpus.meta["splits"]
+    assert counts["train"]["documents"] + counts["val"]["documents"] == 4
+    assert corpus.meta["source"] == "folder, one.txt"
+
+    assert "no such file or folder: no.txt" in prepare("text", "no.txt", cwd=tmp_path, status=2)
+    assert "no file matches '*.txt' in folder" in prepare("text", "folder", cwd=tmp_path, status=2)
+
+
+def test_hf_local_json_lines(tmp_path):
+    texts = [f"document {i} 漢" for i in range(300)]
+    lines = [json.dumps({"body": text, "number": i}) for i, text in enumerate([*texts, "", None])]
+    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    arguments = ("texts.jsonl", "--text-column", "body", "--tokenizer", "bytes", "--val-fraction", "0.1")
+    prepare("hf", *arguments, "--out", "out", "--threads", "1", cwd=tmp_path, HF_HOME=str(tmp_path / "home"))
+    corpus = Corpus(tmp_path / "out")
+    documents = {split: bytes(ids.astype(np.uint8)).decode().split("\0") for split, ids in corpus.tokens.items()}
+    assert sorted(documents["train"] + documents["val"]) == sorted(texts)
+    assert 10 < len(documents["val"]) < 60
+
+    streamed = huggingface_datasets.load(str(tmp_path / "texts.jsonl"), "train", streaming=True)
+    assert list(huggingface_datasets.texts(streamed, "body")) == texts
+    with pytest.raises(UserError, match="no column 'text' but body, number"):
+        list(
+            huggingface_datasets.texts(
+                huggingface_datasets.load(str(tmp_path / "texts.jsonl"), "train", streaming=True), "text"
+            )
+        )
+    with pytest.raises(UserError, match="column 'number' holds int"):
+        list(huggingface_datasets.texts(streamed, "number"))
+
+
+@pytest.mark.slow
+def test_hf_saved_folder_with_its_own_validation_split(tmp_path, gpt2):
+    code = (
+        "import datasets; make = lambda *t: datasets.Dataset.from_dict({'text': list(t)});"
+        "datasets.DatasetDict(train=make('one', 'two', 'three'), test=make('four')).save_to_disk('saved')"
+    )
+    assert run_python("-c", code, cwd=tmp_path).returncode == 0
+    arguments = ("saved", "--val-split", "test", "--max-documents", "2")
+    prepare("hf", *arguments, "--out", "out", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.tokenizer.decode(corpus.tokens["train"]) == "one<|endoftext|>two"
+    assert corpus.tokenizer.decode(corpus.tokens["val"]) == "four"
+
+
+def test_hf_without_network(tmp_path):
+    arguments = ("someone/something", "--tokenizer", "bytes", "--out", "x")
+    error = prepare("hf", *arguments, cwd=tmp_path, status=2, HF_HOME=str(tmp_path / "home"))
+    assert "cannot load the split 'train' of someone/something" in error
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_no_permission_to_write(tmp_path):
+    (tmp_path / "locked").mkdir(mode=0o500)
+    assert "Permission denied" in prepare("stdlib", "--out", tmp_path / "locked" / "x", cwd=tmp_path, status=2)

@@ -1,0 +1,196 @@
+"""scripts/activation_kurtosis.py: what is planted in a model is found and named, in checkpoints of every format."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.batches import gather
+from harness.corpus import Corpus
+from harness.diagnostics import Result, Subject, argument_parser, run
+from harness.diagnostics.activation_kurtosis import DIAGNOSTIC
+from harness.figures import new_figure
+from harness.pretrained import save_gpt2
+from measure.activations import Activations
+from model import GPT
+from tests.helpers import read_json, save_model, tiny_corpus, tiny_gpt
+
+T, V, C, H, LAYERS = 10, 13, 8, 2, 2
+
+
+NO_PICTURE = replace(DIAGNOSTIC, draw=lambda result, title: new_figure()[0])  # a real one takes seconds
+
+
+def probed_gpt(normalizer: str = "softmax", std: float = 0.7) -> GPT:
+    return tiny_gpt(std=std, block_size=T, vocab_size=V, normalizer=normalizer)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    """400 and 201 characters out of 13."""
+    return tiny_corpus(tmp_path / "corpus")
+
+
+def measured(model: GPT, corpus: Path, *arguments: str) -> dict:
+    """What the script writes about a checkpoint of the model."""
+    path = save_model(model, corpus.parent / "run" / "ckpt.pt")
+    run(NO_PICTURE, [str(path), "--device", "cpu", "--data", str(corpus), *arguments])
+    return read_json(path.parent / "diagnostics" / "activation_kurtosis.json")
+
+
+def measured_result(model: GPT, corpus: Path) -> Result:
+    """The same before it is written, on two windows."""
+    path = save_model(model, corpus.parent / "run.pt")
+    parser = argument_parser("activation_kurtosis", "", 1, 2)
+    return DIAGNOSTIC.measure(
+        Subject(str(path), parser.parse_args([str(path), "--device", "cpu", "--data", str(corpus)]))
+    )
+
+
+def the_note(result: dict, start: str) -> str:
+    (note,) = [note for note in result["notes"] if note.startswith(start)]
+    return note
+
+
+def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
+    """q of layer 1, head 0 is NaN, and so is what comes after."""
+    model = probed_gpt()
+    model.transformer.h[1].attn.c_attn.bias.data[0] = math.nan
+    result = measured_result(model, corpus)
+    assert [head["entropy"] is None for head in result.tables["heads"]] == [False, False, True, False]
+    assert result.summary["entropy"] is None
+    panels = {panel.get_title(loc="left"): panel for panel in DIAGNOSTIC.draw(result, "broken").axes}
+    assert {"All elements pooled", "Sink rate", "Row mass", "Entropy"} <= set(panels)
+    assert [text.get_text() for text in panels["Entropy"].texts].count("×") == 1
+
+
+def test_nothing_is_found_in_a_gaussian_model(corpus):
+    result = measured(probed_gpt(std=0.1), corpus)
+    assert len(result["notes"]) == 1
+    assert "20 sequences of T = 10 tokens" in result["notes"][0]
+    assert (result["summary"]["T"], result["summary"]["sequences"]) == (10, 20)
+
+
+def test_a_planted_outlier_channel_is_found_and_named(corpus, capsys):
+    model = probed_gpt(std=0.1)
+    model.transformer.wte.weight.data[:, 5] += 30
+    result = measured(model, corpus)
+    note = the_note(result, "outlier channels of the residual stream after the block, other tokens")
+    assert "tokens: 5 (RMS " in note
+    assert "2 of 2" in note
+    assert note in capsys.readouterr().out
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["transformer.h.1 [other tokens]"]["outlier_channels"] == [5]
+    assert rows["transformer.h.1"]["channel_rms_kurtosis"] > 0.9 * C  # C where one channel has everything
+    assert not [note for note in result["notes"] if "spike" in note]
+
+
+def test_a_planted_first_token_spike_is_found_and_named(corpus, capsys):
+    model = probed_gpt(std=0.1)
+    model.transformer.wpe.weight.data[0, 6] = 500
+    result = measured(model, corpus)
+    note = the_note(result, "first-token spike in transformer.h.1,")
+    assert "channel 6" in note
+    assert note in capsys.readouterr().out
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["transformer.h.1 [first token]"]["max_abs"] > 400
+    assert rows["transformer.h.1 [other tokens]"]["max_abs"] < 40
+    assert rows["transformer.h.1 [other tokens]"]["outlier_channels"] == []
+
+
+def test_a_planted_sink_head_is_found_and_named(corpus, capsys):
+    """The first position has a direction of its own, which the keys of layer 1, head 1 look for whatever the query."""
+    model = probed_gpt(std=0.1)
+    model.transformer.wpe.weight.data[0, 6] = 500
+    attn = model.transformer.h[1].attn.c_attn
+    D = C // H
+    with torch.no_grad():
+        model.transformer.h[1].ln_1.weight.fill_(1)
+        attn.bias[D] = 50  # of q, head 1
+        attn.weight[C + D] = torch.eye(C)[6]  # of k, head 1
+    result = measured(model, corpus)
+    note = the_note(result, "sink heads")
+    assert note.endswith(": 1.1 (100%)")
+    assert note in capsys.readouterr().out
+    heads = {(head["layer"], head["head"]): head for head in result["heads"]}
+    assert heads[1, 1]["sink_rate"] == 1
+    assert heads[1, 1]["entropy"] < 0.1 < heads[1, 0]["entropy"]
+    assert all(head["sink_rate"] < 0.5 for where, head in heads.items() if where != (1, 1))
+
+
+def test_what_is_not_finite_is_named_and_not_averaged_away(corpus):
+    model = probed_gpt()
+    model.transformer.h[1].mlp.c_proj.bias.data[3] = math.inf
+    result = measured(model, corpus)
+    notes = [note for note in result["notes"] if "infinite" in note]
+    assert any(note.startswith("transformer.h.1.mlp.c_proj: 200 of its 1600 numbers") for note in notes)
+    assert not any(note.startswith(("transformer.h.0", "transformer.h.1.ln", "transformer.drop")) for note in notes)
+    rows = {row["name"]: row for row in result["rows"]}
+    assert rows["transformer.h.1.mlp.c_proj"]["per_sequence_max_abs"] is None
+    for name in ("avg kurtosis", "max kurtosis", "max infinity norm"):
+        assert result["summary"][name] is None
+    assert result["summary"]["attention kurtosis"] is not None
+
+
+def test_a_kurtosis_that_does_not_exist_has_a_note(corpus):
+    model = probed_gpt()
+    torch.nn.init.zeros_(model.transformer.h[0].mlp.c_proj.weight)
+    torch.nn.init.zeros_(model.transformer.h[0].mlp.c_proj.bias)
+    result = measured(model, corpus)
+    assert result["summary"]["avg kurtosis"] is result["summary"]["max kurtosis"] is None
+    notes = [note for note in result["notes"] if "no kurtosis" in note]
+    assert notes == ["transformer.h.0.mlp.c_proj: all equal to 0, so it has no kurtosis"]  # once, not for its parts too
+
+
+def test_bondarenkos_summary_is_over_their_tensors(corpus):
+    result = measured(probed_gpt("softmax1"), corpus)
+    parts = ("", ".ln_1", ".ln_2", ".attn.c_proj", ".mlp.c_proj")
+    theirs = ["transformer.ln_f", *(f"transformer.h.{layer}{part}" for layer in range(LAYERS) for part in parts)]
+    rows = {row["name"]: row for row in result["rows"]}
+    kurtoses, norms = ([rows[name][f"per_sequence_{what}"] for name in theirs] for what in ("kurtosis", "max_abs"))
+    assert result["summary"]["avg kurtosis"] == pytest.approx(np.mean(kurtoses), rel=1e-12)
+    assert result["summary"]["max kurtosis"] == max(kurtoses)
+    assert result["summary"]["max infinity norm"] == max(norms)
+
+
+@pytest.mark.parametrize("format", ["nanoGPT", "quietGPT, softmax", "quietGPT, softmax1", "Hugging Face"])
+def test_checkpoints_of_every_format_are_measured_as_what_they_are(corpus, tmp_path, format):
+    model = probed_gpt("softmax1" if format.endswith("softmax1") else "softmax")
+    if format == "nanoGPT":
+        model = GPT(replace(model.config, activation="gelu")).eval()
+    path, args, state = tmp_path / "ckpt.pt", asdict(model.config), model.state_dict()
+    if format == "Hugging Face":
+        pytest.importorskip("transformers")
+        save_gpt2(model, tmp_path / "gpt2")
+        path = f"hf:{tmp_path / 'gpt2'}"
+    else:
+        for key in ("normalizer", "backward", "activation"):
+            del args[key]
+        if format.startswith("quietGPT"):
+            args["use_softmax1"] = format.endswith("softmax1")
+            state |= {f"transformer.h.{layer}.attn.bias": torch.ones(1, 1, T, T).tril() for layer in range(LAYERS)}
+        state = {f"_orig_mod.{name}": value for name, value in state.items()}
+        torch.save({"model": state, "model_args": args, "iter_num": 3}, path)
+    arguments = ("--device", "cpu", "--data", str(corpus), "--batch-size", "20", "--out", str(tmp_path))
+    run(NO_PICTURE, [str(path), *arguments])
+    val = Corpus(corpus, verify=False).tokens["val"]
+    expected = Activations(model).update(gather(val, T * np.arange(20), T, torch.device("cpu"))[0])
+    rows = {row["name"]: row for row in json.loads((tmp_path / "activation_kurtosis.json").read_text())["rows"]}
+    for name, tensor in expected.tensors.items():
+        # the same float32 operations on the same weights
+        assert rows[name]["excess_kurtosis"] == pytest.approx(tensor.all.moments.excess_kurtosis, rel=1e-5, abs=1e-5)
+
+
+def test_the_batches_are_those_of_the_split_and_the_count(corpus):
+    """Whole windows alone, spread evenly: of the 20 of val, 4."""
+    model = probed_gpt()
+    result = measured(model, corpus, "--batches", "2", "--batch-size", "2")
+    val = Corpus(corpus, verify=False).tokens["val"]
+    idx = gather(val, T * np.array([0, 6, 12, 19]), T, torch.device("cpu"))[0]
+    rows = {row["name"]: row for row in result["rows"]}
+    expected = Activations(model).update(idx).tensors["lm_head"].all.moments.excess_kurtosis
+    assert rows["lm_head"]["excess_kurtosis"] == pytest.approx(expected, rel=1e-4)  # float32, other batch sizes

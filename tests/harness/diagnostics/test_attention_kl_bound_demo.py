@@ -1,0 +1,35 @@
+"""The demonstration of the KL bound: its known figures, without a checkpoint."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.helpers import run_python
+
+
+@pytest.mark.slow
+def test_the_demonstration_needs_no_checkpoint(tmp_path):
+    """As a user runs it; the known figures, and tightness down to τ = 1e-8."""
+    done = run_python("scripts/attention_kl_bound.py", "--demo", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert all(figure in done.stdout for figure in ("0.00128341443", "0.467833617", "0.326989004", "0.999989976"))
+    found = json.loads((tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.json").read_text())
+    assert found["rows"][1] == pytest.approx(
+        {
+            "tau": 0.5,
+            "kl_reverse": 0.034843166,
+            "kl_forward": 0.033172060,
+            "quadratic": 0.031261169,
+            "bound_reverse": 0.008808601,
+            "tightness_reverse": 0.406648,
+            "tightness_forward": 0.433869,
+        },
+        abs=5e-7,
+    )
+    assert len(found["random_cases"]) == 100
+    assert found["summary"]["random_cases_forward_max"] == pytest.approx(0.995373899, abs=1e-9)
+    coin = {row["tau"]: row for row in found["bernoulli"]}
+    assert coin[0.3]["tightness_reverse"] == pytest.approx(0.990386945, abs=1e-9)
+    assert coin[1e-8]["tightness_reverse"] == pytest.approx(1, abs=20 * np.finfo(float).eps)
+    assert (tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.png").stat().st_size > 0

@@ -1,0 +1,40 @@
+"""The demonstration of the aggregates: its known figures, without a checkpoint."""
+
+import json
+
+import pytest
+
+from harness.diagnostics import compare_kl_demo
+from tests.helpers import run_python
+
+
+def test_the_demonstration_shows_that_the_mean_is_blind(tmp_path, monkeypatch, capsys):
+    """The known figures, as a user gets it."""
+    monkeypatch.chdir(tmp_path)
+    compare_kl_demo.demo(["--demo"])
+    shown = capsys.readouterr().out
+    assert "loop: at τ = 0.5, on KL(other‖reference), the mean does not fire, while the rmse, p95 and max do" in shown
+    assert "coherent: at τ = 0.5, on KL(other‖reference), no aggregate fires" in shown
+    found = json.loads((tmp_path / "out" / "compare_kl" / "compare_kl.json").read_text())
+    table = {
+        (row["divergence"], row["student"]): [row[h] for h in ("mean", "rmse", "p95", "max")] for row in found["rows"]
+    }
+    for key, figures in {
+        ("kl_reverse", "coherent"): (0.018414, 0.026453, 0.049048, 0.094606),
+        ("kl_reverse", "loop"): (0.378732, 1.527331, 3.777035, 8.081302),
+        ("jensen_shannon", "coherent"): (0.003376, 0.004899, 0.009035, 0.017815),
+        ("jensen_shannon", "loop"): (0.044680, 0.173137, 0.637763, 0.691742),
+    }.items():
+        assert table[key] == pytest.approx(figures, abs=5.1e-7)
+    assert table["kl_reverse", "loop / coherent"] == pytest.approx((20.57, 57.74, 77.01, 85.42), abs=5.1e-3)
+    loop = [row["loop"] for row in found["by_position"]]
+    assert loop[12:16] == pytest.approx((3.729396, 6.231040, 4.682172, 8.081302), abs=5.1e-7)
+    assert not any(loop[:12] + loop[16:])
+    assert (tmp_path / "out" / "compare_kl" / "compare_kl.png").stat().st_size > 0
+
+
+@pytest.mark.slow
+def test_a_bad_tau_of_the_demonstration_is_one_line(tmp_path):
+    done = run_python("scripts/compare_kl.py", "--tau", "-1", "--demo", cwd=tmp_path)
+    assert (done.returncode, done.stderr) == (2, "error: --tau -1: at least 0 and finite\n")
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,378 @@
+"""What the diagnostic scripts share: arguments, data, tables, JSON, pictures and wandb."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import diagnostics
+from harness.corpus_writing import write_corpus
+from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
+from harness.errors import UserError, run_cli
+from harness.figures import new_figure
+from harness.tokenizer import Chars
+from harness.tracking import log_diagnostic
+from model import GPTConfig
+from tests.helpers import LETTERS, read_json, save_model, tiny_corpus, tiny_gpt
+
+CONFIG = GPTConfig(block_size=10, vocab_size=13, n_layer=1, n_head=2, n_embd=8)
+
+
+def measure(subject: Subject) -> Result:
+    """How often each token stands in the batches: every window is counted once."""
+    count = sum(torch.bincount(x.flatten(), minlength=13) for x, _ in subject.batches())
+    rows = [
+        {"name": letter, "share": n / sum(count.tolist())} for letter, n in zip(LETTERS, count.tolist(), strict=True)
+    ]
+    return Result(rows, {"tokens": int(count.sum())}, ["a note"], {"largest": [{"name": LETTERS[count.argmax()]}]})
+
+
+def draw(result: Result, title: str):
+    figure, (panel,) = new_figure()
+    panel.bar([row["name"] for row in result.rows], [row["share"] for row in result.rows])
+    panel.set_title(title)
+    return figure
+
+
+COUNTING = Diagnostic(
+    name="counting",
+    about="Counts letters.",
+    columns={"name": "the letter", "share": "its share of all letters, " + "as said at length " * 8},
+    measure=measure,
+    draw=draw,
+    reading="Most letters are as frequent as others.",
+    tables={"largest": {"name": "the most frequent letter"}},
+)
+
+
+@pytest.fixture
+def corpus(tmp_path) -> Path:
+    return tiny_corpus(tmp_path / "corpus")
+
+
+def checkpoint(path: Path, corpus: Path | None, config: GPTConfig = CONFIG) -> Path:
+    return save_model(tiny_gpt(**vars(config)), path, corpus)
+
+
+@pytest.fixture
+def path(tmp_path, corpus) -> Path:
+    return checkpoint(tmp_path / "run" / "ckpt.pt", corpus)
+
+
+def refusal(monkeypatch, capsys, *arguments, diagnostic=COUNTING) -> str:
+    """The one line that a user sees; exit status 2."""
+    monkeypatch.setattr(sys, "argv", ["counting.py", *map(str, arguments)])
+    assert run_cli(lambda: run(diagnostic)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    return error
+
+
+# --- the command line -------------------------------------------------------------------------------------------------
+
+
+def test_a_run_prints_and_writes_everything(path, capsys):
+    run(COUNTING, [str(path), "--device", "cpu"])
+    printed, folder = capsys.readouterr().out, path.parent / "diagnostics"
+    for expected in ("run, step 7", "share", "largest:", "tokens", "note: a note", "Most letters", str(folder)):
+        assert expected in printed
+    written = read_json(folder / "counting.json")
+    keys = ["script", "checkpoint", "step", "config", "arguments", "rows", "largest", "summary", "notes"]
+    assert list(written) == keys
+    assert (written["script"], written["checkpoint"], written["step"]) == ("counting", str(path), 7)
+    assert GPTConfig(**written["config"]) == CONFIG
+    assert written["summary"] == {"tokens": 200}  # 8 × 4 windows are wanted, val has 20 whole ones
+    assert sum(row["share"] for row in written["rows"]) == pytest.approx(1)
+    assert written["notes"] == ["a note"]
+    assert (folder / "counting.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in folder.iterdir()) == ["counting.json", "counting.png"]
+
+
+def test_help_explains_every_column_of_every_table(capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(COUNTING, ["--help"])
+    assert stop.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    for column in ("name", "share"):
+        assert any(line.split()[:1] == [column] and len(line.split()) > 1 for line in lines)
+    assert "largest:" in lines
+    assert max(map(len, lines)) <= 120
+    for option in ("--data", "--split", "--batches", "--batch-size", "--device", "--seed", "--out", "--wandb"):
+        assert any(line.strip().startswith(option) for line in lines)
+
+
+def test_several_checkpoints_are_a_list_and_a_picture_each(path, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    other = checkpoint(tmp_path / "run" / "best.pt", corpus)
+    run(COUNTING, [str(path), str(other), "--device", "cpu"])
+    written = read_json(tmp_path / "out" / "counting" / "counting.json")["checkpoints"]
+    assert [entry["checkpoint"] for entry in written] == [str(path), str(other)]
+    names = sorted(p.name for p in (tmp_path / "out" / "counting").iterdir())
+    assert names == ["counting.json", "counting_run.png", "counting_run_best.png"]
+
+
+def test_the_same_command_gives_the_same_file(path, tmp_path):
+    for folder in ("a", "b"):
+        run(COUNTING, [str(path), "--device", "cpu", "--out", str(tmp_path / folder)])
+    assert (tmp_path / "a" / "counting.json").read_bytes() == (tmp_path / "b" / "counting.json").read_bytes()
+
+
+def test_the_json_says_with_what_arguments_it_was_measured(path, corpus, tmp_path):
+    strided = replace(COUNTING, add_arguments=lambda parser: parser.add_argument("--stride", type=int))
+
+    def arguments(*given) -> dict:
+        run(strided, [str(path), "--device", "cpu", *given])
+        return read_json(path.parent / "diagnostics" / "counting.json")["arguments"]
+
+    default = arguments()
+    expected = {"data": str(corpus), "split": "val", "batches": 8, "batch_size": 4, "seed": 1337, "device": "cpu"}
+    assert default == expected | {"stride": None}  # the corpus, though not named, is that of the training
+    other = corpus.rename(tmp_path / "moved")
+    given = ("--data", str(other), "--split", "train", "--stride", "3", "--seed", "5")
+    assert arguments(*given) == default | {"data": str(other), "split": "train", "stride": 3, "seed": 5}
+
+
+def test_rows_that_are_too_many_are_in_the_json_alone(path, capsys):
+    run(replace(COUNTING, shown=lambda row: row["name"] in "ab"), [str(path), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "\na " in printed
+    assert "\nc " not in printed
+    assert "and 11 rows more in the JSON" in printed
+    assert len(read_json(path.parent / "diagnostics" / "counting.json")["rows"]) == 13
+
+
+def test_labels_tell_checkpoints_apart():
+    assert labels(["out/a/ckpt.pt", "out/b/ckpt.pt", "out/b/best.pt", "hf:gpt2"]) == ["a", "b", "b/best", "hf:gpt2"]
+    assert labels(["x/a/ckpt.pt", "y/a/ckpt.pt", "y/b/ckpt.pt"]) == ["x/a/ckpt.pt", "y/a/ckpt.pt", "b"]
+    with pytest.raises(UserError, match=r"out/a/ckpt\.pt is given twice"):
+        labels(["out/a/ckpt.pt", "out/a/ckpt.pt"])
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+def subject_of(path: Path, *arguments: str) -> Subject:
+    parser = diagnostics.argument_parser("counting", "", 8, 4)
+    return Subject(str(path), parser.parse_args([str(path), "--device", "cpu", *arguments]))
+
+
+def test_every_window_of_the_split_once(path):
+    subject = subject_of(path, "--batch-size", "3")
+    batches = list(subject.batches(subject.offsets()))
+    assert [len(x) for x, _ in batches] == [3, 3, 3, 3, 3, 3, 2]
+    targets = torch.cat([y.flatten() for _, y in batches])
+    assert torch.equal(targets[targets >= 0], torch.from_numpy(subject.corpus.tokens["val"][1:].astype(np.int64)))
+
+
+@given(count=st.integers(1, 25))
+def test_a_count_of_windows_is_spread_evenly_and_whole(count, tmp_path_factory):
+    subject = shared_subject(tmp_path_factory)
+    offsets = subject.offsets("val", count)
+    assert len(offsets) == min(count, 20)
+    assert len(set(offsets)) == len(offsets)
+    assert all(offset % 10 == 0 and offset + 10 < 201 for offset in offsets)
+    if count >= 2:
+        assert (offsets[0], offsets[-1]) == (0, 190)
+
+
+_shared = []
+
+
+def shared_subject(tmp_path_factory) -> Subject:
+    if not _shared:
+        folder = tmp_path_factory.mktemp("shared")
+        write_corpus(folder, [("train", "a" * 400), ("val", "b" * 201)], Chars(LETTERS), source="test")
+        _shared.append(subject_of(checkpoint(folder / "run" / "ckpt.pt", folder)))
+    return _shared[0]
+
+
+def test_the_split_is_the_one_asked_for(path):
+    train = next(iter(subject_of(path, "--split", "train").batches()))[0]
+    val = next(iter(subject_of(path).batches()))[0]
+    tokens = subject_of(path).corpus.tokens
+    assert train[0].tolist() == tokens["train"][:10].tolist() != val[0].tolist() == tokens["val"][:10].tolist()
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_one_line_and_leaves_no_file(path, corpus, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "truncated.pt").write_bytes(path.read_bytes()[:2000])
+    (tmp_path / "foreign.pt").write_text("hello")
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+
+    def refused(*arguments) -> str:
+        return refusal(monkeypatch, capsys, *arguments, "--device", "cpu")
+
+    assert "no checkpoint nowhere.pt" in refused("nowhere.pt")
+    assert "truncated.pt" in refused("truncated.pt")
+    assert "foreign.pt" in refused("foreign.pt")
+    assert "--batches 0: at least 1" in refused(path, "--batches", "0")
+    assert "--batch-size -1: at least 1" in refused(path, "--batch-size", "-1")
+    assert "--seed -1" in refused(path, "--seed", "-1")
+    assert "twice" in refused(path, path)
+    assert "nowhere" in refused(path, "--data", "nowhere")
+    assert "no device 'tpu'" in refusal(monkeypatch, capsys, path, "--device", "tpu")
+    assert "wandb/run.json" in refused(path, "--wandb")
+    assert "second.pt" in refused(path, "second.pt")  # nothing is written of the first
+    assert sorted(tmp_path.rglob("*")) == before
+    assert "file" in refused(path, "--out", tmp_path / "file")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_what_is_not_there_shows_before_anything_is_measured(path, tmp_path, monkeypatch, capsys):
+    """Measuring may take hours."""
+
+    def fail(subject):
+        raise AssertionError("measured")
+
+    (tmp_path / "file").touch()
+    trained(path.parent, "disabled")
+    for arguments, message in (
+        ((path, "second.pt"), "no checkpoint second.pt"),
+        ((path, "--out", tmp_path / "file"), "file cannot be a folder"),
+        ((path, "--out", tmp_path / "file" / "sub" / "folder"), "folder cannot be a folder, a file is in the way"),
+        ((path, "--wandb"), "disables wandb"),
+    ):
+        error = refusal(monkeypatch, capsys, *arguments, "--device", "cpu", diagnostic=replace(COUNTING, measure=fail))
+        assert message in error
+
+
+def test_a_corpus_that_is_missing_is_named_and_data_replaces_it(tmp_path, corpus, monkeypatch, capsys):
+    gone = checkpoint(tmp_path / "gone" / "ckpt.pt", tmp_path / "moved away")
+    error = refusal(monkeypatch, capsys, gone, "--device", "cpu")
+    assert "moved away" in error
+    assert "--data" in error
+    unknown = checkpoint(tmp_path / "unknown" / "ckpt.pt", None)
+    error = refusal(monkeypatch, capsys, unknown, "--device", "cpu")
+    assert str(unknown) in error
+    assert "--data" in error
+    for path in (gone, unknown):
+        run(COUNTING, [str(path), "--device", "cpu", "--data", str(corpus)])
+        assert (path.parent / "diagnostics" / "counting.json").exists()
+
+
+def test_a_corpus_that_does_not_fit_is_refused(tmp_path, corpus, monkeypatch, capsys):
+    small = checkpoint(tmp_path / "small" / "ckpt.pt", corpus, replace(CONFIG, vocab_size=12))
+    assert "13 token ids" in refusal(monkeypatch, capsys, small, "--device", "cpu")
+    long = checkpoint(tmp_path / "long" / "ckpt.pt", corpus, replace(CONFIG, block_size=201))
+    assert "201 tokens, fewer than one window of 201 + 1" in refusal(monkeypatch, capsys, long, "--device", "cpu")
+    foreign = tmp_path / "foreign"  # as many ids, but each stands for other text
+    write_corpus(foreign, [("train", "nopq" * 99), ("val", "rstu" * 50)], Chars("nopqrstuvwxyz"), source="test")
+    own = checkpoint(tmp_path / "own" / "ckpt.pt", corpus)
+    error = refusal(monkeypatch, capsys, own, "--device", "cpu", "--data", foreign)
+    assert f"was trained with tokenizer chars, {foreign} has chars with other characters" in error
+    assert not (tmp_path / "own" / "diagnostics").exists()
+    assert not (tmp_path / "small" / "diagnostics").exists()
+    assert not (tmp_path / "long" / "diagnostics").exists()
+
+
+def test_a_scripts_own_arguments_are_checked_before_anything_is_loaded(monkeypatch, capsys):
+    def check(args):
+        raise UserError(f"--stride {args.stride}: at least 1")
+
+    diagnostic = replace(
+        COUNTING, add_arguments=lambda parser: parser.add_argument("--stride", type=int), check_arguments=check
+    )
+    assert "--stride 0" in refusal(monkeypatch, capsys, "nowhere.pt", "--stride", "0", diagnostic=diagnostic)
+
+
+# --- JSON -------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_not_finite_is_null_with_a_note():
+    rows = [{"name": "first", "a": math.nan, "b": [1, -math.inf]}, {"name": "second", "a": 1.5, "b": None}]
+    result = Result(
+        rows, {"loss": math.inf, "tokens": 3}, ["said before"], {"heads": [{"layer": 2, "head": 0, "x": math.nan}]}
+    )
+    found = entry("counting", None, result, "ckpt.pt")
+    assert found["rows"] == [{"name": "first", "a": None, "b": [1, None]}, {"name": "second", "a": 1.5, "b": None}]
+    assert found["summary"] == {"loss": None, "tokens": 3}
+    assert found["heads"] == [{"layer": 2, "head": 0, "x": None}]
+    nulls = ["rows first: a is nan", "rows first: b is -inf", "heads layer 2, head 0: x is nan", "summary: loss is inf"]
+    assert found["notes"] == ["said before", *nulls]
+    assert math.isnan(rows[0]["a"])  # the result itself stays
+
+
+VALUES = st.none() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)
+
+
+@settings(max_examples=25)
+@given(rows=st.lists(st.dictionaries(st.text(), VALUES | st.lists(VALUES))), summary=st.dictionaries(st.text(), VALUES))
+def test_the_json_round_trips(rows, summary, tmp_path_factory):
+    path = tmp_path_factory.getbasetemp() / "round_trip.json"
+    written = entry("counting", None, Result(rows, summary), "hf:gpt2")
+    write_json(path, [written])
+    assert read_json(path) == written
+
+
+def test_a_json_is_whole_or_not_there(tmp_path, monkeypatch):
+    write_json(tmp_path / "x.json", [{"a": 1}])
+
+    def fail(*_):
+        raise OSError("no")
+
+    monkeypatch.setattr("os.replace", fail)
+    with pytest.raises(OSError, match="no"):
+        write_json(tmp_path / "x.json", [{"a": 2}])
+    assert read_json(tmp_path / "x.json") == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+
+
+# --- wandb ------------------------------------------------------------------------------------------------------------
+
+
+def trained(folder: Path, wandb: str) -> None:
+    """What a training run leaves beside its checkpoint."""
+    (folder / "wandb").mkdir(parents=True)
+    (folder / "wandb" / "run.json").write_text('{"id": "abcd1234", "last_step": 7}')
+    (folder / "config.yaml").write_text(f"run: {{name: a run}}\ntracking: {{wandb: {wandb}, project: offbyone}}\n")
+
+
+@pytest.mark.slow
+def test_summary_and_picture_go_to_the_runs_own_page(path, monkeypatch):
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(path.parent / "cache"))
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    trained(path.parent, "offline")
+    run(COUNTING, [str(path), "--device", "cpu", "--wandb"])
+    (folder,) = (path.parent / "wandb").glob("offline-run-*")
+    command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    records = [json.loads(line) for line in output.splitlines()]
+    assert {record["run"]["run_id"] for record in records if record["type"] == "run"} == {"abcd1234"}
+    summary = {}
+    for record in records:
+        if record["type"] == "summary":
+            summary |= record["summary"]["update"]
+    assert summary["counting/tokens"] == 200
+    picture = folder / "files" / summary["counting/picture"]["path"]
+    assert picture.read_bytes() == (path.parent / "diagnostics" / "counting.png").read_bytes()
+
+
+def test_values_that_do_not_exist_are_left_out(tmp_path, monkeypatch):
+    summary = {}
+
+    class FakeRun:
+        def __init__(self):
+            self.summary = summary
+
+        def finish(self):
+            summary["finished"] = True
+
+    monkeypatch.setattr("wandb.init", lambda **arguments: FakeRun())
+    monkeypatch.setattr("wandb.Image", lambda path: f"picture {path}")
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    trained(tmp_path, "offline")
+    log_diagnostic(tmp_path, "counting", {"a": 1.5, "b": None, "c": math.nan}, tmp_path / "x.png")
+    assert summary == {"counting/a": 1.5, "counting/picture": f"picture {tmp_path}/x.png", "finished": True}

@@ -1,0 +1,256 @@
+"""What is written can be read, and nothing half-made is ever left."""
+
+import errno
+import hashlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from harness import corpus_writing
+from harness.corpus import Corpus
+from harness.corpus_writing import TextFile, find_files, pieces, position, split_files, write_corpus
+from harness.errors import UserError, run_cli
+from harness.tokenizer import Bytes, Chars
+from tests.helpers import ROOT
+
+DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
+
+
+def write(folder, documents=DOCUMENTS, tokenizer=None, **options):
+    return write_corpus(folder, documents, tokenizer or Bytes(), source="test", threads=2, **options)
+
+
+def error_of(folder, **options) -> str:
+    with pytest.raises(UserError) as caught:
+        Corpus(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_documents_are_joined_by_the_separator(tmp_path):
+    write(tmp_path, extra={"python_version": "3.x"})
+    corpus = Corpus(tmp_path)
+    assert bytes(corpus.tokens["train"].astype(np.uint8)) == b"\0".join([b"one\n", b"\xff", b""])
+    assert corpus.tokenizer.decode(corpus.tokens["val"]) == "two"
+    assert corpus.tokens["train"].dtype == np.uint16
+    assert corpus.vocab_size == 256
+    assert corpus.bytes_per_token == {"train": 1.0, "val": 1.0}
+    assert corpus.meta["python_version"] == "3.x"
+    assert corpus.meta["document_separator"] == 0
+    train = corpus.meta["splits"]["train"]
+    assert (train["tokens"], train["bytes"], train["documents"]) == (7, 7, 3)
+    assert train["sha256"] == hashlib.sha256((tmp_path / "train.bin").read_bytes()).hexdigest()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.json", "train.bin", "val.bin"]
+
+
+def test_the_same_text_gives_the_same_corpus(tmp_path):
+    write(tmp_path / "a")
+    write(tmp_path / "b")
+    for name in ("meta.json", "train.bin", "val.bin"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert Corpus(tmp_path / "a").sha256 == Corpus(tmp_path / "b").sha256
+    write(tmp_path / "b", [*DOCUMENTS, ("val", "more")])
+    assert Corpus(tmp_path / "a").sha256 != Corpus(tmp_path / "b").sha256
+
+
+def test_gpt2_bytes_add_up_and_separators_count_none(tmp_path, gpt2):
+    texts = ["naïve 漢字", "<|endoftext|>", "x"]
+    write(tmp_path, [("train", text) for text in texts] + [("val", "val")], gpt2)
+    corpus = Corpus(tmp_path)
+    ids = corpus.tokens["train"].tolist()
+    assert [i for i, token in enumerate(ids) if token == 50256] == [len(gpt2.encode(texts[0])), len(ids) - 2]
+    assert corpus.meta["splits"]["train"]["bytes"] == sum(len(text.encode()) for text in texts)
+    assert corpus.bytes_per_token["train"] * len(ids) == pytest.approx(sum(len(text.encode()) for text in texts))
+    assert corpus.tokenizer.decode(ids) == "<|endoftext|>".join(texts)
+
+
+def test_more_than_65535_ids_take_uint32(tmp_path):
+    vocabulary = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x14000)]))
+    assert len(vocabulary) > 65_536
+    write(tmp_path, [("train", vocabulary), ("val", vocabulary[-1])], Chars(vocabulary))
+    corpus = Corpus(tmp_path)
+    assert corpus.meta["dtype"] == "uint32"
+    assert corpus.tokens["train"].dtype == np.uint32
+    assert corpus.tokens["val"].tolist() == [len(vocabulary) - 1]
+    assert corpus.tokenizer.decode(corpus.tokens["train"]) == vocabulary
+    assert corpus.meta["splits"]["train"]["bytes"] == len(vocabulary.encode())
+
+
+def test_unknown_character_stops_the_writing(tmp_path):
+    with pytest.raises(UserError, match="'z' is not in the vocabulary"):
+        write(tmp_path, [("train", "abz")], Chars("ab"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_split_without_text_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="no text for the val split"):
+        write(tmp_path, [("train", "only")])
+    assert list(tmp_path.iterdir()) == []
+
+
+@given(
+    words=st.lists(
+        st.tuples(
+            st.sampled_from(["a", "don't", "漢", "é", "9", "<|", "'", "\x1c.", "\u3000x"]),
+            st.sampled_from([" ", "\n", "\n  ", " \u3000", " \t", "\n\n"]),
+        ),
+    )
+)
+@settings(max_examples=200)
+def test_pieces_encode_to_what_the_whole_does(gpt2, words):
+    document = "".join(word + space for word, space in words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(corpus_writing, "PIECE", 32)
+        cut = list(pieces(document))
+    assert b"".join(cut) == document.encode()
+    assert max(map(len, cut)) <= 64
+    assert len(cut) > len(document.encode()) // 64
+    assert np.concatenate([gpt2.encode(piece) for piece in cut]).tolist() == gpt2.encode(document).tolist()
+
+
+def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
+    import tiktoken
+
+    text = (ROOT / "harness" / "corpus_writing.py").read_text().encode("ascii", "replace").decode() * 40
+    assert len(text) > 2 * corpus_writing.PIECE
+    path = tmp_path / "long.txt"
+    path.write_text(text)
+    parts = [("train", text), ("val", TextFile(path, 10, 600_000)), ("val", TextFile(path, len(text) - 5))]
+    write(tmp_path, parts, gpt2)
+    corpus, stock = Corpus(tmp_path), tiktoken.get_encoding("r50k_base")
+    assert corpus.tokens["train"].tolist() == stock.encode_ordinary(text)
+    expected = [*stock.encode_ordinary(text[10:600_000]), 50256, *stock.encode_ordinary(text[-5:])]
+    assert corpus.tokens["val"].tolist() == expected
+    assert corpus.meta["splits"]["val"]["documents"] == 2
+
+
+def test_text_without_a_place_to_cut(gpt2):
+    """Neither a huge word nor a million spaces before one (which tiktoken alone does not survive) is a problem."""
+    for text in (b"x" * 600_000, b" " * 1_200_000 + b"x", "é".encode() * 300_000):
+        cut = list(pieces(text))
+        assert b"".join(cut) == text
+        assert max(map(len, cut)) <= 2 * corpus_writing.PIECE
+        assert all(gpt2.decode_bytes(gpt2.encode(piece)) == piece for piece in cut)
+
+
+def test_memory_is_bounded(tmp_path):
+    path = tmp_path / "big.txt"
+    path.write_bytes(b"some words in a line\n" * 3_000_000)  # 63 MB
+    tracemalloc.start()
+    try:
+        write(tmp_path, [("train", TextFile(path)), ("val", "x")])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 40e6  # five jobs under way, each two pieces of text, their ids and look-ups of 8 bytes
+    assert Corpus(tmp_path).meta["splits"]["train"]["bytes"] == 63_000_000
+
+
+def test_missing_input_file(tmp_path):
+    write(tmp_path)
+    with pytest.raises(UserError, match=r"cannot read .*missing.txt: No such file"):
+        write(tmp_path, [("train", TextFile(tmp_path / "missing.txt"))])
+    Corpus(tmp_path)
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_an_interrupted_prepare_leaves_the_former_corpus(tmp_path, failure):
+    write(tmp_path)
+    former = Corpus(tmp_path).sha256
+
+    def documents():
+        yield "train", "x" * 3_000_000
+        raise failure
+
+    with pytest.raises(failure):
+        write(tmp_path, documents())
+    assert Corpus(tmp_path).sha256 == former
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypatch, capsys):
+    write(tmp_path)
+    former = Corpus(tmp_path).sha256
+
+    def fsync(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    capsys.readouterr()
+    assert run_cli(lambda: write(tmp_path, [("train", "new"), ("val", "new")])) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: No space left on device")
+    assert str(tmp_path) in error
+    assert error.count("\n") == 1
+    assert Corpus(tmp_path).sha256 == former
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
+    write(tmp_path)
+    former = Corpus(tmp_path).sha256
+    code = (
+        "import sys, itertools; from harness.corpus_writing import write_corpus; from harness.tokenizer import Bytes;"
+        "write_corpus(sys.argv[1], (('train', 'x' * 100_000) for _ in itertools.count()), Bytes(), source='')"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=ROOT)
+    temporary = tmp_path / f"train.bin.{process.pid}.tmp"
+    deadline = time.monotonic() + 300
+    while not (temporary.exists() and temporary.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert Corpus(tmp_path).sha256 == former
+    assert temporary.exists()
+    write(tmp_path)  # what the dead left behind goes with the next prepare
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("renamed", [1, 2])
+def test_a_prepare_killed_between_its_renames_is_noticed(tmp_path, monkeypatch, renamed):
+    write(tmp_path)
+    replace, left = os.replace, [renamed]
+
+    def interrupted(source, target):
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(tmp_path, [("train", "sixteen"), ("val", "owt")])
+    assert "sha256 differs" in error_of(tmp_path)
+
+
+def test_split_depends_on_each_path_alone(tmp_path):
+    paths = {f"folder/{i}.py": tmp_path / f"{i}" for i in range(200)}
+    documents = split_files(paths, 0.2)
+    assert 0 < sum(split == "val" for split, _ in documents) < 80
+    backwards = split_files(dict(reversed(paths.items())), 0.2)
+    assert documents == backwards
+    fewer = split_files(dict(list(paths.items())[:150]), 0.2)
+    kept = set(fewer)
+    assert sum(document in kept for document in documents) >= 149  # all but, perhaps, the first
+    assert [split for split, _ in split_files(dict(list(paths.items())[:2]), 0.001)] == ["val", "train"]
+
+
+@given(st.binary())
+def test_position_is_a_share(key):
+    assert 0 <= position(key) < 1
+
+
+def test_find_files(tmp_path):
+    for name in ("a.py", "b.txt", "sub/c.py", "tests/d.py", "sub/tests/e.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).touch()
+    assert set(find_files(tmp_path, "*.py", ["tests"])) == {"a.py", "sub/c.py"}

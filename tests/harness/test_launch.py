@@ -1,0 +1,127 @@
+"""The two commands, as a user types them."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.helpers import ROOT, run_python
+
+TINY = """
+model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
+training: {max_steps: 3, batch_size: 4, device: cpu, dtype: float32}
+evaluation: {batches: 1}
+tracking: {wandb: disabled}
+"""
+
+
+def run_training(*arguments: str, **kwargs) -> subprocess.CompletedProcess:
+    command = [str(ROOT / "run_training.sh"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=900, **kwargs)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    """A tiny run on a corpus whose prepare.py has not run yet."""
+    corpus = tmp_path / "digits"
+    corpus.mkdir()
+    (corpus / "prepare.py").write_text(f"""
+import sys; sys.path.insert(0, {str(ROOT)!r})
+from harness.corpus_writing import write_corpus
+from harness.tokenizer import from_name
+documents = [("train", b"0123456789" * 99), ("val", b"0123456789" * 9)]
+write_corpus({str(corpus)!r}, documents, from_name("bytes"), source="")
+""")
+    path = tmp_path / "tiny.yaml"
+    path.write_text(TINY + f"data: {{corpus: {corpus}}}\nrun: {{out_dir: {tmp_path / 'out'}}}\n")
+    return path
+
+
+@pytest.mark.slow
+def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothing(config):
+    done = run_training("tiny.yaml", cwd=config.parent)  # a config is found from where the user stands
+    assert done.returncode == 0, done.stderr
+    folder = config.parent / "out" / "tiny"
+    assert (config.parent / "digits" / "val.bin").exists()
+    assert (folder / "ckpt.pt").exists()
+    for words in ("preparing", "a sample:", "plot_metrics.py", "--training.max_steps", str(folder)):
+        assert words in done.stdout
+
+    sample = ("scripts/sample.py", folder / "ckpt.pt", "--prompt", "012", "--seed", "7", "--max_new_tokens", "9")
+    one, two = (run_python(*sample) for _ in range(2))
+    assert one.returncode == 0, one.stderr
+    assert one.stdout.startswith("012")
+    assert one.stdout == two.stdout
+
+    again = run_training(str(config))
+    assert again.returncode == 0
+    assert "is finished: step 3 of 3" in again.stdout
+    assert "a sample:" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_stopped_run_passes_its_status_on_and_continues(config):
+    process = subprocess.Popen(
+        [str(ROOT / "run_training.sh"), str(config), "--training.max_steps", "100000"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    metrics = config.parent / "out" / "tiny" / "metrics.jsonl"
+    deadline = time.time() + 900
+    while not (metrics.exists() and len(metrics.read_text().splitlines()) > 1):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=900)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the same command continues" in output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("nowhere.yaml",), "error: no config file nowhere.yaml"),
+        (("--optimizer.lr", "x"), "error: command line: optimizer.lr takes a number ≥ 0, not 'x'"),
+        (
+            ("--data.corpus", "nowhere"),
+            "error: data.corpus: nowhere has neither a val.bin nor a prepare.py to make one",
+        ),
+    ],
+)
+def test_mistakes_get_one_line_and_status_2(arguments, expected):
+    done = run_training(*arguments)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == expected
+
+
+@pytest.mark.slow
+def test_help_and_print_config_need_no_corpus(config):
+    shown = run_training("--help")
+    assert shown.returncode == 0
+    assert "--optimizer.warmup_steps" in shown.stdout
+    assert run_training(str(config), "--print_config").stdout.startswith("run:\n  name: tiny\n")
+
+
+def test_no_recent_python_is_said_in_one_line(tmp_path):
+    """On a PATH whose only Python is old, and without an active environment."""
+    (tmp_path / "repo" / "harness").mkdir(parents=True)
+    for name in ("run_training.sh", "harness/environment.sh", "requirements.txt"):
+        (tmp_path / "repo" / name).write_bytes((ROOT / name).read_bytes())
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    for name in ("dirname", "basename", "cat", "bash"):
+        (tools / name).symlink_to(subprocess.check_output(["which", name], text=True).strip())
+    (tools / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tools / "python3").chmod(0o755)
+    done = subprocess.run(
+        [str(tools / "bash"), str(tmp_path / "repo" / "run_training.sh")],
+        env={"PATH": str(tools)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2
+    assert "error: no Python 3.11 or later found" in done.stderr
+    assert not (tmp_path / "repo" / ".venv").exists()

@@ -1,0 +1,50 @@
+"""The step under the clock is the step of training, and its baseline computes nanoGPT's loss."""
+
+import math
+
+import pytest
+import torch
+
+from harness.config import load_config
+from harness.stepping import PHASES, NanoGPT, Stepper
+from tests.helpers import finished, random_ids, tiny_gpt
+
+pytestmark = pytest.mark.usefixtures("training_folder")
+
+
+def stepper(*changes: str, **how) -> Stepper:
+    return Stepper(load_config(["config.yaml", *changes]), **how)
+
+
+@pytest.mark.slow
+def test_its_steps_give_the_weights_of_training():
+    """Up to the learning rate, which training changes from step to step: one that is held."""
+    held = ("--optimizer.warmup_steps", "0", "--optimizer.min_lr", "1e-2", "--training.compile", "false")
+    run = finished("run", *held, "--training.max_steps", "3")
+    own = stepper(*held, "--training.micro_batch_size", "8")
+    laps = own.run(3)
+    assert [list(each) for each in laps] == 3 * [list(PHASES)]
+    assert all(seconds >= 0 for each in laps for seconds in each.values())
+    for name, value in run.checkpoint()["model"].items():
+        torch.testing.assert_close(own.raw_model.state_dict()[name], value, rtol=0, atol=1e-6)
+
+
+def test_the_baseline_is_softmax_with_pytorchs_cross_entropy():
+    assert stepper(nanogpt=True).raw_model.config.normalizer == "softmax"
+    model, idx = tiny_gpt(noise=0.3), random_ids(3, 12)
+    targets = idx.roll(-1, 1)
+    targets[:, -1] = -1
+    logits, loss = NanoGPT(model)(idx, targets)
+    expected_logits, expected = model(idx, targets)
+    torch.testing.assert_close(logits, expected_logits)
+    torch.testing.assert_close(loss, expected)
+
+
+def test_what_it_says_of_a_step():
+    own = stepper("--training.micro_batch_size", "3")
+    assert own.micro_batch_size == 2  # the most that divides the 8 of a batch
+    found = own.describe()
+    assert (found["dtype"], found["tokens"]) == ("float32", 8 * 16)
+    assert found["flops"] == own.raw_model.flops_per_token() * 8 * 16
+    assert math.isfinite(found["peak_flops"])
+    assert own.compiled_error() is None

@@ -1,0 +1,279 @@
+"""What tests share: tiny models, corpora and checkpoints, programs in processes of their own, cases of attention."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from harness.checkpoint import save_checkpoint
+from harness.corpus_writing import write_corpus
+from harness.diagnostics import Diagnostic, run
+from harness.errors import run_cli
+from harness.tokenizer import Bytes, Chars
+from model import GPT, GPTConfig, materialized_attention
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"  # larger files that a checkout may have beside it
+TINY = {"block_size": 12, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 8}
+LETTERS = "abcdefghijklm"
+
+
+# --- models, corpora, checkpoints -------------------------------------------------------------------------------------
+
+
+def tiny_gpt(seed: int = 0, std: float | None = None, noise: float = 0.0, **config) -> GPT:
+    """A GPT in eval mode; with `std` or `noise`, attention and logits are far from uniform, as in a trained model.
+
+    `std`: every parameter is drawn from N(0, std²); `noise`: N(0, noise²) is added to its initial value.
+    """
+    torch.manual_seed(seed)
+    model = GPT(GPTConfig(**TINY | config)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if std is not None:
+                parameter.normal_(0, std)
+            if noise:
+                parameter += noise * torch.randn(parameter.shape)
+    return model
+
+
+def random_ids(*shape: int, vocab_size: int = 256, seed: int = 0) -> torch.Tensor:
+    return torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+
+
+def tiny_corpus(folder: Path, train: int = 400, val: int = 201, letters: str | None = LETTERS) -> Path:
+    """A prepared corpus of as many random characters out of `letters`; of printable bytes where that is None."""
+    generator = np.random.default_rng(0)
+    if letters is None:
+        text, tokenizer = bytes(generator.integers(32, 127, train + val).tolist()), Bytes()
+    else:
+        text, tokenizer = "".join(generator.choice(list(letters), train + val)), Chars(letters)
+    write_corpus(folder, [("train", text[:train]), ("val", text[train:])], tokenizer, source="test")
+    return Path(folder)
+
+
+def squares_corpus(folder: str | Path = "corpus") -> None:
+    """Text in bytes of which a tiny model learns something within a few steps."""
+    text = b" ".join(b"%d squared is %d." % (i, i * i) for i in range(3000))
+    write_corpus(folder, [("train", text[:40000]), ("val", text[40000:44001])], Bytes(), source="test")
+
+
+def save_model(model: GPT, path: str | Path, corpus: str | Path | None = None, /, **more) -> Path:
+    """Writes a checkpoint of the model at step 7, trained on `corpus`; `more` replaces or adds what it holds."""
+    content = {"model": model.state_dict(), "model_args": asdict(model.config), "step": 7}
+    if corpus is not None:
+        meta = Path(corpus) / "meta.json"
+        known = json.loads(meta.read_text()) if meta.exists() else {}
+        content["corpus"] = {key: known.get(key) for key in ("tokenizer", "vocabulary")} | {"folder": str(corpus)}
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_checkpoint(path, content | more)
+    return path
+
+
+def nanogpt_peer(folder: Path) -> tuple[Path, transformers.GPT2LMHeadModel, Path]:
+    """A checkpoint as nanoGPT writes it, of a compiled model of an older PyTorch: prefixed names, the causal masks.
+
+    With it the same weights in Hugging Face's GPT-2, in float64, and a corpus of its 65 characters.
+    """
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 16, "vocab_size": 65}
+    torch.manual_seed(0)
+    options = {"activation_function": "gelu", "initializer_range": 0.4, "attn_implementation": "eager"}
+    config = transformers.GPT2Config(**shape, n_positions=16, bos_token_id=0, eos_token_id=0, **options)
+    peer = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in peer.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape)  # biases and gains too, which are all 0 and 1 at first
+    state = {}
+    for name, value in peer.state_dict().items():
+        transposed = name.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight"))  # theirs are (in, out)
+        state[f"_orig_mod.{name}"] = value.T.contiguous() if transposed else value
+    for layer in range(2):
+        state[f"_orig_mod.transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16).tril()
+    args = shape | {"block_size": 16, "bias": True, "dropout": 0.0}
+    rest = {"optimizer": {}, "iter_num": 5000, "best_val_loss": torch.tensor(1.5), "config": {"dataset": "made up"}}
+    torch.save({"model": state, "model_args": args} | rest, folder / "ckpt.pt")
+    corpus = tiny_corpus(folder / "corpus", 2000, 321, "".join(map(chr, range(60, 125))))
+    return folder / "ckpt.pt", peer.double(), corpus
+
+
+def shakespeares_nanogpt() -> tuple[Path, np.ndarray]:
+    """A checkpoint that nanoGPT itself trained on tiny shakespeare, and the ids of its validation text.
+
+    Larger than a repository should hold: the tests of its known figures are skipped where it does not lie beside it.
+    """
+    checkpoint, text = SHARED / "nanogpt_checkpoint" / "ckpt.pt", SHARED / "tinyshakespeare" / "input.txt"
+    if not (checkpoint.exists() and text.exists()):
+        pytest.skip(f"an extra beside the made checkpoint: no {checkpoint} and {text}")
+    characters = text.read_text()
+    ids = {character: i for i, character in enumerate(sorted(set(characters)))}
+    return checkpoint, np.array([ids[c] for c in characters[int(0.9 * len(characters)) :]], dtype=np.int64)
+
+
+# --- programs ---------------------------------------------------------------------------------------------------------
+
+
+def run_python(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess:
+    """`python arguments` in a process of its own; a path ending in .py is one of this repository."""
+    words = [str(ROOT / a) if str(a).endswith(".py") else str(a) for a in arguments]
+    return subprocess.run(
+        [sys.executable, *words], cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=900
+    )
+
+
+def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
+    """torchrun in the current folder, a thread a rank."""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    return run_python(*torchrun, *arguments, cwd=Path.cwd(), OMP_NUM_THREADS="1")
+
+
+def diagnose(diagnostic: Diagnostic, *arguments) -> int:
+    """The exit status of a diagnostic's script, run in this process."""
+    return run_cli(lambda: run(diagnostic, list(map(str, arguments)))) or 0
+
+
+def read_json(path: str | Path) -> dict:
+    """What a script wrote; strict, in that NaN and Infinity are no JSON."""
+    return json.loads(Path(path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+# --- training runs ----------------------------------------------------------------------------------------------------
+
+# Each run is forked from a server that has imported train.py already: a start costs milliseconds where a fresh
+# interpreter takes seconds, and it can be killed like any other process.
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])  # AdamW imports the second
+
+
+def _child(arguments, log):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    import train
+    from harness.errors import run_cli
+
+    torch.set_num_threads(1)
+    sys.argv = ["train.py", *arguments]
+    sys.exit(run_cli(train.main))
+
+
+class TrainingRun:
+    """`train.py config.yaml --run.name NAME …` in the current folder."""
+
+    def __init__(self, name: str, *arguments: str):
+        self.folder, self.log = Path("out") / name, Path(f"{name}.log")
+        arguments = ("config.yaml", "--run.name", name, *arguments)
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log))
+        self.process.start()
+
+    def wait(self) -> int:
+        self.process.join(900)
+        return self.process.exitcode
+
+    def wait_for_step(self, step: int) -> None:
+        deadline = time.time() + 600
+        while not any(line["step"] >= step for line in self.metrics()):
+            assert self.process.is_alive(), self.output()
+            assert time.time() < deadline, self.output()
+            time.sleep(0.002)
+
+    def metrics(self) -> list[dict]:
+        path = self.folder / "metrics.jsonl"
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        return [json.loads(line) for line in lines if line.endswith("\n")]
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+    def checkpoint(self, name="ckpt.pt") -> dict:
+        return torch.load(self.folder / name, weights_only=True)
+
+
+def finished(name: str, *arguments: str) -> TrainingRun:
+    run = TrainingRun(name, *arguments)
+    assert run.wait() == 0, run.output()
+    return run
+
+
+def refused(name: str, *arguments: str) -> str:
+    """The one line that a mistake gets."""
+    run = TrainingRun(name, *arguments)
+    assert run.wait() == 2, run.output()
+    errors = [line for line in run.output().splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, run.output()
+    assert "Traceback" not in run.output()
+    return errors[0]
+
+
+def reproducible(lines: list[dict]) -> list[dict]:
+    """The metrics without those that a clock gives."""
+    return [{k: v for k, v in line.items() if k not in ("train/tokens_per_second", "train/mfu")} for line in lines]
+
+
+def assert_same_run(a: TrainingRun, b: TrainingRun) -> None:
+    assert reproducible(a.metrics()) == reproducible(b.metrics())
+    one, other = a.checkpoint(), b.checkpoint()
+    assert one["step"] == other["step"]
+    assert one["best_val_loss"] == other["best_val_loss"]
+    for key, tensor in one["model"].items():
+        assert torch.equal(tensor, other["model"][key]), key
+    for i, state in one["optimizer"]["state"].items():
+        assert all(torch.equal(value, other["optimizer"]["state"][i][k]) for k, value in state.items())
+
+
+# --- cases of attention -----------------------------------------------------------------------------------------------
+
+B, H, D = 2, 2, 4
+BACKWARDS = ("full", "diagonal", "ste")
+VARIANTS = {  # arguments of attention, and the null slot's logit of each head
+    "softmax": ({"normalizer": "softmax"}, None),
+    "softmax1": ({"normalizer": "softmax1"}, torch.zeros(H, dtype=torch.float64)),
+    "sink": (
+        {"normalizer": "sink", "null_logit": torch.tensor([-1.0, 0.5]).double()},
+        torch.tensor([-1.0, 0.5]).double(),
+    ),
+}
+# Some 50 roundings (products over D, sums over T, one exp) of numbers below 20, each of half an ε: about 1e-13.
+FLOAT64 = {"rtol": 0, "atol": 1e-13}
+FLOAT32 = {"rtol": 0, "atol": 1e-13 * torch.finfo(torch.float32).eps / torch.finfo(torch.float64).eps}  # 5e-5
+ROUNDING = {torch.float64: FLOAT64, torch.float32: FLOAT32}
+
+every_normalizer = pytest.mark.parametrize("normalizer", VARIANTS)
+both_dtypes = pytest.mark.parametrize("dtype", ROUNDING)  # on a CPU two kernels, PyTorch's and our own
+every_variant = pytest.mark.parametrize("variant", VARIANTS)
+every_backward = pytest.mark.parametrize("backward", BACKWARDS)
+# What runs on fused kernels (equal T_q and T_k, no dropout) has to hold in the readable form as well.
+both_forms = pytest.mark.parametrize("form", [contextlib.nullcontext, materialized_attention])
+every_shape = pytest.mark.parametrize(("T_q", "T_k"), [(6, 6), (3, 7), (1, 5), (1, 1)])
+
+
+def qkv(T_q: int, T_k: int, seed: int = 0, dtype=torch.float64) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = ((B, H, T_q, D), (B, H, T_k, D), (B, H, T_k, D))
+    return [torch.randn(s, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for s in shapes]
+
+
+def explicit_weights(q, k, null_logit=None, scale=None):
+    """P (B, H, T_q, T_k): the softmax over an explicit null slot and the visible keys, row by row; the slot dropped."""
+    T_q, T_k = q.size(-2), k.size(-2)
+    scores = torch.einsum("bhid,bhjd->bhij", q, k) * (1 / math.sqrt(q.size(-1)) if scale is None else scale)
+    rows = []
+    for i in range(T_q):
+        seen = i + T_k - T_q + 1
+        row = scores[:, :, i, :seen]
+        if null_logit is not None:
+            row = torch.cat((null_logit.view(1, H, 1).expand(q.size(0), H, 1), row), dim=-1)
+        weights = torch.softmax(row, dim=-1)[..., -seen:]
+        rows.append(torch.nn.functional.pad(weights, (0, T_k - seen)))
+    return torch.stack(rows, dim=2)

@@ -1,0 +1,84 @@
+"""Which kernel computes attention, how one is forced, and what is refused."""
+
+import contextlib
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from model import (
+    attention,
+    attention_backend,
+    materialized_attention,
+    use_backend,
+)
+from tests.helpers import VARIANTS, B, D, H, both_dtypes, every_variant, qkv
+
+
+def test_an_unknown_backend_is_named():
+    with pytest.raises(ValueError, match=r"'flash'.*cpu_flash"), use_backend("flash"):
+        pass
+
+
+def test_a_backend_refuses_what_it_cannot_do():
+    q, k, v = qkv(3, 3)
+    for backend, arguments, named in (
+        ("stock", {"normalizer": "softmax1"}, "'stock' has neither a null_logit"),
+        ("stock", {"backward": "ste"}, "'stock' has .*'ste'"),
+        ("cpu_flash", {"dropout_p": 0.1, "backward": "ste"}, "'cpu_flash' has no dropout.*0.1"),
+    ):
+        with use_backend(backend), pytest.raises(ValueError, match=named):
+            attention(q, k, v, **arguments)
+
+
+@both_dtypes
+@every_variant
+def test_views_of_one_projection_go_in_without_a_copy(variant, dtype):
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            if any(torch.is_tensor(x) and x.dim() == 4 for x in arguments):  # the null logit may be converted
+                called.append(str(operator))
+                inputs.update(x.data_ptr() for x in arguments[:3] if torch.is_tensor(x))
+            return operator(*arguments, **(keywords or {}))
+
+    called, inputs = [], set()
+    packed = torch.randn(B, 9, 3 * H * D, dtype=dtype)
+    views = [x.view(B, 9, H, D).transpose(1, 2) for x in packed.split(H * D, dim=-1)]
+    with Record():
+        attention(*views, **VARIANTS[variant][0])
+    assert not [name for name in called if "copy" in name or "clone" in name or "pad" in name]
+    assert {x.data_ptr() for x in views} <= inputs
+
+
+def test_the_readable_form_is_left_with_its_context_even_by_an_error():
+    q, k, v = qkv(300, 300)
+
+    def largest_saved() -> int:
+        sizes = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: sizes.append(x.numel()) or x, lambda x: x):
+            attention(q, k, v, normalizer="softmax1")
+        return max(sizes)
+
+    with materialized_attention():
+        assert largest_saved() == B * H * 300 * 300
+    with contextlib.suppress(KeyError), materialized_attention():
+        raise KeyError
+    assert largest_saved() == B * H * 300 * D
+
+
+@pytest.mark.gpu
+def test_cuda_chooses_a_fused_kernel_or_says_that_there_is_none():
+    def chosen(dtype, D=64, T_q=128, **arguments):
+        q, k = (
+            torch.empty(1, 1, T_q, D, device="cuda", dtype=dtype),
+            torch.empty(1, 1, 128, D, device="cuda", dtype=dtype),
+        )
+        return attention_backend(q, k, **arguments)
+
+    fused = "cuda_cudnn" if torch.cuda.get_device_capability()[0] == 9 else "cuda_flash"
+    assert chosen(torch.float32) == chosen(torch.bfloat16, D=264) == "cuda_efficient"
+    assert chosen(torch.bfloat16) == chosen(torch.bfloat16, T_q=100) == fused
+    assert chosen(torch.float16, dropout_p=0.1) == chosen(torch.bfloat16, D=136) == "cuda_flash"
+    assert chosen(torch.bfloat16, stock=True) == "stock"
+    with pytest.warns(UserWarning, match="float64"):
+        assert chosen(torch.float64) == "materialized"

@@ -1,0 +1,296 @@
+"""The CPU's own kernel beyond what test_fused.py asks of every kernel: how it is built, vectors, threads, NaN."""
+
+import contextlib
+import math
+import platform
+import re
+import shutil
+import subprocess
+import warnings
+
+import pytest
+import torch
+
+from kernels import cpu
+from model import attention, attention_backend, materialized_attention, use_backend
+from tests.helpers import run_python
+
+if cpu.load() is None:
+    pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)
+
+BACKWARDS = ("full", "diagonal", "ste")
+
+
+def inputs(T: int, D: int, H: int = 3, dtype=torch.float32) -> list[torch.Tensor]:
+    """q, k, v as views of one projection, (B, H, T, D), and dL/dO."""
+    generator = torch.Generator().manual_seed(T + D)
+    packed = torch.randn(2, T, 3 * H * D, generator=generator).to(dtype)
+    q, k, v = (x.view(2, T, H, D).transpose(1, 2).requires_grad_() for x in packed.split(H * D, dim=-1))
+    return [q, k, v, torch.randn(2, H, T, D, generator=generator).to(dtype)]
+
+
+def value_and_gradients(q, k, v, g, **arguments) -> list[torch.Tensor]:
+    out = attention(q, k, v, **arguments)
+    return [out, *torch.autograd.grad(out, (q, k, v), g)]
+
+
+def check_against_the_readable_form(T: int, D: int, H: int = 3, dtype=torch.float32) -> None:
+    for backward in BACKWARDS:
+        *qkv, g = inputs(T, D, H, dtype)
+        with use_backend("cpu_native"):
+            own = value_and_gradients(*qkv, g, normalizer="softmax1", backward=backward)
+        exact = [x.detach().double().requires_grad_() for x in qkv]
+        with materialized_attention():
+            expected = value_and_gradients(*exact, g.double(), normalizer="softmax1", backward=backward)
+        for a, b in zip(own, expected, strict=True):
+            # The digits of test_fused.py, of sums that cancel to no less than a tenth here; T = 1 to nothing
+            digits = {torch.float32: 1e-5, torch.bfloat16: 8e-2}[dtype]
+            assert (a.double() - b).norm() <= digits * (b.norm() + (T == 1)), (T, D, backward)
+
+
+@pytest.fixture
+def anew(monkeypatch):
+    """As in a process that has not loaded the kernel yet."""
+    cpu.load.cache_clear()
+    yield monkeypatch
+    monkeypatch.undo()
+    cpu.load.cache_clear()
+
+
+# --- the choice and the build ---------------------------------------------------------------------------------------
+
+
+def test_it_is_what_float32_and_bfloat16_run_on(monkeypatch):
+    q = torch.empty(1, 1, 9, 16)
+    assert attention_backend(q, q) == attention_backend(q.bfloat16(), q.bfloat16()) == "cpu_native"
+    assert attention_backend(q, q, stock=True) == "cpu_native"
+    assert attention_backend(q.double(), q.double()) == "cpu_flash"
+    assert attention_backend(q, q, dropout_p=0.1) == "materialized"
+    monkeypatch.setenv("OFFBYONE_NATIVE", "0")
+    assert attention_backend(q, q) == "cpu_flash"
+    assert attention_backend(q, q, stock=True) == "stock"
+
+
+def test_other_dtypes_are_refused_where_it_is_forced():
+    q = torch.zeros(1, 1, 9, 16, dtype=torch.float64)
+    with use_backend("cpu_native"), pytest.raises(ValueError, match="float64"):
+        attention(q, q, q)
+
+
+def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
+    path = cpu.build(["c++"])
+    before = path.stat().st_mtime_ns
+    assert cpu.build(["c++"]) == path
+    assert path.stat().st_mtime_ns == before
+    anew.delenv("CXX", raising=False)
+    anew.setenv("PATH", "")
+    assert cpu.load() is not None
+
+
+@pytest.mark.slow
+def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
+    anew.setattr(cpu, "SOURCE", source)
+    anew.delenv("CXX", raising=False)
+    cpu.build(["c++"]).write_bytes(b"no library")
+    with pytest.warns(UserWarning, match="cpu.cpp"):
+        assert cpu.load() is None
+    cpu.load.cache_clear()
+    assert cpu.load() is not None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default
+def test_the_compiler_is_the_users(words, anew):
+    anew.setenv("CXX", words)
+    assert cpu.load() is not None
+
+
+@pytest.mark.parametrize(
+    ("compiler", "said"),
+    [
+        (None, None),
+        ("no-such-c++", "no such compiler: no-such-c"),
+        ('c++ "', "No closing quotation"),
+        ("true", "true: .*(?s:.*)No such file"),  # all is well, says this one, and makes nothing
+        ("c++", r"by c\+\+: .* PyTorch's.* OFFBYONE_NATIVE=0 (?s:.*)error"),
+    ],
+)
+def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, anew, tmp_path):
+    source = tmp_path / "cpu.cpp"
+    source.write_text("this is no C++;")
+    anew.setattr(cpu, "SOURCE", source)
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if compiler is None:
+        anew.delenv("CXX", raising=False)
+        anew.setenv("PATH", "")
+    else:
+        anew.setenv("CXX", compiler)
+    q = torch.empty(1, 1, 9, 16)
+    with warnings.catch_warnings(record=True, action="always") as warned:
+        assert attention_backend(q, q) == "cpu_flash"
+    messages = [str(w.message) for w in warned]
+    assert len(messages) == (said is not None)  # that there is just no compiler is no reason to warn
+    for message in messages:
+        assert re.search(said, message)
+    assert [p.name for p in tmp_path.rglob("*") if p.is_file()] == ["cpu.cpp"]  # nothing half made is left
+    with pytest.raises(ValueError, match=r"compiler"), use_backend("cpu_native"):
+        pass
+
+
+@pytest.mark.slow
+def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tmp_path):
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
+    (tmp_path / "__pycache__").write_text("a file where the folder would be")
+    anew.setattr(cpu, "SOURCE", source)
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert cpu.load() is not None
+    assert [p.suffix for p in (tmp_path / "cache" / "offbyone").iterdir()] == [".so"]
+    (tmp_path / "none").write_text("")
+    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    cpu.load.cache_clear()
+    with pytest.warns(UserWarning, match="no folder to keep it in"):
+        assert cpu.load() is None
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="names x86-64's vectors")
+@pytest.mark.parametrize("target", ["-march=x86-64", "-march=x86-64-v3"])  # vectors of 4 and of 8; native may have 16
+def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
+    if target == "-march=x86-64-v3" and not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        pytest.skip("this processor has no AVX2")
+    source = tmp_path / "cpu.cpp"
+    shutil.copy(cpu.SOURCE, source)
+    anew.setattr(cpu, "SOURCE", source)
+    anew.setattr(cpu, "FLAGS", tuple(target if flag == "-march=native" else flag for flag in cpu.FLAGS))
+    if cpu.load() is None:
+        pytest.skip(f"this compiler knows no {target}")
+    for T, D in ((1, 5), (65, 12), (130, 64)):
+        check_against_the_readable_form(T, D)
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def threads(count: int):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("count", [1, 4, 5])
+@pytest.mark.parametrize("T", [1, 64, 65, 200, 300])
+def test_threads_share_the_heads_and_their_parts(count, T, dtype):
+    with threads(count):
+        check_against_the_readable_form(T, 20, 3, dtype)  # 6 heads: whole, in 2 parts, in 5
+        check_against_the_readable_form(T, 16, 1, dtype)  # 2 heads: whole, in 2 parts, in 5
+
+
+def test_many_heads_are_not_divided():
+    with threads(4):
+        assert cpu._parts(torch.empty(2, 3, 300, 16)) == 2
+        assert cpu._parts(torch.empty(2, 3, 64, 16)) == 1  # one block of rows
+        assert cpu._parts(torch.empty(17, 1, 300, 16)) == 1
+
+
+@pytest.mark.parametrize("backend", ["cpu_native", "cpu_flash", "materialized"])
+@pytest.mark.parametrize("shape", [(2, 0, 5, 4), (0, 2, 5, 4), (1, 1, 0, 4), (1, 1, 5, 1)])
+def test_nothing_and_the_least_are_fine(shape, backend):
+    B, H, T, D = shape
+    q = torch.randn(B, H, T, D, requires_grad=True)
+    for backward in BACKWARDS:
+        with use_backend(backend):
+            out = attention(q, q, q, normalizer="softmax1", backward=backward)
+        assert out.shape == shape
+        out.sum().backward()
+        assert q.grad.isfinite().all()
+
+
+def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient():
+    q, k, v, g = (x.detach().clone() for x in inputs(70, 16, H=1))
+    k = k.abs()
+    q[:, :, 66] = -math.inf
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, _, _, grad_v = value_and_gradients(q, k, v, g)
+    assert (out[:, :, 66] == 0).all()
+    assert grad_v.isfinite().all()
+
+
+def test_the_operators_are_what_torch_expects_of_them():
+    q, k, v, g = inputs(70, 20)
+    lse = torch.randn(2, 3, 70)
+    for dtype, null_logit in ((torch.float32, None), (torch.bfloat16, torch.zeros(3))):
+        q_, k_, v_, g_ = (x.detach().to(dtype) for x in (q, k, v, g))
+        torch.library.opcheck(torch.ops.offbyone.cpu_forward, (q_, k_, v_, null_logit, 0.2))
+        for backward in BACKWARDS:
+            torch.library.opcheck(torch.ops.offbyone.cpu_backward, (g_, q_, k_, v_, g_, lse, 0.2, backward))
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_inputs_give_the_same_bits(backward, dtype):
+    *qkv, g = inputs(300, 20, dtype=dtype)
+    with threads(4):  # in whatever order they take the heads' two parts
+        first, again = (value_and_gradients(*qkv, g, backward=backward) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_a_score_is_the_same_in_both_passes():
+    """At scores of ±1e4 another rounding would be a factor: a row's weights have to be those of its own logsumexp."""
+    q, k, v, g = (x.detach() for x in inputs(130, 80))
+    v = torch.ones_like(v).requires_grad_()
+    (mass,) = torch.autograd.grad(attention(1e4 * q, k, v), v, torch.ones_like(g))
+    # dV = Pᵀ 1 are the weights that a key gets; those of all keys are one for each query. A logsumexp of 4e4 is rounded
+    # by 2e-3 at most, where it is not the largest score itself: in few rows.
+    assert (mass[..., 0].double().sum(-1) - 130).abs().max() < 0.01
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+def test_nan_is_not_hidden(backward):
+    q, k, v, g = (x.detach().clone() for x in inputs(130, 16))
+    q[:, :, 100, 3] = float("nan")
+    q, k, v = (x.requires_grad_() for x in (q, k, v))
+    out, grad_q, grad_k, grad_v = value_and_gradients(q, k, v, g, backward=backward)
+    assert out[:, :, 100].isnan().all()
+    assert out[:, :, :100].isfinite().all()
+    assert out[:, :, 101:].isfinite().all()
+    assert grad_v[:, :, :101].isnan().all()
+    assert grad_v[:, :, 101:].isfinite().all()
+    if backward != "ste":  # whose scores' gradient does not see the scores
+        assert grad_q[:, :, 100].isnan().all()
+        assert grad_q[:, :, :100].isfinite().all()
+        assert grad_q[:, :, 101:].isfinite().all()
+        assert grad_k[:, :, :101].isnan().all()
+
+
+@pytest.mark.slow
+def test_nothing_is_read_or_written_beyond_the_tensors(tmp_path):
+    """Under the address sanitizer, in a process of its own."""
+    program = f"""
+import pathlib, torch
+from kernels import cpu
+cpu.SOURCE = pathlib.Path({str(tmp_path)!r}) / "cpu.cpp"
+cpu.FLAGS += ("-fsanitize=address",)
+assert cpu.load() is not None
+from model import attention
+for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
+    for dtype in (torch.float32, torch.bfloat16):
+        for normalizer in ("softmax", "softmax1"):
+            for backward in ("full", "diagonal", "ste"):
+                x = torch.randn(1, T, 3 * 2 * D).to(dtype).requires_grad_()
+                q, k, v = (y.view(1, T, 2, D).transpose(1, 2) for y in x.split(2 * D, dim=-1))
+                attention(q, k, v, normalizer=normalizer, backward=backward).sum().backward()
+print("done")
+"""
+    shutil.copy(cpu.SOURCE, tmp_path)
+    found = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True).stdout.strip()
+    if not found.startswith("/"):
+        pytest.skip("this compiler has no address sanitizer")
+    environment = {"LD_PRELOAD": found, "ASAN_OPTIONS": "detect_leaks=0", "OMP_NUM_THREADS": "3"}  # 2 heads in 3 parts
+    done = run_python("-c", program, **environment)
+    assert done.stdout.strip() == "done", done.stderr[-2000:]

@@ -1,0 +1,274 @@
+"""The Triton backward against the materialised form in float64: on a GPU if there is one, else in the interpreter."""
+
+import math
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from kernels import backends, fused
+from model import attention, materialized_attention, use_backend
+from tests.helpers import ROOT
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+with pytest.MonkeyPatch.context() as _environment:
+    if DEVICE == "cpu":
+        _environment.setenv("TRITON_INTERPRET", "1")  # before the first import of triton
+    pytest.importorskip("triton", reason="Triton is not installed (requirements-dev.txt)")
+    from triton import language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    from kernels.triton import score_backward, value_gradient
+
+# T on either side of a block, head sizes that fill their power of two and one that does not; in pairs, to be quick.
+SHAPES = [(1, 16), (2, 80), (63, 64), (64, 16), (65, 80), (130, 64)]
+# Of the magnitude before cancellation. Half types round P or dS, then the result: by 2⁻¹¹ or 2⁻⁸ each, at most.
+TOLERANCE = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def diagonal_backward(*arguments):
+    return score_backward(*arguments, "diagonal")
+
+
+every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
+
+
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch):
+    """Triton's interpreter, which multiplies the bits of bfloat16 numbers and truncates to them, mended."""
+    if DEVICE == "cuda":
+        return
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    cast, dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
+
+    def rounding_cast(self, source, dtype):
+        if source.dtype.scalar == tl.float32 and dtype.scalar == tl.bfloat16:
+            rounded = torch.from_numpy(source.data.copy()).bfloat16().view(torch.uint16).numpy()
+            return TensorHandle(rounded, tl.bfloat16)
+        return cast(self, source, dtype)
+
+    def float_dot(self, a, b, *arguments):
+        a, b = (cast(self, x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
+        return dot(self, a, b, *arguments)
+
+    for name in ("cast_impl", "create_fp_trunc"):
+        monkeypatch.setattr(InterpreterBuilder, name, rounding_cast)
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", float_dot)
+
+
+def inputs(H: int, T: int, D: int, dtype, B: int = 1) -> list[torch.Tensor]:
+    """q, k, v, g (B, H, T, D) as attention hands them over: views of one projection, (B, T, H, D) in memory."""
+    projection = torch.randn(B, T, 4 * H * D, generator=torch.Generator().manual_seed(T + D)).to(DEVICE, dtype)
+    return [x.view(B, T, H, D).transpose(1, 2) for x in projection.split(H * D, dim=-1)]
+
+
+def materialized(q, k, v, g, null_logit, scale, slope="diagonal"):
+    """lse (B, H, T), and by name the gradients and their magnitudes before cancellation; all float64."""
+    q, k, v, g = (x.double() for x in (q, k, v, g))
+    scores = scale * q @ k.mT
+    scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
+    lse = torch.logaddexp(scores.logsumexp(-1), null_logit.double().view(-1, 1))
+    x = scores - lse.unsqueeze(-1)
+    p, dp = x.exp(), g @ v.mT
+    ds, magnitude = (p * -torch.expm1(x) * dp, p * dp.abs()) if slope == "diagonal" else (dp.tril(), dp.abs().tril())
+    gradients = {"dq": scale * ds @ k, "dk": scale * ds.mT @ q, "dv": p.mT @ g}
+    magnitudes = {"dq": scale * magnitude @ k.abs(), "dk": scale * magnitude.mT @ q.abs(), "dv": p.mT @ g.abs()}
+    return lse, gradients, magnitudes
+
+
+def check(gradients: dict, expected: dict, magnitudes: dict, tolerance: float, dtype) -> None:
+    """Head by head: the norm of the error against that of the magnitude."""
+    for name, gradient in gradients.items():
+        assert gradient.dtype == dtype
+        assert gradient.shape == expected[name].shape
+        error = (gradient - expected[name]).norm(dim=(-2, -1))
+        allowed = tolerance * magnitudes[name].norm(dim=(-2, -1))
+        assert (error <= allowed).all(), f"{name}: {error} of {allowed}"
+
+
+@every_dtype
+@pytest.mark.parametrize("slope", ["diagonal", "ste"])
+@pytest.mark.parametrize(("T", "D"), SHAPES)
+def test_gradients_are_those_of_the_materialized_form(T, D, slope, dtype):
+    q, k, v, g = inputs(2, T, D, dtype)
+    null_logit, scale = torch.tensor([-math.inf, 0.0], device=DEVICE), 1 / math.sqrt(D)  # softmax, softmax1
+    lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale, slope)
+    gradients = dict(zip(("dq", "dk", "dv"), score_backward(g, q, k, v, lse.float(), scale, slope), strict=True))
+    check(gradients, expected, magnitudes, TOLERANCE[dtype], dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("T", "D"), [(1, 16), (65, 80)])
+def test_value_gradient_is_that_of_the_materialized_form(T, D, dtype):
+    q, k, v, g = inputs(2, T, D, dtype)
+    null_logit, scale = torch.tensor([-math.inf, 0.0], device=DEVICE), 1 / math.sqrt(D)
+    lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale)
+    check({"dv": value_gradient(g, q, k, lse.float(), scale)}, expected, magnitudes, TOLERANCE[dtype], dtype)
+
+
+@every_dtype
+def test_logits_of_ten_thousand_cost_the_rounding_of_the_scores(dtype):
+    q, k, v, g = inputs(1, 65, 64, dtype)
+    q, k, scale = 60 * q, 60 * k, 1 / 8
+    # A product, sum or lse in float32 of up to S is off by S 2⁻²⁴, and exp(S − lse) by that much in relation.
+    largest = (scale * q.abs().double() @ k.abs().double().mT).max().item()
+    lse, expected, magnitudes = materialized(q, k, v, g, torch.zeros(1, device=DEVICE), scale)
+    gradients = dict(zip(("dq", "dk", "dv"), diagonal_backward(g, q, k, v, lse.float(), scale), strict=True))
+    check(gradients, expected, magnitudes, TOLERANCE[dtype] + 2 * largest * 2**-24, dtype)
+
+
+@every_dtype
+def test_rows_that_attend_to_nothing_have_no_gradient(dtype):
+    q, k, v, g = inputs(1, 5, 16, dtype)
+    q, k = torch.full_like(q, 50), torch.full_like(k, -50)  # every logit is −1e4
+    lse, _, _ = materialized(q, k, v, g, torch.zeros(1, device=DEVICE), 0.25)
+    for gradient in (*diagonal_backward(g, q, k, v, lse.float(), 0.25), value_gradient(g, q, k, lse.float(), 0.25)):
+        assert (gradient == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_minus_p_keeps_its_digits_where_p_tends_to_1(dtype):
+    """All scores are 0, so P = exp(−lse) in a whole row: from 1 − 10⁻⁷ to nothing. All numbers are positive."""
+    T, D = 64, 16
+    _, k, v, g = (x.abs() for x in inputs(1, T, D, dtype))
+    lse = torch.logspace(-7, 1, T, device=DEVICE).view(1, 1, T)
+    dq, _, _ = diagonal_backward(g, torch.zeros_like(k), k, v, lse, 1.0)
+    weight = torch.exp(-lse.double()) * -torch.expm1(-lse.double())
+    exact = weight.unsqueeze(-1) * (g.double() @ v.double().mT).tril() @ k.double()
+    # 2⁻²⁰ for 1 − P, exp and sums of positive terms; bfloat16 rounds dS and dQ by 2⁻⁸ each, and 1 − P is off by 2⁻¹⁴.
+    tolerance = 2**-20 if dtype == torch.float32 else 2 * 2**-8 + 2**-13
+    assert ((dq - exact).abs() / exact).max() < tolerance
+
+
+def test_any_layout_gives_the_same_gradients():
+    q, k, v, g = inputs(2, 17, 16, torch.float32, B=2)
+    lse = torch.full((2, 2, 32), 3.0, device=DEVICE)[:, :, :17]  # padded, as efficient attention's
+    expected = diagonal_backward(*(x.contiguous() for x in (g, q, k, v, lse)), 0.25)
+    turned = [x.mT.contiguous().mT for x in (g, q, k, v)]
+    for layout in ((g, q, k, v), turned):
+        assert all(map(torch.equal, diagonal_backward(*layout, lse, 0.25), expected))
+    ones = torch.ones((), device=DEVICE).expand_as(g)  # what sum().backward() sends
+    assert torch.equal(value_gradient(ones, q, k, lse, 0.25), value_gradient(ones.contiguous(), q, k, lse, 0.25))
+
+
+def test_nan_is_not_hidden():
+    q, k, v, g = (x.contiguous() for x in inputs(1, 2, 16, torch.float32))
+    q[0, 0, 1, 0] = math.nan
+    dq, dk, dv = diagonal_backward(g, q, k, v, torch.zeros(1, 1, 2, device=DEVICE), 0.25)
+    assert dq[0, 0, 1].isnan().all()
+    assert dk.isnan().any()
+    assert dv.isnan().any()
+    assert dq[0, 0, 0].isfinite().all()
+
+
+def test_operators_keep_what_pytorch_asks_of_them():
+    q, k, v, g = inputs(1, 2, 16, torch.float32)
+    lse = torch.full((1, 1, 2), 2.0, device=DEVICE)
+    torch.library.opcheck(score_backward, (g, q, k, v, lse, 0.25, "ste"))
+    torch.library.opcheck(value_gradient, (g, q, k, lse, 0.25))
+
+
+HOPPER = """
+import sys, torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from kernels import triton as model_triton
+
+class Hopper:
+    get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+    get_current_device = lambda self: 0
+    get_current_stream = lambda self, device: 0
+
+driver.set_active(Hopper())
+compiled = []
+triton.JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: compiled.append(self.warmup(*a, grid=grid, **k))
+x, lse = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100)
+for slope in ("diagonal", "ste"):
+    model_triton.score_backward(x, x, x, x, lse, 0.125, slope)
+model_triton.value_gradient(x, x, x, lse, 0.125)
+for kernel in compiled:
+    ptx = kernel.asm["ptx"]
+    print(kernel.name, "wgmma" in ptx, "cp.async.cg.shared.global" in ptx, "min.NaN.f32" in ptx)
+    assert kernel.metadata.shared <= 227 * 1024
+"""
+
+
+@pytest.mark.slow
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """The interpreter takes more than the compiler does. On Hopper: tensor cores, copies of 16 bytes, and NaNs kept
+    wherever a weight is held at 1 (STE's dQ has no weights)."""
+    environment = {"PYTHONPATH": ":".join(sys.path), "TRITON_CACHE_DIR": str(tmp_path), "PATH": "/usr/bin:/bin"}
+    command = [sys.executable, "-c", HOPPER]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    keys, queries, ste_queries = (
+        "_keys_kernel True True True",
+        "_queries_kernel True True True",
+        "_queries_kernel True True False",
+    )
+    assert done.stdout.splitlines() == [keys, queries, keys, ste_queries, keys]
+
+
+# --- in attention ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """What `attention` does on a GPU in half types; without one, with the CPU's flash kernel in place of CUDA's."""
+    calls = []
+    for name in ("kernel_forward", "kernel_backward"):
+        kernel = getattr(fused, name)
+
+        def counted(backend, *arguments, name=name, kernel=kernel):
+            calls.append(name)
+            return kernel("cpu_flash" if DEVICE == "cpu" else backend, *arguments)
+
+        monkeypatch.setattr(fused, name, counted)
+    with use_backend("cuda_flash"):
+        yield calls
+
+
+def attention_gradients(q, k, v, g, sink, backward, function=attention):
+    q, k, v, sink = (x.detach().requires_grad_() for x in (q, k, v, sink))
+    out = function(q, k, v, normalizer="sink", null_logit=sink, backward=backward)
+    return torch.autograd.grad(out, (q, k, v, sink), g)
+
+
+@pytest.mark.parametrize("backward", ["diagonal", "ste"])
+def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, monkeypatch):
+    q, k, v, g = inputs(2, 33, 16, torch.float16)
+    sink = torch.tensor([-1.0, 0.5], device=DEVICE)
+    gradients = {}
+    for setting, calls in (("1", 0), ("0", 2 if backward == "diagonal" else 1)):
+        flash.clear()
+        monkeypatch.setenv("OFFBYONE_TRITON", setting)
+        gradients[setting] = attention_gradients(q, k, v, g, sink, backward)
+        assert flash.count("kernel_backward") == calls
+    with materialized_attention():
+        expected = attention_gradients(*(x.double() for x in (q, k, v, g, sink)), backward)
+    for one_pass, two_calls, exact in zip(gradients["1"], gradients["0"], expected, strict=True):
+        # Half rounds P or dS and the result, here and there; the two calls of diagonal each their own.
+        assert (one_pass - exact).norm() < 4 * 2**-11 * exact.norm()
+        assert (one_pass - two_calls).norm() < 8 * 2**-11 * exact.norm()
+
+
+@pytest.mark.parametrize("backward", ["diagonal", "ste"])
+def test_one_graph_under_torch_compile(backward, flash):
+    torch.compiler.reset()  # what was compiled before counts towards a limit of recompilations
+    arguments = (*inputs(2, 17, 16, torch.float16), torch.zeros(2, device=DEVICE), backward)
+    eager = attention_gradients(*arguments)
+    compiled = attention_gradients(*arguments, torch.compile(attention, fullgraph=True, backend="aot_eager"))
+    assert all(map(torch.equal, compiled, eager))
+
+
+def test_what_one_pass_is_for(monkeypatch):
+    monkeypatch.delenv("OFFBYONE_TRITON", raising=False)
+    assert backends.TRITON
+    assert backends.one_pass("cuda_flash", 128, 0.0)
+    assert not backends.one_pass("cuda_flash", 136, 0.0)
+    assert not backends.one_pass("cuda_flash", 64, 0.1)
+    assert backends.one_pass("cuda_cudnn", 64, 0.0)
+    assert not backends.one_pass("cuda_efficient", 64, 0.0)
+    monkeypatch.setattr(backends, "TRITON", False)
+    assert not backends.one_pass("cuda_flash", 64, 0.0)
