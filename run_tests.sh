@@ -9,4 +9,4 @@ ruff check .
 ruff format --check .
 mypy
 export OMP_NUM_THREADS=1 # a worker a core: more threads would wait for each other
-exec python -m pytest -n auto "$@"
+exec python -m pytest -n auto --dist worksteal "$@"

@@ -37,6 +37,7 @@ def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, d
     assert_same_run(whole, resumed)
 
 
+@pytest.mark.slow
 def test_micro_steps_add_up_to_the_whole_batch():
     whole = finished("whole", "--training.max_steps", "6")
     parts = finished("parts", "--training.max_steps", "6", "--training.micro_batch_size", "2")
@@ -148,6 +149,7 @@ def test_a_finished_run_says_so_and_does_nothing():
     assert {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")} == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     finished("run")
     more = finished("run", "--training.max_steps", "30")
@@ -156,6 +158,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     assert [line["step"] for line in more.metrics()] == list(range(31))
 
 
+@pytest.mark.slow
 def test_starting_afresh_never_destroys_a_run_unasked():
     first = finished("run")
     before, before_loss = first.checkpoint(), first.metrics()[0]["val/loss"]
@@ -221,6 +224,7 @@ def test_fine_tuning_takes_the_weights_and_may_change_the_attention():
     assert tuned.checkpoint()["model_args"]["normalizer"] == "softmax"
 
 
+@pytest.mark.slow
 def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
     finished("base", "--training.max_steps", "1")
     arguments = ("--training.init_from", "out/base/ckpt.pt", "--training.max_steps", "1", "--model.activation", "gelu")
@@ -231,12 +235,14 @@ def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
     finished("tuned", *arguments[:-2], *(str(x) for key, value in others.items() for x in (f"--{key}", value)))
 
 
+@pytest.mark.slow
 def test_a_resume_of_a_newer_format_is_refused():
     run = finished("run", "--training.max_steps", "1")
     torch.save(run.checkpoint() | {"format": 2}, run.folder / "ckpt.pt")
     assert "out/run/ckpt.pt is a checkpoint of format 2, and this version reads up to 1" in refused("run")
 
 
+@pytest.mark.slow
 def test_a_sink_is_trained_resumed_and_may_replace_softmax1():
     finished("base")
     tuned = finished("tuned", "--training.init_from", "out/base/ckpt.pt", "--model.normalizer", "sink",
@@ -251,6 +257,7 @@ def test_a_sink_is_trained_resumed_and_may_replace_softmax1():
 # --- mistakes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_resume_with_another_model_lists_what_differs():
     finished("run", "--training.max_steps", "5")
     error = refused("run", "--model.n_layer", "3", "--model.normalizer", "softmax")
@@ -258,6 +265,7 @@ def test_a_resume_with_another_model_lists_what_differs():
     assert "normalizer is softmax in the config and softmax1 in the checkpoint" in error
 
 
+@pytest.mark.slow
 def test_two_processes_cannot_train_into_one_folder():
     first = TrainingRun("run", "--training.max_steps", "100000")
     first.wait_for_step(1)
@@ -266,6 +274,7 @@ def test_two_processes_cannot_train_into_one_folder():
     first.process.kill()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint():
     run = finished("run", "--training.max_steps", "5")
     good = run.checkpoint()
@@ -277,6 +286,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint():
     assert all(torch.equal(v, good["model"][k]) for k, v in run.checkpoint()["model"].items())
 
 
+@pytest.mark.slow
 def test_a_resume_on_other_text_is_refused():
     finished("run", "--training.max_steps", "5")
     write_corpus("corpus", [("train", b"other " * 99), ("val", b"text " * 99)], from_name("bytes"), source="test")

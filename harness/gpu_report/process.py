@@ -16,12 +16,12 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def run_section(name: str, options: dict, limit: float, work: Path) -> dict:
     """The section's entry in the report; `limit` in seconds. Everything it started ends with it."""
+    if limit <= 0:
+        return {"section": name, "seconds": 0.0, "error": "not started: no time was left", "rows": []}
     log, rows, options_file = (work / f"{name}.{suffix}" for suffix in ("log", "jsonl", "options.json"))
     rows.unlink(missing_ok=True)
     write_text(options_file, json.dumps(options | {"seconds": limit}))
     start, status = time.monotonic(), None
-    if limit <= 0:
-        return {"section": name, "seconds": 0.0, "error": "not started: no time was left", "rows": []}
     with open(log, "w") as file:
         process = subprocess.Popen(
             [sys.executable, "-m", "harness.gpu_report", name, options_file.resolve(), rows.resolve()],

@@ -1,15 +1,19 @@
 """The GPU report's dry run: the same code on small shapes, from the command line to the tables."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 
 from harness.corpus_writing import write_corpus
-from harness.gpu_report.document import markdown
+from harness.gpu_report import with_error
+from harness.gpu_report.document import markdown, wrong_rows
 from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS
+from harness.gpu_report.process import run_section
 from harness.tokenizer import Bytes
+from scripts.gpu_report import unused
 from tests.helpers import run_python
 
 
@@ -22,70 +26,57 @@ def report_in(folder: Path) -> tuple[dict, str]:
     return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
 
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory) -> tuple[dict, str, str]:
-    """The whole report of a dry run: its JSON, its Markdown, and what was printed."""
-    folder = tmp_path_factory.mktemp("gpu_report")
+@pytest.mark.slow
+def test_a_dry_run_of_the_whole_report(tmp_path):
+    """One test, since the run takes a minute of two cores."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(900))
-    documents = [("train", text), ("val", text[:2000])]
-    write_corpus(folder / "corpus", documents, Bytes(), source="a test")
-    done = run_script("--cpu", "--out", folder, "--corpus", folder / "corpus", cwd=folder)
-    report, document = report_in(folder)
-    failed = {section["section"]: section["error"] for section in report["sections"] if section["error"]}
-    assert not failed
+    write_corpus(tmp_path / "corpus", [("train", text), ("val", text[:2000])], Bytes(), source="a test")
+    done = run_script("--cpu", "--out", tmp_path, "--corpus", tmp_path / "corpus", "--seed", "1", cwd=tmp_path)
+    report, document = report_in(tmp_path)
+    assert {section["section"]: section["error"] for section in report["sections"]} == dict.fromkeys(SECTIONS)
     assert done.returncode == 0, done.stderr
-    return report, document, done.stdout
-
-
-@pytest.mark.slow
-def test_every_section_comes_to_its_end(dry_run):
-    report, document, printed = dry_run
-    assert [section["section"] for section in report["sections"]] == list(SECTIONS)
-    for section in report["sections"]:
-        assert section["rows"]
-        title = SECTIONS[section["section"]].title
-        assert f"## {title}" in document
-        assert f"\n{title}, " in printed
     assert document == markdown(report)
+    for section in report["sections"]:
+        title = SECTIONS[section["section"]].title
+        assert section["rows"]
+        assert f"## {title}" in document
+        assert f"\n{title}, " in done.stdout
+    rows = {section["section"]: section["rows"] for section in report["sections"]}
+    every_variant_is_exact_on_every_backend(rows["exactness"] + rows["exactness_shapes"])
+    every_kind_of_variant_steps_beside_the_baseline(rows["steps"] + rows["steps_variants"])
+    two_models_are_trained_and_diagnosed(rows["training"])
+    the_markdown_has_a_row_for_each_measurement(report, document)
 
 
-@pytest.mark.slow
-def test_every_variant_is_exact_on_every_backend(dry_run):
-    rows = [row for section in dry_run[0]["sections"][1::3] for row in section["rows"] if "verdict" in row]
+def every_variant_is_exact_on_every_backend(rows):
     assert {row["verdict"] for row in rows} == {"ok"}
     for backend in ("cuda_flash", "cuda_flash, compiled", "materialized"):
         assert backend in BACKENDS
-        found = {row["variant"] for row in rows if row["backend"] == backend}
-        assert found == set(VARIANTS)
+        assert {row["variant"] for row in rows if row["backend"] == backend} == set(VARIANTS)
 
 
-@pytest.mark.slow
-def test_every_variant_steps_beside_the_baseline(dry_run):
-    sections = {section["section"]: section["rows"] for section in dry_run[0]["sections"]}
-    rows = sections["steps"] + sections["steps_variants"]
+def every_kind_of_variant_steps_beside_the_baseline(rows):
     assert {row["variant"].split("/")[-1] for row in rows} == {"nanoGPT's loop", "full", "diagonal", "ste"}
     for row in rows:
         assert row["tokens/s"] == pytest.approx(1e3 * row["tokens"] / row["ms"])
         assert row["error, ms"] >= 0
-    curves = [row for row in sections["training"] if row["what"] == "curve"]
-    assert {row["normalizer"] for row in curves} == {"softmax", "softmax1"}
-    assert {row["script"] for row in sections["training"] if row["what"] == "summary"} == {
-        "activation_kurtosis",
-        "quantization",
-    }
 
 
-@pytest.mark.slow
-def test_the_markdown_has_a_row_for_each_measurement(dry_run):
-    report, document, _ = dry_run
+def two_models_are_trained_and_diagnosed(rows):
+    assert {row["normalizer"] for row in rows if row["what"] == "curve"} == {"softmax", "softmax1"}
+    scripts = {row["script"] for row in rows if row["what"] == "summary"}
+    assert scripts == {"activation_kurtosis", "quantization"}
+
+
+def the_markdown_has_a_row_for_each_measurement(report, document):
     lines = document.splitlines()
-    for section in report["sections"]:
-        for row in section["rows"]:
-            if "attention" in row:
-                start = f"| {row['attention']} | {row['forward + backward, ms']:.2f} ms, "
-                assert any(line.startswith(start) for line in lines)
-            if "variant" in row and "ms" in row:
-                assert any(line.startswith(f"| {row['variant']} | {row['ms']:.1f} ± ") for line in lines)
+    for row in (row for section in report["sections"] for row in section["rows"]):
+        if "attention" in row:
+            start = f"| {row['attention']} | {row['forward + backward, ms']:.2f} ms, "
+            assert any(line.startswith(start) for line in lines)
+        if "variant" in row and "ms" in row:
+            start = f"| {row['variant']} | {with_error(row['ms'], row['error, ms'], 1)} | "
+            assert any(line.startswith(start) for line in lines)
 
 
 @pytest.mark.slow
@@ -121,3 +112,35 @@ def test_without_a_card_it_says_so_in_one_line(tmp_path, monkeypatch):
     assert done.stderr.startswith("error: PyTorch sees no CUDA device")
     assert len(done.stderr.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_a_section_that_a_signal_ends_is_told(tmp_path, monkeypatch):
+    program = tmp_path / "crash"
+    program.write_text("#!/bin/sh\nkill -SEGV $$\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    entry = run_section("hardware", {"cpu": True, "report": []}, 60.0, tmp_path)
+    assert entry["error"] == "ended by signal 11"
+    assert entry["rows"] == []
+
+
+def test_a_section_without_time_is_not_started(tmp_path):
+    assert run_section("hardware", {}, 0.0, tmp_path)["error"].startswith("not started")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_earlier_report_is_never_overwritten(tmp_path):
+    stem = tmp_path / "2026-11-27_cpu"
+    assert unused(stem) == stem
+    stem.with_suffix(".json").write_text("{}")
+    assert unused(stem).name == "2026-11-27_cpu-2"
+    unused(stem).with_suffix(".json").write_text("{}")
+    assert unused(stem).name == "2026-11-27_cpu-3"
+
+
+def test_a_result_that_is_wrong_is_said_in_the_first_lines():
+    row = {"variant": "softmax1/full", "note": "", "verdict": "WRONG"}
+    report = {"card": "a card", "date": "today", "command": "c", "commit": "1", "seed": 0, "seconds": 1.0}
+    report["sections"] = [{"section": "steps", "rows": [row], "error": None, "seconds": 1.0}]
+    assert wrong_rows(report) == [row]
+    assert "**1 results are not as they should be**" in markdown(report)
