@@ -148,7 +148,7 @@ def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
 #     T                 2,048   4,096   8,192   16,384
 #     block by block    1.0     1.9     3.7     7.5 ms
 #     running sums      3.1     3.7     4.8     6.2 ms
-# 2 ms of the latter are launches, which torch.compile joins: compiled, the two meet at about 4,096.
+# Some 2 ms of the latter are launches, which torch.compile joins, so that the two meet earlier where it is compiled.
 LINEAR_FROM = 4096
 
 # value_gradient_on_cpu copies its inputs. Where q has more elements than this, it goes head by head to save memory.
