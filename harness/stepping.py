@@ -93,7 +93,8 @@ class Stepper:
 
     def compiled_error(self) -> float | None:
         """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly and
-        compiled: the largest over all parameters. None where nothing is compiled."""
+        compiled: the largest over all parameters. None where nothing is compiled; NaN where neither model's gradient is
+        finite, infinite where one of the two is."""
         if self.model is self.eager:
             return None
         x, y = next(self.batches)
@@ -105,6 +106,12 @@ class Stepper:
             del loss
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
+        finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]
+        if finite[0] != finite[1]:
+            return math.inf
+        finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]
+        if finite[0] != finite[1]:
+            return math.inf
         errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
         return torch.stack(errors).max().item()  # NaN if any of them is
 

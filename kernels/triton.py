@@ -234,7 +234,7 @@ def _block_sizes(q: Tensor, kernel: str) -> tuple[int, int, dict[str, int]]:
     """The rows of a program's own block, the rows that a step of its loop takes, and the launch options, for the kernel
     that computes the gradients of the "keys", of the "queries", or of the "values" alone.
 
-    For half types they are the fastest of 27 combinations, or within 9 % of it, timed with heads of 64 and 128 and
+    For half types they are the fastest of 26 combinations, or within 9 % of it, timed with heads of 64 and 128 and
     T = 1,024 and 4,096 on an H100 (benchmarks/). They fit into the 100 KB of shared memory that other cards have.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers

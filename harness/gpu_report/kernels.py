@@ -55,7 +55,7 @@ def run(task: Task) -> Iterator[dict]:
 def lost(T: int, D: int, error: WorkerError) -> dict:
     """The row of a shape that failed, which the others go on without."""
     print(f"T {T}, D {D}: {error}\n{error.log}", flush=True)
-    return {"T": T, "D": D, "attention": BASELINE, "note": str(error)[:200]}
+    return {"T": T, "D": D, "attention": BASELINE, "note": str(error)[:200], "verdict": "FAILED"}
 
 
 class Shape:

@@ -99,8 +99,10 @@ def judged(error: float | None) -> dict:
     """A row's `compiled_error`, None where nothing is compiled, and its verdict."""
     if error is None:
         return {"compiled_error": None}
-    if not math.isfinite(error):  # of both, if of one: STE's overflows in a deep model with a long context
+    if math.isnan(error):  # compiled or not: STE's overflows in a deep model with a long context
         return {"compiled_error": "gradient not finite"}
+    if math.isinf(error):
+        return {"compiled_error": "one gradient not finite", "verdict": "WRONG"}
     return {"compiled_error": error, "verdict": "ok" if error < COMPILED_ERROR else "WRONG"}
 
 
@@ -108,7 +110,7 @@ def lost(name: str, workers: dict[str, Worker], error: WorkerError) -> dict:
     """The row of a variant that failed, which the others go on without."""
     print(f"{name}: {error}\n{error.log}", flush=True)
     workers.pop(name).stop()
-    return {"variant": name, "note": str(error)[:200]}
+    return {"variant": name, "note": str(error)[:200], "verdict": "FAILED"}
 
 
 def present(rows: list[dict]) -> list[Table]:

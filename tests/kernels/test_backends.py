@@ -1,6 +1,7 @@
 """Which kernel computes attention, how one is forced, and what is refused."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,3 +83,24 @@ def test_cuda_chooses_a_fused_kernel_or_says_that_there_is_none():
     assert chosen(torch.bfloat16, stock=True) == "stock"
     with pytest.warns(UserWarning, match="float64"):
         assert chosen(torch.float64) == "materialized"
+
+
+@pytest.mark.parametrize(
+    ("capability", "D", "dtype", "dropout_p", "expected"),
+    [
+        ((9, 0), 64, torch.bfloat16, 0.0, "cuda_cudnn"),
+        ((9, 0), 64, torch.bfloat16, 0.1, "cuda_flash"),
+        ((9, 0), 256, torch.bfloat16, 0.0, "cuda_flash"),
+        ((9, 0), 64, torch.float32, 0.0, "cuda_efficient"),
+        ((8, 0), 256, torch.float16, 0.0, "cuda_flash"),
+        ((8, 9), 192, torch.float16, 0.0, "cuda_flash"),
+        ((8, 9), 256, torch.float16, 0.0, "cuda_efficient"),
+        ((7, 5), 64, torch.float16, 0.0, "cuda_efficient"),
+    ],
+)
+def test_a_gpu_gets_the_kernel_that_it_can_train_on(capability, D, dtype, dropout_p, expected, monkeypatch):
+    """By what a card says of itself; that the kernels then run there needs the card."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, size=torch.Size((1, 1, 128, D)).__getitem__)
+    assert attention_backend(q, q, dropout_p) == expected

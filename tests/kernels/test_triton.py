@@ -272,3 +272,18 @@ def test_what_one_pass_is_for(monkeypatch):
     assert not backends.one_pass("cuda_efficient", 64, 0.0)
     monkeypatch.setattr(backends, "TRITON", False)
     assert not backends.one_pass("cuda_flash", 64, 0.0)
+
+
+def test_straight_through_rows_beyond_float16_stay_finite(flash):
+    """Its dS is dP itself, which a scaled loss takes beyond 65,504, where dQ and dK may still be within it."""
+    q, k, v, g = inputs(1, 33, 16, torch.float16)
+    q, k = q / 4096, k / 4096
+    v, g = v.abs() * 100, g.abs() * 100  # dP is a sum of 16 products of some 6,400: beyond 65,504
+    assert (g.double() @ v.double().mT).tril().max() > torch.finfo(torch.float16).max
+    sink = torch.zeros(1, device=DEVICE)
+    gradients = attention_gradients(q, k, v, g, sink, "ste")
+    with materialized_attention():
+        expected = attention_gradients(*(x.double() for x in (q, k, v, g, sink)), "ste")
+    for found, right in zip(gradients[:2], expected[:2], strict=True):
+        assert found.isfinite().all()
+        assert (found - right).norm() < 4 * 2**-11 * right.norm()
