@@ -107,13 +107,10 @@ class Stepper:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
         finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]
-        if finite[0] != finite[1]:
-            return math.inf
-        finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]
-        if finite[0] != finite[1]:
-            return math.inf
-        errors = [(b - a).norm() / a.norm() for a, b in zip(*gradients, strict=True)]
-        return torch.stack(errors).max().item()  # NaN if any of them is
+        if not all(finite):
+            return math.inf if any(finite) else math.nan
+        differences = [(b - a).norm() for a, b in zip(*gradients, strict=True)]
+        return max((d / a.norm()).item() if d else 0.0 for d, a in zip(differences, gradients[0], strict=True))
 
     def describe(self) -> dict:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the

@@ -48,3 +48,22 @@ def test_what_it_says_of_a_step():
     assert found["flops"] == own.raw_model.flops_per_token() * 8 * 16
     assert math.isfinite(found["peak_flops"])
     assert own.compiled_error() is None
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "error"),
+    [(1.0, 1.0, 0.0), (1.0, 1.5, 0.5), (1.0, 0.0, 1.0), (1.0, math.nan, math.inf), (math.nan, 1.0, math.inf),
+     (math.nan, math.nan, math.nan)],
+)  # fmt: skip
+def test_a_compiled_gradient_is_compared_and_none_that_is_not_finite_is_hidden(eager, compiled, error):
+    own = stepper()
+
+    def scaled(factor: float):
+        def run(x, y):
+            logits, loss = own.raw_model(x, y)
+            return logits, loss * factor
+
+        return run
+
+    own.eager, own.model = scaled(eager), scaled(compiled)
+    assert own.compiled_error() == pytest.approx(error, abs=1e-3, nan_ok=True)

@@ -1,6 +1,7 @@
 """The GPU report's dry run: the same code on small shapes, from the command line to the tables."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from harness.gpu_report.document import markdown, wrong_rows
 from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS
 from harness.gpu_report.process import run_section
+from harness.gpu_report.steps import judged
 from harness.tokenizer import Bytes
 from scripts.gpu_report import unused
 from tests.helpers import run_python
@@ -144,3 +146,17 @@ def test_a_result_that_is_wrong_is_said_in_the_first_lines():
     report["sections"] = [{"section": "steps", "rows": [row], "error": None, "seconds": 1.0}]
     assert wrong_rows(report) == [row]
     assert "**1 results are not as they should be**" in markdown(report)
+
+
+@pytest.mark.parametrize(
+    ("error", "row"),
+    [
+        (None, {"compiled_error": None}),
+        (0.001, {"compiled_error": 0.001, "verdict": "ok"}),
+        (0.5, {"compiled_error": 0.5, "verdict": "WRONG"}),
+        (math.inf, {"compiled_error": "one gradient not finite", "verdict": "WRONG"}),
+        (math.nan, {"compiled_error": "gradient not finite"}),
+    ],
+)
+def test_a_compiled_gradient_is_judged(error, row):
+    assert judged(error) == row
