@@ -277,3 +277,45 @@ def explicit_weights(q, k, null_logit=None, scale=None):
         weights = torch.softmax(row, dim=-1)[..., -seen:]
         rows.append(torch.nn.functional.pad(weights, (0, T_k - seen)))
     return torch.stack(rows, dim=2)
+
+
+def curve_record(step: int) -> dict:
+    """A line of metrics.jsonl, as of a run that learns."""
+    loss = 1 + 4 * math.exp(-step / 100)
+    return {
+        "step": step,
+        "train/loss": loss,
+        "train/lr": 1e-3,
+        "train/grad_norm": 0.5 + 1 / (1 + step),
+        "train/tokens_per_second": 51234.5,
+        "val/loss": loss + 0.1,
+        "val/perplexity": math.exp(loss + 0.1),
+        "val/bits_per_byte": (loss + 0.1) / math.log(2),
+        "weight_kurtosis/a": 0.1,
+        "weight_kurtosis/b": step / 10,
+        "weight_kurtosis/c": 0.3,
+        "weight_kurtosis/constant": None,
+        "activation_kurtosis/val/h.0": -0.5 + step,
+    }
+
+
+def write_curves(folder: Path, records: list[dict] | None = None, end: str = "") -> str:
+    """A run's metrics.jsonl in the folder, whose path is returned; `end` is what stands after its last line."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(line) + "\n" for line in records or map(curve_record, range(0, 300, 10))]
+    (folder / "metrics.jsonl").write_text("".join(lines) + end)
+    return str(folder)
+
+
+def optimizer_of(model: GPT) -> torch.optim.AdamW:
+    return torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), lr=3e-3, betas=(0.9, 0.99))
+
+
+def train_by_hand(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
+    """So many steps of a tiny GPT, on random ids that follow from the step."""
+    for step in range(steps):
+        x = random_ids(4, 13, seed=step)
+        model(x[:, :-1], x[:, 1:])[1].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        optimizer.zero_grad()

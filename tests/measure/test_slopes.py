@@ -19,7 +19,7 @@ from measure.slopes import (
     random_direction,
 )
 from model import GPT
-from tests.helpers import every_normalizer, random_ids, tiny_gpt
+from tests.helpers import every_normalizer, optimizer_of, random_ids, tiny_gpt, train_by_hand
 
 
 def moved(model: GPT, direction: dict, tau: float) -> GPT:
@@ -83,19 +83,6 @@ def test_a_small_real_step_moves_the_attention_by_half_the_variance():
             torch.testing.assert_close(kl, h**2 * variance / 2, rtol=1e-2, atol=1e-13)
 
 
-def optimizer_of(model: GPT) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), lr=3e-3, betas=(0.9, 0.99))
-
-
-def train(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
-    for step in range(steps):
-        x = random_ids(4, 13, seed=step)
-        model(x[:, :-1], x[:, 1:])[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
-
-
 def info_of(optimizer) -> dict:
     return {"optimizer": copy.deepcopy(optimizer.state_dict()), "config": {"optimizer": {"grad_clip": 0.5, "lr": 7.0}}}
 
@@ -109,13 +96,13 @@ def next_update(model, batches, info: dict) -> dict:
 def test_adamw_is_the_next_update_of_the_run(backward):
     model = tiny_gpt(noise=0.3, normalizer="sink", backward=backward).double()
     optimizer = optimizer_of(model)
-    train(model, optimizer, steps=3)
+    train_by_hand(model, optimizer, steps=3)
     info, copied = info_of(optimizer), float64_copy(model)
     batch = random_ids(4, 13, seed=0)
     halves = [(half[:, :-1], half[:, 1:]) for half in batch.split(2)]  # the mean over two is that of the whole
     direction = next_update(copied, halves, info)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    train(model, optimizer, steps=1)
+    train_by_hand(model, optimizer, steps=1)
     for name, p in model.named_parameters():
         torch.testing.assert_close(direction[name], p.detach() - before[name], rtol=1e-9, atol=1e-15)
         # the copy is where it was, up to nothing
@@ -125,7 +112,7 @@ def test_adamw_is_the_next_update_of_the_run(backward):
 def test_adamw_by_hand():
     model = tiny_gpt(noise=0.3).double()
     optimizer = optimizer_of(model)
-    train(model, optimizer, steps=2)
+    train_by_hand(model, optimizer, steps=2)
     x = random_ids(4, 13, seed=9)
     batch = [(x[:, :-1], x[:, 1:])]
     direction = next_update(float64_copy(model), batch, info_of(optimizer) | {"config": {}})
@@ -161,7 +148,7 @@ def test_gradient_and_random_have_the_learning_rate_as_root_mean_square():
 def test_an_optimizer_state_that_is_not_there_or_does_not_fit():
     model = tiny_gpt(noise=0.3)
     optimizer = optimizer_of(model)
-    train(model, optimizer, steps=1)
+    train_by_hand(model, optimizer, steps=1)
     info, x = info_of(optimizer), random_ids(4, 13)
     batch = [(x[:, :-1], x[:, 1:])]
     fresh = {"optimizer": optimizer_of(tiny_gpt(noise=0.3)).state_dict()}
@@ -172,6 +159,6 @@ def test_an_optimizer_state_that_is_not_there_or_does_not_fit():
         with pytest.raises(UserError, match=r"does not fit its model.*--direction gradient"):
             next_update(float64_copy(tiny_gpt(noise=0.3, **changes)), batch, info)
     momentum = torch.optim.SGD(model.parameter_groups(0.1), lr=0.1, momentum=0.9)
-    train(model, momentum, steps=1)
+    train_by_hand(model, momentum, steps=1)
     with pytest.raises(UserError, match="--direction gradient"):
         next_update(float64_copy(model), batch, info_of(momentum))

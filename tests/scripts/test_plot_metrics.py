@@ -10,35 +10,9 @@ import pytest
 from harness import curves
 from harness.errors import run_cli
 from scripts import plot_metrics
-from tests.helpers import run_python
+from tests.helpers import curve_record, run_python, write_curves
 
 PNG = b"\x89PNG\r\n\x1a\n"
-
-
-def record(step: int) -> dict:
-    loss = 1 + 4 * math.exp(-step / 100)
-    return {
-        "step": step,
-        "train/loss": loss,
-        "train/lr": 1e-3,
-        "train/grad_norm": 0.5 + 1 / (1 + step),
-        "train/tokens_per_second": 51234.5,
-        "val/loss": loss + 0.1,
-        "val/perplexity": math.exp(loss + 0.1),
-        "val/bits_per_byte": (loss + 0.1) / math.log(2),
-        "weight_kurtosis/a": 0.1,
-        "weight_kurtosis/b": step / 10,
-        "weight_kurtosis/c": 0.3,
-        "weight_kurtosis/constant": None,
-        "activation_kurtosis/val/h.0": -0.5 + step,
-    }
-
-
-def write_run(folder: Path, records: list[dict] | None = None, end: str = "") -> str:
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [json.dumps(line) + "\n" for line in records or map(record, range(0, 300, 10))]
-    (folder / "metrics.jsonl").write_text("".join(lines) + end)
-    return str(folder)
 
 
 @pytest.fixture
@@ -75,7 +49,7 @@ def titles(monkeypatch) -> list[str]:
 
 def test_one_run(plot, tmp_path, monkeypatch):
     seen = titles(monkeypatch)
-    status, stdout, stderr = plot(write_run(tmp_path / "out" / "softmax"))
+    status, stdout, stderr = plot(write_curves(tmp_path / "out" / "softmax"))
     assert (status, stderr) == (0, "")
     picture = tmp_path / "out" / "softmax" / "curves.png"
     assert picture.read_bytes().startswith(PNG)
@@ -98,7 +72,7 @@ def test_one_run(plot, tmp_path, monkeypatch):
 
 
 def test_several_runs_go_to_a_folder_of_their_own(plot, tmp_path):
-    runs = [write_run(tmp_path / "out" / name) for name in ("softmax", "softmax1")]
+    runs = [write_curves(tmp_path / "out" / name) for name in ("softmax", "softmax1")]
     status, stdout, _ = plot(runs[0], runs[1] + "/metrics.jsonl", runs[0])
     assert status == 0
     assert (tmp_path / "out/plot_metrics/curves.png").read_bytes().startswith(PNG)
@@ -107,7 +81,7 @@ def test_several_runs_go_to_a_folder_of_their_own(plot, tmp_path):
 
 def test_perplexity_stands_in_for_bits_per_byte(plot, tmp_path, monkeypatch):
     seen = titles(monkeypatch)
-    run = write_run(tmp_path / "run", [{"step": 0, "val/perplexity": 65.0}, {"step": 5, "val/perplexity": 20.0}])
+    run = write_curves(tmp_path / "run", [{"step": 0, "val/perplexity": 65.0}, {"step": 5, "val/perplexity": 20.0}])
     assert plot(run)[0] == 0
     assert seen == ["Validation perplexity"]
 
@@ -118,7 +92,7 @@ def test_steps_may_miss_metrics_and_metrics_may_be_null_or_diverge(plot, tmp_pat
         {"step": 10, "train/loss": math.nan, "val/loss": math.inf},
         {"step": 20, "train/loss": 4.0},
     ]
-    run = write_run(tmp_path / "run", lines)
+    run = write_curves(tmp_path / "run", lines)
     status, stdout, _ = plot(run)
     assert status == 0
     assert "grad_norm" not in stdout
@@ -130,7 +104,7 @@ def test_steps_may_miss_metrics_and_metrics_may_be_null_or_diverge(plot, tmp_pat
 
 def test_chosen_metrics(plot, tmp_path, monkeypatch):
     seen = titles(monkeypatch)
-    run = write_run(tmp_path / "run")
+    run = write_curves(tmp_path / "run")
     assert plot(run, "--out", "new/few.pdf", "--metrics", "weight_kurtosis/", "train/l")[0] == 0
     assert seen == ["loss", "lr", "a", "b", "c"]  # "constant" has no finite value
     assert (tmp_path / "new/few.pdf").read_bytes().startswith(b"%PDF")
@@ -139,30 +113,32 @@ def test_chosen_metrics(plot, tmp_path, monkeypatch):
 
 def test_too_many_panels(plot, tmp_path):
     many = {f"weight_kurtosis/{i}": 1.0 for i in range(100)}
-    assert_error(plot(write_run(tmp_path / "run", [{"step": 0} | many]), "--metrics", "weight"), "100", "longer")
+    assert_error(plot(write_curves(tmp_path / "run", [{"step": 0} | many]), "--metrics", "weight"), "100", "longer")
 
 
 @pytest.mark.parametrize(
     "line", ['{"step": 10, "train/lo', "[1, 2]", '{"train/loss": 3.0}', '{"step": 5, "train/loss": "high"}', "", "\0"]
 )
 def test_a_malformed_line_is_named(plot, tmp_path, line):
-    run = write_run(tmp_path / "run", [record(0), record(10)], end=line + "\n" + json.dumps(record(30)) + "\n")
+    run = write_curves(
+        tmp_path / "run", [curve_record(0), curve_record(10)], end=line + "\n" + json.dumps(curve_record(30)) + "\n"
+    )
     assert_error(plot(run), "metrics.jsonl:3:")
 
 
 def test_missing_and_empty_runs(plot, tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_curves(tmp_path / "run")
     assert_error(plot(run, "out/nowhere"), "out/nowhere: no such file")
     (tmp_path / "fresh").mkdir()
     assert_error(plot("fresh"), "fresh/metrics.jsonl: no such file")
     (tmp_path / "fresh/metrics.jsonl").touch()
     assert_error(plot("fresh"), "fresh/metrics.jsonl: no metrics")
     assert_error(plot(), "RUN", "--help")
-    assert_error(plot(write_run(tmp_path / "other", [{"step": 0, "mine/x": 1.0}])), "mine/", "--metrics")
+    assert_error(plot(write_curves(tmp_path / "other", [{"step": 0, "mine/x": 1.0}])), "mine/", "--metrics")
 
 
 def test_bad_places_for_the_picture(plot, tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_curves(tmp_path / "run")
     assert_error(plot(run, "--out", "curves.jsonl"), "curves.jsonl", ".jsonl")
     assert_error(plot(run, "--out", "curves"), "curves", "name it like")
     assert_error(plot(run, "--out", "run/metrics.jsonl/curves.png"), "a file is in the way")
@@ -172,6 +148,6 @@ def test_bad_places_for_the_picture(plot, tmp_path):
 
 @pytest.mark.slow
 def test_runs_from_any_folder(tmp_path):
-    run = write_run(tmp_path / "run")
+    run = write_curves(tmp_path / "run")
     done = run_python("scripts/plot_metrics.py", run, cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")

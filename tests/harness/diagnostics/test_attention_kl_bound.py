@@ -17,20 +17,7 @@ from measure.slopes import (
     random_direction,
 )
 from model import GPT, GPTConfig
-from tests.helpers import VARIANTS, every_normalizer, random_ids, save_model, tiny_corpus, tiny_gpt
-
-
-def optimizer_of(model: GPT) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), lr=3e-3, betas=(0.9, 0.99))
-
-
-def train(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
-    for step in range(steps):
-        x = random_ids(4, 13, seed=step)
-        model(x[:, :-1], x[:, 1:])[1].backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
-        optimizer.step()
-        optimizer.zero_grad()
+from tests.helpers import VARIANTS, every_normalizer, optimizer_of, save_model, tiny_corpus, tiny_gpt, train_by_hand
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +28,7 @@ def run_folder(tmp_path_factory):
     for normalizer in VARIANTS:
         model = tiny_gpt(noise=0.3, normalizer=normalizer)
         optimizer = optimizer_of(model)
-        train(model, optimizer, steps=2)
+        train_by_hand(model, optimizer, steps=2)
         save_model(model, folder / normalizer / "best.pt", folder / "corpus", step=2)
         save_model(model, folder / normalizer / "ckpt.pt", folder / "corpus", step=2, optimizer=optimizer.state_dict())
     return folder
