@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from kernels.backends import attention_backend, use_backend
 from kernels.fused import FusedAttention
+from kernels.loss import linear_cross_entropy
 
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
@@ -449,9 +450,13 @@ class GPT(nn.Module):
         if isinstance(module, nn.Linear) and module.bias is not None:
             nn.init.zeros_(module.bias)
 
-    def forward(self, idx: Tensor, targets: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored (or None)."""
-        logits = self.lm_head(self.features(idx))
+    def forward(self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True) -> tuple[Any, Tensor | None]:
+        """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored (or None).
+        Not `with_logits`, the logits are None, and never in memory all at once."""
+        x = self.features(idx)
+        if targets is not None and not with_logits:
+            return None, linear_cross_entropy(x, self.lm_head.weight, targets)
+        logits = self.lm_head(x)
         if targets is None:
             return logits, None
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss is summed in float32 at least

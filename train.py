@@ -91,7 +91,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         with torch.no_grad(), autocast:
             for batch in batches[ranks.rank :: ranks.size]:
                 x, y = gather(tokens, batch, block_size, device)
-                _, loss = model(x, y)
+                _, loss = model(x, y, with_logits=False)
                 if targets := int((y >= 0).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
@@ -200,7 +200,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             last = micro_step == micro_steps - 1  # gradients are averaged over the ranks once a step
             with contextlib.nullcontext() if ranks.size == 1 or last else wrapped.no_sync():
                 with autocast:
-                    logits, loss = wrapped(x, y)
+                    logits, loss = wrapped(x, y, with_logits=reference is not None)
                     penalty, kl = reference.penalty(x, logits) if reference else (0.0, {})
                 scaler.scale((loss + penalty) / micro_steps).backward()
             for name, value in {"train/loss": loss.detach(), **kl}.items():

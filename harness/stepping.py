@@ -69,7 +69,7 @@ class Stepper:
             x, y = next(self.batches)
             laps.end("data")
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
-                logits, loss = self.model(x, y)
+                logits, loss = self.model(x, y, with_logits=self.reference is not None)
                 laps.end("forward")
                 if self.reference:
                     loss = loss + self.reference.penalty(x, logits)[0]
@@ -101,7 +101,7 @@ class Stepper:
         gradients = []
         for model in (self.eager, self.model):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
-                _, loss = model(x, y)
+                _, loss = model(x, y, with_logits=False)
             gradients.append(torch.autograd.grad(loss, list(self.raw_model.parameters())))
             del loss
         if self.device.type == "cuda":
@@ -137,6 +137,6 @@ class NanoGPT(nn.Module):
         super().__init__()
         self.gpt = gpt
 
-    def forward(self, idx: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, idx: Tensor, targets: Tensor, with_logits: bool = True) -> tuple[Tensor, Tensor]:
         logits = self.gpt.lm_head(self.gpt.features(idx))  # (B, T, V)
         return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)

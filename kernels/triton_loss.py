@@ -1,0 +1,60 @@
+"""The cross-entropy of rows of logits and its slopes, in one kernel, for NVIDIA GPUs, in Triton.
+
+In PyTorch's own functions each row is read or written about six times, in float32 half of these; here it is read twice,
+the second time from the cache, and written once.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def _cross_entropy_kernel(
+    logits, targets, losses, ignored, V: tl.constexpr, SLOPES: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One row: its loss, and its logits x overwritten by exp(x − logsumexp) − [target]."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * V
+    target = tl.load(targets + row)
+    if target == ignored:
+        tl.store(losses + row, 0.0)
+        if SLOPES:
+            for start in range(0, V, BLOCK):
+                columns = start + tl.arange(0, BLOCK)
+                tl.store(logits + columns, tl.full((BLOCK,), 0.0, logits.dtype.element_ty), mask=columns < V)
+        return
+
+    at_target = tl.load(logits + target).to(tl.float32)
+    largest, total = float("-inf"), 0.0
+    for start in range(0, V, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(x, 0))
+        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        largest = larger
+    lse = largest + tl.log(total)
+    tl.store(losses + row, lse - at_target)
+    if SLOPES:
+        for start in range(0, V, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
+            slope = tl.exp(x - lse) - tl.where(columns == target, 1.0, 0.0)
+            tl.store(logits + columns, slope.to(logits.dtype.element_ty), mask=columns < V)
+
+
+BLOCK, WARPS = 8192, 16
+
+
+def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, slopes: bool) -> Tensor:
+    """The losses (N), float32, of logits (N, V), contiguous, float32 or a half type, and targets (N) int64: 0 where
+    ignored. If `slopes`, the logits are overwritten by the losses' slopes."""
+    N, V = logits.shape
+    losses = torch.empty(N, dtype=torch.float32, device=logits.device)
+    block = min(BLOCK, triton.next_power_of_2(V))
+    with torch.cuda.device_of(logits):
+        _cross_entropy_kernel[(N,)](
+            logits, targets, losses, ignore_index, V, SLOPES=slopes, BLOCK=block, num_warps=WARPS
+        )
+    return losses
