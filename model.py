@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from kernels.backends import attention_backend, use_backend
 from kernels.fused import FusedAttention
-from kernels.loss import linear_cross_entropy
+from kernels.loss import cross_entropy, linear_cross_entropy
 
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
@@ -426,41 +426,34 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        self.transformer = nn.ModuleDict(
-            {
-                "wte": nn.Embedding(config.vocab_size, config.n_embd),
-                "wpe": nn.Embedding(config.block_size, config.n_embd),
-                "drop": nn.Dropout(config.dropout),
-                "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-                "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-            }
-        )
+        modules = {
+            "wte": nn.Embedding(config.vocab_size, config.n_embd),
+            "wpe": nn.Embedding(config.block_size, config.n_embd),
+            "drop": nn.Dropout(config.dropout),
+            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
+        }
+        self.transformer = nn.ModuleDict(modules)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         self.lm_head.weight = self.transformer.wte.weight  # tied
 
-        self.apply(self._init_weights)
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
             if name.endswith("c_proj.weight"):  # the residual stream sums 2·n_layer branches: keep its variance (GPT-2)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
-    @staticmethod
-    def _init_weights(module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=0.02)
-        if isinstance(module, nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-    def forward(self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True) -> tuple[Any, Tensor | None]:
-        """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored (or None).
-        Not `with_logits`, the logits are None, and never in memory all at once."""
+    def forward(self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True) -> tuple[Any, Any]:
+        """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored, or None
+        without targets. Not `with_logits`: None and the loss, and the logits are never in memory all at once."""
         x = self.features(idx)
-        if targets is not None and not with_logits:
+        if not with_logits:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)
-        if targets is None:
-            return logits, None
-        wide = logits.to(torch.promote_types(logits.dtype, torch.float32))  # the loss is summed in float32 at least
-        return logits, F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1), ignore_index=-1)
+        return logits, None if targets is None else cross_entropy(logits, targets)
 
     def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
         """The final layer norm's output (B, T, C). With a cache, idx are the tokens that follow those in the cache."""

@@ -92,18 +92,18 @@ class Stepper:
                 yield gather(tokens, own, block_size, self.device)
 
     def compiled_error(self) -> float | None:
-        """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly and
-        compiled: the largest over all parameters. None where nothing is compiled; NaN where neither model's gradient is
-        finite, infinite where one of the two is."""
+        """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly with
+        the loss over all logits, and as it trains, compiled: the largest over all parameters. None where nothing is
+        compiled; NaN where neither model's gradient is finite, infinite where one of the two is."""
         if self.model is self.eager:
             return None
         x, y = next(self.batches)
         gradients = []
-        for model in (self.eager, self.model):
+        for model, with_logits in ((self.eager, True), (self.model, False)):
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
-                _, loss = model(x, y, with_logits=False)
+                logits, loss = model(x, y, with_logits=with_logits)
             gradients.append(torch.autograd.grad(loss, list(self.raw_model.parameters())))
-            del loss
+            del logits, loss
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
         finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]

@@ -1,7 +1,5 @@
 """The cross-entropy of a linear layer's outputs, without all of its logits in memory."""
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -9,86 +7,82 @@ from torch.nn import functional as F
 from kernels.backends import TRITON
 
 # Rows of logits at a time. More of them cost memory, fewer read and write the sum of the weight's gradients more often.
-ROWS = {"cpu": 1024, "cuda": 4096}
+ROWS = {"cpu": 2048, "cuda": 4096}
 
 
-def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int = -1) -> Tensor:
-    """The mean of `F.cross_entropy(F.linear(x, weight), targets)` over the targets that are not `ignore_index`.
+IGNORED = -1
+"""the target that does not count"""
 
-    x (…, C), weight (V, C), targets (…) int64 → a scalar in float32 at least. Under autocast the products are computed
-    in its type, as a linear layer's are. The gradients of x and weight are computed together with the loss, a chunk of
-    rows at a time, and only scaled by the backward pass: so the logits need not be kept, nor computed twice (Hsu et
-    al. 2024, Liger Kernel).
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """The mean over the targets (…) that count, in nats, from logits (…, V); summed in float32 at least."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return F.cross_entropy(wide.view(-1, wide.size(-1)), targets.reshape(-1), ignore_index=IGNORED)
+
+
+def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """`cross_entropy(F.linear(x, weight), targets)` of x (…, C), weight (V, C) and targets (…), a chunk of rows at a
+    time.
+
+    The gradients of x and weight are computed together with the loss, and the backward pass only scales them: so the
+    logits need neither be kept nor computed twice (Hsu et al. 2024, "Liger Kernel").
     """
     if torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1), ignore_index)
+    return _LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, targets, ignore_index):
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        operator = torch.ops.offbyone.linear_cross_entropy
-        loss, count, sum_x, sum_weight = operator(x, weight, targets, ignore_index, wants_x, wants_weight)
-        ctx.save_for_backward(x, weight, targets, count, sum_x, sum_weight)
-        ctx.ignore_index = ignore_index
+    def forward(ctx, x, weight, targets):
+        ctx.wanted = ctx.needs_input_grad[:2]
+        loss, count, *sums = torch.ops.offbyone.linear_cross_entropy(x, weight, targets, *ctx.wanted)
+        ctx.save_for_backward(x, weight, targets, count, *sums)
         return loss
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, targets, count, *sums = ctx.saved_tensors
-        wanted = ctx.needs_input_grad[:2]
-        if (
-            torch.is_grad_enabled() and not torch.compiler.is_compiling()
-        ):  # the backward pass is to be differentiated in its turn
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # to be differentiated again: all the logits
+            inputs = [own for own, wants in zip((x, weight), ctx.wanted, strict=True) if wants]
             with torch.autocast(x.device.type, enabled=False):
-                loss = _readable(x, weight, targets, ctx.ignore_index)
-                inputs = [own for own, wants in zip((x, weight), wanted, strict=True) if wants]
-                gradients = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
-            return *(next(gradients) if wants else None for wants in wanted), None, None
-        factor = grad / count
-        # In the factor's type, float32 at least: rounded to a half type it would be off in all of a gradient alike.
-        scaled = ((factor * own).to(own.dtype) if wants else None for own, wants in zip(sums, wanted, strict=True))
-        return *scaled, None, None
-
-
-def _readable(x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int) -> Tensor:
-    logits = F.linear(x, weight.to(x.dtype))
-    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, targets, ignore_index=ignore_index)
+                loss = cross_entropy(F.linear(x, weight.to(x.dtype)), targets)
+            gradients = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
+            return *(next(gradients) if wants else None for wants in ctx.wanted), None
+        # The factor is float32 at least: rounded to a half type it would be off by the same in all of a gradient.
+        scaled = ((grad / count * own).to(own.dtype) for own in sums)
+        return *(own if wants else None for own, wants in zip(scaled, ctx.wanted, strict=True)), None
 
 
 @torch.library.custom_op("offbyone::linear_cross_entropy", mutates_args=())
-def _operator(
-    x: Tensor, weight: Tensor, targets: Tensor, ignore_index: int, wants_x: bool, wants_weight: bool
+def _by_chunks(
+    x: Tensor, weight: Tensor, targets: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), targets (N) → the mean loss; the number of targets that count; the gradients of the
-    *sum* of the losses with respect to x, in its type, and to weight, in weight's: empty where not wanted."""
-    rows = _rows(x)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    losses = x.new_empty(len(x), dtype=wide)
+    *sum* of the losses, with respect to x in its type and to weight in weight's: empty where not wanted. An operator of
+    its own, so that torch.compile need not see the loop."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
     sum_x, sum_weight = _empty_sums(x, weight, wants_x, wants_weight)
+    sum_weight.zero_()
+    total, matrix, start = x.new_zeros((), dtype=dtype), weight.to(x.dtype), 0
     with torch.autocast(x.device.type, enabled=False):
-        matrix = weight.to(x.dtype)
-        sum_weight.zero_()
-        for start in range(0, len(x), rows):
-            own, chunk = x[start : start + rows], slice(start, start + rows)
-            logits = own @ matrix.T
-            losses[chunk], slopes = _cross_entropy(logits, targets[chunk], ignore_index, wants_x or wants_weight)
+        for own, own_targets in zip(x.split(_rows(x)), targets.split(_rows(x)), strict=True):
+            losses, slopes = _losses_and_slopes(own @ matrix.T, own_targets, wants_x or wants_weight)
+            total += losses.sum()
             if wants_x:
-                torch.mm(slopes, matrix, out=sum_x[chunk])
+                torch.mm(slopes, matrix, out=sum_x[start : start + len(own)])
             if wants_weight:
                 _add_product(sum_weight, slopes.T, own)
-            del logits, slopes  # before the next chunk's are there
-    count = (targets != ignore_index).sum().to(wide)
-    return losses.sum() / count, count, sum_x, sum_weight
+            del slopes  # before the next chunk's are there
+            start += len(own)
+    count = (targets != IGNORED).sum().to(dtype)
+    return total / count, count, sum_x, sum_weight
 
 
-@_operator.register_fake
-def _(x, weight, targets, ignore_index, wants_x, wants_weight):
-    scalar = x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32))
-    return scalar, scalar.clone(), *_empty_sums(x, weight, wants_x, wants_weight)
+@_by_chunks.register_fake
+def _(x, weight, targets, wants_x, wants_weight):
+    loss, count = (x.new_empty((), dtype=torch.promote_types(x.dtype, torch.float32)) for _ in range(2))
+    return loss, count, *_empty_sums(x, weight, wants_x, wants_weight)
 
 
 def _empty_sums(x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
@@ -96,36 +90,30 @@ def _empty_sums(x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) ->
 
 
 def _rows(x: Tensor) -> int:
-    """As equal chunks as possible, of a multiple of 128 rows, which matrix products like."""
-    most = ROWS.get(x.device.type, ROWS["cuda"])
-    chunks = -(-len(x) // most)
+    """The rows of a chunk: as many in each as possible, and a multiple of 128, which matrix products like."""
+    chunks = -(-len(x) // ROWS.get(x.device.type, ROWS["cuda"]))
     return -(-len(x) // (128 * max(1, chunks))) * 128 or 128
 
 
-def _cross_entropy(logits: Tensor, targets: Tensor, ignore_index: int, slopes: bool) -> tuple[Tensor, Tensor]:
-    """logits (N, V), targets (N) → (N) losses, 0 where ignored, and, if wanted, dloss/dlogits (N, V) in logits' type and
-    memory."""
+def _losses_and_slopes(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[Tensor, Tensor]:
+    """logits (N, V), targets (N) → the losses (N), 0 where the target does not count, and, if wanted, their slopes
+    (N, V), dloss/dlogits, in logits' type. It may overwrite the logits."""
     if logits.is_cuda and TRITON and logits.dtype != torch.float64:
-        return _triton_kernel()(logits, targets, ignore_index, slopes), logits
+        from kernels.triton_loss import cross_entropy_
+
+        return cross_entropy_(logits, targets, IGNORED, slopes), logits
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    counted, places = targets != ignore_index, targets.clamp(min=0).unsqueeze(-1)
-    losses = -log_p.gather(-1, places).squeeze(-1) * counted
+    counts, places = targets != IGNORED, targets.clamp(min=0).unsqueeze(-1)
+    losses = -log_p.gather(-1, places).squeeze(-1) * counts
     if slopes:
         p = log_p.exp_()
-        p.scatter_add_(-1, places, torch.full_like(places, -1, dtype=p.dtype))
-        logits = p.mul_(counted.unsqueeze(-1)).to(logits.dtype)
+        p.scatter_add_(-1, places, p.new_full((), -1.0).expand(places.shape))
+        logits = p.mul_(counts.unsqueeze(-1)).to(logits.dtype)
     return losses, logits
 
 
-@functools.cache
-def _triton_kernel():
-    from kernels.triton_loss import cross_entropy_
-
-    return cross_entropy_
-
-
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a b; on CUDA a product of half types is added to a float32 total without being rounded first."""
+    """total += a b. On CUDA a product of half types is not rounded before it is added to a float32 total."""
     if total.dtype == a.dtype:
         total.addmm_(a, b)
     elif a.is_cuda and total.dtype == torch.float32:

@@ -1,13 +1,23 @@
 """The cross-entropy of rows of logits and its slopes, in one kernel, for NVIDIA GPUs, in Triton.
 
-In PyTorch's own functions each row is read or written about six times, in float32 half of these; here it is read twice,
-the second time from the cache, and written once.
+A row is read twice, the second time from the cache, and overwritten once; its sums are in float32.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+
+# Not tl.max and tl.sum, compiled functions themselves: the tests' interpreter, switched on late, cannot call those.
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _sum(a, b):
+    return a + b
 
 
 @triton.jit
@@ -31,8 +41,8 @@ def _cross_entropy_kernel(
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(logits + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(largest - larger) + tl.sum(tl.exp(x - larger), 0)
+        larger = tl.maximum(largest, tl.reduce(x, 0, _larger))
+        total = total * tl.exp(largest - larger) + tl.reduce(tl.exp(x - larger), 0, _sum)
         largest = larger
     lse = largest + tl.log(total)
     tl.store(losses + row, lse - at_target)
@@ -44,7 +54,7 @@ def _cross_entropy_kernel(
             tl.store(logits + columns, slope.to(logits.dtype.element_ty), mask=columns < V)
 
 
-BLOCK, WARPS = 8192, 16
+BLOCK, WARPS = 16384, 16  # the fastest of 15 pairs on an H100, for rows of 50,304 bfloat16 (benchmarks/)
 
 
 def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, slopes: bool) -> Tensor:

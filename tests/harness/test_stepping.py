@@ -59,8 +59,8 @@ def test_a_compiled_gradient_is_compared_and_none_that_is_not_finite_is_hidden(e
     own = stepper()
 
     def scaled(factor: float):
-        def run(x, y):
-            logits, loss = own.raw_model(x, y)
+        def run(x, y, with_logits):
+            logits, loss = own.raw_model(x, y, with_logits)
             return logits, loss * factor
 
         return run
