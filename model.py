@@ -450,7 +450,7 @@ class GPT(nn.Module):
         """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored, or None
         without targets. Not `with_logits`: None and the loss, and the logits are never in memory all at once."""
         x = self.features(idx)
-        if not with_logits:
+        if targets is not None and not with_logits:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)
         return logits, None if targets is None else cross_entropy(logits, targets)

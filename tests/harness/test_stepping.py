@@ -50,6 +50,34 @@ def test_what_it_says_of_a_step():
     assert own.compiled_error() is None
 
 
+@pytest.mark.parametrize("normalizer", ["softmax", "sink"])
+def test_a_step_reads_no_number_back_from_the_device(normalizer):
+    """On a GPU each of these operators would wait until all that was queued is done."""
+    own = stepper("--model.normalizer", normalizer, "--training.micro_batch_size", "4", "--training.compile", "false")
+    own.run(1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        own.run(2)
+    waiting = [event for event in profiler.events() if event.name in ("aten::_local_scalar_dense", "aten::nonzero")]
+    # (Only the CPU's AdamW reads the number of the step as a number.)
+    assert all("aten::_fused_adamw_" in ancestors(event) for event in waiting)
+
+
+def ancestors(event) -> list[str]:
+    return [event.name] + (ancestors(event.cpu_parent) if event.cpu_parent else [])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_does_not_wait_for_the_gpu():
+    own = stepper("--training.device", "cuda")
+    own.run(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        own.run(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize(
     ("eager", "compiled", "error"),
     [(1.0, 1.0, 0.0), (1.0, 1.5, 0.5), (1.0, 0.0, 1.0), (1.0, math.nan, math.inf), (math.nan, 1.0, math.inf),
