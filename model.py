@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.backends import attention_backend, use_backend
-from kernels.fused import FusedAttention
+from kernels.fused import FusedAttention, SlopedProduct
 from kernels.loss import cross_entropy, linear_cross_entropy
 
 Backward = Literal["full", "diagonal", "ste"]
@@ -135,8 +135,8 @@ def attention(
     and a learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
     `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit.
-    `scale` multiplies q·k, 1/√D by default. The result can be differentiated once; under `materialized_attention()` as
-    often as you like. Raises ValueError, naming what was given and what is allowed.
+    `scale` multiplies q·k, 1/√D by default. The result can be differentiated as often as you like, from the second time
+    on in O(T²) memory. Raises ValueError, naming what was given and what is allowed.
     """
     _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale, parameters)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
@@ -155,7 +155,7 @@ def attention(
         raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
     if backend == "materialized":
         arguments = parameters if null_logit is None else {"null_logit": null_logit}
-        return _materialized_weights(q, k, entry, arguments, backward, dropout_p, scale).to(v.dtype) @ v
+        return _materialized(q, k, v, entry, arguments, backward, dropout_p, scale)
     # The fused kernels let query i see the keys up to i, whatever T_q and T_k: rows of zeros in front of q give each
     # query the number of its own key. CUDA's kernels also want D in multiples of 8.
     D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
@@ -221,28 +221,27 @@ def _null_logit(entry: Normalizer, given: Tensor | None, q: Tensor) -> Tensor | 
     return given
 
 
-def _materialized_weights(q, k, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float):
-    """The weights P (B, H, T_q, T_k) of `attention_rows` after dropout, with the derivative that `backward` chooses.
+def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float) -> Tensor:
+    """`P V` for the weights P (B, H, T_q, T_k) of `attention_rows` after dropout; `backward` chooses the gradient.
 
     A row's Jacobian, for a softmax `∂P/∂S = diag(P) − P Pᵀ`, has a local part on its diagonal, for a softmax
     `P(1 − P)`, and a lateral part off the diagonal.
     """
     scores = attention_scores(q, k, scale)
     if backward == "full":
-        return F.dropout(_weights(entry, scores, arguments), dropout_p)
-    # P of detached scores, plus slope·(S − S detached), which is 0 and has the slope as its derivative. The parameters,
-    # a null logit among them, are not detached: they keep their gradient. ste goes straight through the dropout too.
-    weights = _weights(entry, scores.detach(), arguments)
-    visible = ~scores.isneginf()
-    slope = visible.to(scores.dtype)
-    if backward == "diagonal":
+        return F.dropout(_weights(entry, scores, arguments), dropout_p).to(v.dtype) @ v
+    kept = F.dropout(torch.ones_like(scores), dropout_p) if dropout_p else 1
+
+    def weights_and_slope(scores: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        named = dict(zip(arguments, parameters, strict=True))
+        weights, hidden = _weights(entry, scores, named), scores.isneginf()
+        if backward == "ste":  # which goes straight through the dropout too
+            return weights * kept, (~hidden).to(scores.dtype)
         assert entry.diagonal is not None  # _check_backward has refused it otherwise
-        slope = entry.diagonal(scores.detach(), weights, **arguments).masked_fill(~visible, 0).detach()
-    if dropout_p:
-        kept = F.dropout(torch.ones_like(weights), dropout_p)
-        weights, slope = weights * kept, slope * kept if backward == "diagonal" else slope
-    finite = scores.masked_fill(~visible, 0)  # −∞ − −∞ would be NaN
-    return weights + slope * (finite - finite.detach())
+        return weights * kept, entry.diagonal(scores, weights, **named).masked_fill(hidden, 0) * kept
+
+    weights, slope = weights_and_slope(scores.detach(), *arguments.values())
+    return SlopedProduct.apply(scores, v, weights, slope.detach(), weights_and_slope, *arguments.values())
 
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)

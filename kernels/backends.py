@@ -61,9 +61,9 @@ SHORT = 64
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, fused: bool = True) -> str:
     """The kernel that computes attention on such q and k: "cpu_native" (kernels/cpu.py), PyTorch's "cpu_flash",
-    "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". It is "stock" for the variant that
-    PyTorch itself offers (`stock`): PyTorch's own function, which chooses a kernel by itself. A normalizer without a
-    fused form (`fused` False) is always materialized.
+    "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". Except on the first two it is "stock"
+    for the variant that PyTorch itself offers (`stock`): PyTorch's own function, which chooses a kernel by itself. A
+    normalizer without a fused form (`fused` False) is always materialized.
     """
     if _backend_in_use is not None:
         return _backend_in_use
@@ -72,7 +72,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and native():
             return "cpu_native"
-        return "stock" if stock else "cpu_flash"
+        return "cpu_flash"  # `stock` would choose the same kernel, but has no second derivatives
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = _is_ampere(q.device)

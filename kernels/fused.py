@@ -3,9 +3,10 @@
 Which kernel computes it is for backends.py to say; what PyTorch's kernels cannot do themselves is derived here.
 """
 
+import math
+
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from kernels.backends import one_pass
@@ -19,11 +20,14 @@ class FusedAttention(torch.autograd.Function):
     computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K`
     and `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row, to `lse₁ = log(exp(lse) + exp(b))` and
     `out₁ = out·exp(lse − lse₁)`: called with these, their backward gives the exact gradients with a null slot.
+
+    Where the gradients are to be differentiated again (`create_graph=True`), `differentiable_gradients` computes them.
     """
 
     @staticmethod
     def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
-        q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # as the kernels assume, unchecked
+        given = q, k, v
+        q, k, v = map(_contiguous_rows, given)
         if backend == "cpu_native":
             (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
         else:
@@ -32,16 +36,20 @@ class FusedAttention(torch.autograd.Function):
                 lse_1 = torch.logaddexp(lse, null_logit.to(lse.dtype).view(-1, *[1] * (lse.dim() - 2)))
                 share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # what the keys keep of a row's weight
                 out, lse = _scaled(out, share.view(*q.shape[:-1], 1)), lse_1
-        ctx.save_for_backward(q, k, v, out, lse, null_logit, *state)
+        # Not the copies, if there are any: a second derivative has to reach the tensors that were given.
+        ctx.save_for_backward(*given, out, lse, null_logit, *state)
         ctx.arguments = (backward, dropout_p, scale, backend)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
         backward, dropout_p, scale, backend = ctx.arguments
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        if torch.is_grad_enabled():  # only where a graph of the gradients is asked for
+            if dropout_p:
+                raise NotImplementedError(f"with dropout ({dropout_p}) backend {backend!r} has no second derivatives")
+            return *differentiable_gradients(q, k, v, null_logit, grad, backward, scale), None, None, None, None
+        q, k, v, grad = map(_contiguous_rows, (q, k, v, grad))
 
         def kernel(out, lse, scale):
             return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
@@ -83,6 +91,37 @@ class FusedAttention(torch.autograd.Function):
             # dL/db = −Σ P_null (g·out), in full whatever `backward`, which chooses the gradient of the scores alone.
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
         return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+
+
+def differentiable_gradients(q, k, v, null_logit, grad, backward: str, scale: float):
+    """(dQ, dK, dV, db) by their definition, in operations that autograd can differentiate: the derivative of these
+    formulas in q, k, v, b and grad is the exact one, whatever `backward`. In O(T²) memory."""
+    B, H, T, _ = q.shape
+    wide = torch.promote_types(q.dtype, torch.float32)
+    hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
+    with torch.autocast(q.device.type, enabled=False):
+        q_, k_, v_, g = (x.to(wide) for x in (q, k, v, grad))
+        scores = (scale * q_ @ k_.mT).masked_fill(hidden, -math.inf)
+        if null_logit is not None:  # one more column; a logit of +∞ would give ∞ / ∞
+            column = null_logit.to(wide).clamp(max=torch.finfo(wide).max).view(-1, 1, 1)
+            scores = torch.cat((scores, column.expand(B, H, T, 1)), dim=-1)
+        P, null = scores.softmax(-1).tensor_split([T], dim=-1)
+        dP = g @ v_.mT
+        mean = (P * dP).sum(-1, keepdim=True)
+        if backward == "full":
+            dS = P * (dP - mean)
+        elif backward == "diagonal":
+            dS = P * (1 - P) * dP
+        else:
+            dS = dP.tril()
+        gradients = scale * dS @ k_, scale * dS.mT @ q_, P.mT @ g
+    grad_null = None if null_logit is None else -(null * mean).sum((0, 2, 3)).to(null_logit.dtype)
+    return *(x.to(q.dtype) for x in gradients), grad_null
+
+
+def _contiguous_rows(x: Tensor) -> Tensor:
+    """x with its last dimension contiguous, which the kernels assume and do not check."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _scaled(out: Tensor, share: Tensor) -> Tensor:
@@ -213,3 +252,36 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
                 outside = sums[:, :1] if anticausal else sums[:, -1:]
             out[:, :, start : start + rows] = part.mul_(scale).view(B, H, -1, D)[:, :, :rows]
     return out
+
+
+# --- the readable form ------------------------------------------------------------------------------------------------
+
+
+class SlopedProduct(torch.autograd.Function):
+    """`P V` with `dL/dS = slope∘dL/dP`, whatever the weights P (…, T_q, T_k) are of the scores S and of the parameters;
+    V (…, T_k, D) and the parameters get their exact gradients.
+
+    `weights_and_slope` computes P and the slope from (scores, *parameters). Where the gradients are to be
+    differentiated again, it is part of what is differentiated, and so their derivative in S is exact. What it gives
+    for these scores is passed in, too: weights whose graph leads to the parameters alone, and a slope without a graph.
+    """
+
+    @staticmethod
+    def forward(ctx, scores, v, weights, slope, weights_and_slope, *parameters):
+        ctx.save_for_backward(scores, v, weights, slope, *parameters)
+        ctx.weights_and_slope = weights_and_slope
+        return weights.to(v.dtype) @ v
+
+    @staticmethod
+    def backward(ctx, grad):
+        scores, v, weights, slope, *parameters = ctx.saved_tensors
+        grad_weights = (grad @ v.mT).to(weights.dtype)
+        if not torch.is_grad_enabled():
+            rest = (None,) * (2 + len(parameters))
+            return slope * grad_weights, weights.to(v.dtype).mT @ grad, grad_weights, *rest
+        weights, slope = ctx.weights_and_slope(scores, *parameters)
+        grads = [
+            torch.autograd.grad(weights, p, grad_weights, create_graph=True)[0] if p.requires_grad else None
+            for p in parameters
+        ]
+        return slope * grad_weights, weights.to(v.dtype).mT @ grad, None, None, None, *grads

@@ -100,7 +100,7 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
         return [(q[0], k[0]) for _, q, k in captured]
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    with backward_mode(model, "full"):  # any other would give jvp a derivative that is not the attention's
+    with backward_mode(model, "full"):  # forward-mode differentiation has no other
         moved = torch.func.jvp(queries_and_keys, (parameters,), (direction,))
     primals, tangents = moved  # type: ignore[misc]  # the type allows for a third value, which only has_aux=True brings
 

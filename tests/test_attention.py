@@ -6,9 +6,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from model import (
     attention,
+    materialized_attention,
     softmax1,
 )
 from tests.helpers import (
@@ -223,6 +225,49 @@ def test_full_backward_is_the_derivative(variant, T_q, T_k):
         return attention(q, k, v, null_logit=b, **arguments)
 
     torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("T_q", "T_k"), [(4, 4), (2, 4), (65, 66)])  # the last on fused kernels, too
+@every_backward
+@every_variant
+@both_forms
+def test_second_derivatives_are_those_of_the_first_gradients(variant, backward, T_q, T_k, dropout_p, form):
+    """Against finite differences of dL/dq, dL/dk, dL/dv and dL/db as functions of q, k, v, b and dL/dO."""
+    arguments, _ = VARIANTS[variant]
+    inputs = [x.mT.contiguous().mT.detach().requires_grad_() for x in qkv(T_q, T_k)]  # kernels would copy these
+    if variant == "sink":
+        inputs.append(arguments["null_logit"].clone().requires_grad_())
+
+    def f(q, k, v, *b):
+        torch.manual_seed(0)  # the same weights are dropped each time
+        given = arguments | ({"null_logit": b[0]} if b else {})
+        return attention(q, k, v, backward=backward, dropout_p=dropout_p, **given)
+
+    with form():
+        torch.autograd.gradgradcheck(f, inputs, fast_mode=True)
+
+
+@every_backward
+@both_forms
+def test_forward_mode_is_the_derivative_or_refused(backward, form):
+    """The forward pass does not depend on `backward`, so neither may its derivative in forward mode."""
+    inputs = tuple(x.detach() for x in qkv(4, 4))
+    tangents = tuple(torch.randn_like(x) for x in inputs)
+
+    def f(*inputs):
+        return attention(*inputs, normalizer="softmax1", backward=backward)
+
+    with form(), forward_ad.dual_level():
+        duals = [forward_ad.make_dual(x, t) for x, t in zip(inputs, tangents, strict=True)]
+        if form is materialized_attention and backward == "full":
+            h = 1e-6
+            up, down = (f(*(x + s * h * t for x, t in zip(inputs, tangents, strict=True))) for s in (1, -1))
+            tangent = forward_ad.unpack_dual(f(*duals)).tangent
+            torch.testing.assert_close(tangent, (up - down) / (2 * h), rtol=1e-8, atol=1e-8)  # h², ε/h
+        else:
+            with pytest.raises(NotImplementedError, match="jvp"):
+                f(*duals)
 
 
 @every_shape

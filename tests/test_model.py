@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import model as model_module
 from harness.checkpoint import load_model
-from model import GPT, GPTConfig, sample
+from model import GPT, GPTConfig, materialized_attention, sample
 from tests.helpers import random_ids, shakespeares_nanogpt, tiny_gpt
 
 TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
@@ -172,6 +172,37 @@ def test_the_loss_of_a_float64_model_is_float64():
     expected = F.cross_entropy(logits.flatten(0, 1), tokens(3, 7).flip(1).flatten())
     assert loss.dtype == torch.float64
     torch.testing.assert_close(loss, expected)
+
+
+def hessian_vector_product(model: GPT, idx: torch.Tensor, vectors: list[torch.Tensor]) -> torch.Tensor:
+    """∂(g·v)/∂parameters of the loss's gradient g, all in one row."""
+    parameters = list(model.parameters())
+    gradients = torch.autograd.grad(model(idx, idx.roll(-1, 1))[1], parameters, create_graph=True)
+    product = sum((g * v).sum() for g, v in zip(gradients, vectors, strict=True))
+    return torch.cat([x.flatten() for x in torch.autograd.grad(product, parameters)])
+
+
+@every_attention
+def test_a_product_with_the_hessian_is_exact(normalizer, backward):
+    model = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()
+    idx = tokens(3, 12)
+    vectors = [torch.randn_like(p) for p in model.parameters()]
+    with materialized_attention():
+        readable = hessian_vector_product(model, idx, vectors)
+    for dtype, digits in ((torch.float64, 1e-13), (torch.float32, 1e-4)):
+        fused = hessian_vector_product(model.to(dtype), idx, [v.to(dtype) for v in vectors])
+        assert (fused - readable).norm() <= digits * readable.norm(), dtype
+    if backward == "full":  # of the others, what flows back through the forward pass is not its derivative
+        model.double()
+        h, gradients = 1e-6, []
+        for step in (h, -2 * h):
+            with torch.no_grad():
+                torch._foreach_add_(list(model.parameters()), vectors, alpha=step)
+            model.zero_grad()
+            model(idx, idx.roll(-1, 1))[1].backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        difference = (gradients[0] - gradients[1]) / (2 * h)
+        assert (difference - readable).norm() <= 1e-6 * readable.norm()  # h² times fourth derivatives, and ε/h
 
 
 @every_attention

@@ -114,6 +114,51 @@ def test_compiling_takes_the_attention_whole(variant, backward, dtype):
         torch.testing.assert_close(a, b, **ROUNDING[dtype])
 
 
+def product_of_second_derivatives(inputs, grad_out, along, **arguments):
+    out = attention(*inputs, **arguments)
+    gradients = torch.autograd.grad(out, inputs, grad_out, create_graph=True)
+    return torch.autograd.grad(gradients, inputs, along)
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_derivatives_have_the_digits_of_their_dtype(variant, backward, dtype):
+    arguments, _ = VARIANTS[variant]
+    inputs = qkv(65, 65, dtype=dtype)
+    grad_out, *along = (x.detach() for x in (*qkv(65, 65, 1, dtype)[:1], *qkv(65, 65, 2, dtype)))
+    products = product_of_second_derivatives(inputs, grad_out, along, backward=backward, **arguments)
+    exact_inputs = [x.detach().double().requires_grad_() for x in inputs]
+    exact_along = [x.double() for x in along]
+    with materialized_attention():
+        expected = product_of_second_derivatives(
+            exact_inputs, grad_out.double(), exact_along, backward=backward, **arguments
+        )
+    for a, b in zip(products, expected, strict=True):
+        assert a.dtype == dtype
+        assert (a.double() - b).norm() <= DIGITS[dtype] * b.norm()
+
+
+def test_no_second_derivative_is_wrong_in_silence():
+    q, k, v = qkv(6, 6, dtype=torch.float32)
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    (gradient,) = torch.autograd.grad(compiled(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward"):
+        torch.autograd.grad(gradient.sum(), q)
+
+    q, k, v = (torch.empty(B, H, 70, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    out = FusedAttention.apply(q, k, v, None, "full", 0.1, 0.125, "cuda_flash")
+    with pytest.raises(NotImplementedError, match=r"dropout \(0.1\).*'cuda_flash'"):  # its mask is the kernel's own
+        torch.autograd.grad(out.sum(), q, create_graph=True)
+
+    with use_backend("stock"):
+        q, k, v = qkv(6, 6)
+        (gradient,) = torch.autograd.grad(attention(q, k, v).square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="not implemented"):  # PyTorch's own kernels have none
+        torch.autograd.grad(gradient.sum(), q)
+
+
 # --- attention: against float64, and in how many digits ---------------------------------------------------------------
 
 # Relative to the magnitude before any cancellation: at ordinary logits a few roundings of each of the products and of
