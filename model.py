@@ -131,8 +131,8 @@ def attention(
     """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
-    `null_logit` (H,) gives every row one more slot, of that logit and with value zero: 0 is softmax1, log n softmax_n,
-    and a learned one, normalizer "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
+    `null_logit` (H,) gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0 softmax1, log n
+    softmax_n, ∞ gives zeros; a learned one, "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
     `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit.
     `scale` multiplies q·k, 1/√D by default. The result can be differentiated as often as you like, from the second time
@@ -214,11 +214,12 @@ def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) ->
 
 
 def _null_logit(entry: Normalizer, given: Tensor | None, q: Tensor) -> Tensor | None:
-    """The logit of each head's null slot (H,): the one given, or the entry's own number; None without such a slot."""
+    """The logit of each head's null slot (H,): the one given, or the entry's own number; None without such a slot. For
+    ±∞, of which the kernels would compute ∞ − ∞, a number beyond all scores: P, and so each result, is the same."""
     if isinstance(entry.null_logit, int | float):
-        dtype = torch.promote_types(q.dtype, torch.float32)
-        return torch.full((q.size(1),), entry.null_logit, dtype=dtype, device=q.device)
-    return given
+        finite, dtype = min(max(entry.null_logit, -1e30), 1e30), torch.promote_types(q.dtype, torch.float32)
+        return torch.full((q.size(1),), finite, dtype=dtype, device=q.device)
+    return None if given is None else given.to(torch.promote_types(given.dtype, torch.float32)).clamp(-1e30, 1e30)
 
 
 def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float) -> Tensor:
@@ -281,8 +282,7 @@ def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropou
     if null_logit is not None and not entry.is_softmax:
         raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
     if null_logit is not None and isinstance(entry.null_logit, int | float):
-        fixed = f"{normalizer} is the null logit {entry.null_logit:g}"
-        raise ValueError(f"{fixed}: a null_logit goes with normalizer 'sink' or 'softmax'")
+        raise ValueError(f"{normalizer} is the null logit {entry.null_logit:g}: a null_logit goes with sink or softmax")
     if null_logit is None and isinstance(entry.null_logit, str):
         raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
     if null_logit is not None and null_logit.shape != (q.size(1),):

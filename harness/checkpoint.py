@@ -1,4 +1,4 @@
-"""Checkpoints: written whole or not at all, read without running what is in them.
+"""Checkpoints: written whole or not at all, read with their checksums, and without running what is in them.
 
 One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's keys `model` (state dict) and `model_args`
 (the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
@@ -6,6 +6,9 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 
 import os
 import pickle
+import re
+import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +16,16 @@ import torch
 
 from harness.errors import UserError
 from harness.files import written_whole
-from model import GPT, GPTConfig
+from model import FLOATS, GPT, GPTConfig
 
 FORMAT = 1
 """The version of the checkpoints that are written here. It rises when an older reader would misunderstand the keys."""
+
+CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+"""The matrices that Hugging Face's GPT-2 keeps as (in, out); a Linear's are (out, in)."""
+
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of parameters."""
 
 
 def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
@@ -36,32 +45,93 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
     """The dict in a checkpoint of this project, nanoGPT or quietGPT. Nothing pickled is ever run. UserError, saying
-    which, for a file that is missing, truncated, foreign or holds code."""
+    which, for a file that is missing, truncated, damaged, foreign or holds code."""
     path = Path(path)
-    try:
-        checkpoint = torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name the checkpoint in it, {path / 'ckpt.pt'} say") from None
-    except (NotADirectoryError, PermissionError) as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except pickle.UnpicklingError as e:
-        raise UserError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values; nothing in it was run"
-        ) from e
-    except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
-        raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
+    checkpoint = read_torch_file(path, device)
     missing = [k for k in ("model", "model_args") if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing:
         raise UserError(
             f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}"
+            + _way_to_load(path, checkpoint)
         )
     if (version := checkpoint.get("format", FORMAT)) not in range(1, FORMAT + 1):
         raise UserError(
             f"{path} is a checkpoint of format {version!r}, and this version reads up to {FORMAT}: update it"
         )
     return checkpoint
+
+
+def read_torch_file(path: Path, device: str | torch.device = "cpu") -> Any:
+    """What torch.save has written to `path`, with the checksum of each record compared. UserError if it cannot be read,
+    is damaged, or holds anything but tensors and plain values."""
+    try:
+        check_records(path)
+        return torch.load(path, map_location=device, weights_only=True)
+    except FileNotFoundError:
+        raise UserError(f"no checkpoint {path}") from None
+    except IsADirectoryError:
+        name = f"hf:{path}" if (path / "config.json").exists() else f"the checkpoint in it, {path / 'ckpt.pt'} say"
+        raise UserError(f"{path} is a folder: name {name}") from None
+    except (NotADirectoryError, PermissionError) as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
+    except pickle.UnpicklingError as e:
+        found = re.search(r"GLOBAL (\S+)", str(e))
+        held = f" (such as {found[1]})" if found else ""
+        raise UserError(
+            f"{path} is not a checkpoint, or holds more than tensors and plain values{held}; nothing in it was run. "
+            "Where it was made, write {'model': state_dict, 'model_args': {…}} alone with torch.save"
+        ) from e
+    except UserError:
+        raise
+    except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
+        if path.suffix == ".safetensors":
+            raise UserError(f"{path} is not a checkpoint: name the folder that it is in, hf:{path.parent}") from e
+        raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
+
+
+def check_records(path: Path) -> None:
+    """UserError unless every record of the zip file at `path` has the CRC-32 that torch.save stored with it, which
+    torch.load does not look at. Files of another kind, such as those of PyTorch before 1.6, have no checksums."""
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as file:
+            records = file.infolist()
+            if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
+                return
+            folders = [record.filename for record in records if record.external_attr & 0x10]  # torch.load reads none
+            damaged = folders[0] if folders else file.testzip()
+    except Exception as e:  # a name, an offset or a flag that is not what was written
+        raise UserError(f"{path} is damaged ({_first_line(e)}): use another copy of it") from e
+    if damaged:
+        raise UserError(f"{path} is damaged: its record {damaged} is not what was written; use another copy of it")
+
+
+def _way_to_load(path: Path, content: Any) -> str:
+    """How to go on with a file that holds the weights of a GPT-2 and not its model_args; empty if it does not."""
+    nested = [k for k in ("state_dict", "model") if isinstance(content, dict) and isinstance(content.get(k), dict)]
+    state = content[nested[0]] if nested else content
+    try:
+        args = _model_args_of(clean_state_dict(state))
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+        return ""
+    if (path.parent / "config.json").exists():
+        return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
+    loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
+    known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
+    return (
+        f". It holds weights: put n_head and activation ('gelu_tanh' as GPT-2, 'gelu' as nanoGPT) beside them by "
+        f"torch.save({{'model': {loaded}, 'model_args': {{{known}, 'n_head': …, 'activation': …}}}}, 'ckpt.pt')"
+    )
+
+
+def _model_args_of(state: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """The model_args that a clean state dict's shapes tell."""
+    vocab_size, n_embd = state["transformer.wte.weight"].shape
+    layers = {int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")}
+    block_size, bias = len(state["transformer.wpe.weight"]), "transformer.ln_f.bias" in state
+    sizes = {"n_layer": len(layers), "n_embd": n_embd, "block_size": block_size, "vocab_size": vocab_size}
+    return sizes | {"bias": bias}
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
@@ -81,30 +151,74 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error."""
     try:
+        state = clean_state_dict(checkpoint["model"])
         model = GPT(model_config(checkpoint["model_args"]))
-        model.load_state_dict(clean_state_dict(checkpoint["model"]))
+        names = model.state_dict().keys()
+        for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
+            if found:
+                raise ValueError(f"the weights {problem} {_listed(found)}")
+        model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
     return model
 
 
 def model_config(model_args: dict[str, Any]) -> GPTConfig:
-    """The GPTConfig of a checkpoint's model_args: ours, or nanoGPT's (exact GELU), or quietGPT's (`use_softmax1`)."""
+    """The GPTConfig of a checkpoint's model_args: ours, or nanoGPT's (exact GELU), or quietGPT's (`use_softmax1`). A
+    float that is a whole number, as JSON and YAML may make of one, counts as an integer; TypeError for other types."""
     args = dict(model_args)
     if "use_softmax1" in args:
         args["normalizer"] = "softmax1" if args.pop("use_softmax1") else "softmax"
     elif "activation" not in args:
         args["activation"] = "gelu"
+    for field in fields(GPTConfig):
+        if field.type is int and field.name in args and type(value := args[field.name]) is not int:
+            if not (isinstance(value, float) and value.is_integer()):
+                raise TypeError(f"{field.name} is {value!r}, but must be an integer")
+            args[field.name] = int(value)
     return GPTConfig(**args)
 
 
-def clean_state_dict(state: dict[str, Any]) -> dict[str, Any]:
-    """The state dict without torch.compile's prefix on every name, and without the causal masks (1, 1, T, T) that older
-    models store as buffers `attn.bias`. Only the shape tells those: a normalizer may have a parameter called bias."""
-    mask = {k for k, v in state.items() if k.endswith(".attn.bias") and v.dim() == 4}
-    return {k.removeprefix("_orig_mod."): v for k, v in state.items() if k not in mask}
+def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """A GPT-2's weights as this model names and shapes them, whoever wrote them.
+
+    Wrappers (torch.compile, DistributedDataParallel, …) and outer modules leave the names, and the model's trunk alone
+    gets its own. Hugging Face's matrices are transposed. The causal masks (1, 1, T, T), which older models store as
+    buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias. A
+    head that is not there is the embedding, to which it is tied. ValueError or TypeError, naming the weight, for a head
+    that is not tied, for integers (a quantized model), and where two weights come to one name.
+    """
+    unwrapped = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
+    trunk = next((n.removesuffix("wte.weight") for n in unwrapped.values() if f".{n}".endswith(".wte.weight")), "")
+    clean: dict[str, torch.Tensor] = {}
+    for name, weight in state.items():
+        inner = unwrapped[name].removeprefix(trunk)
+        if (inner.endswith("attn.bias") and weight.dim() == 4) or inner.endswith("attn.masked_bias"):
+            continue
+        if weight.dtype not in FLOATS:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise TypeError(f"{name} is {dtype}: weights that were quantized cannot be loaded, save them as float32")
+        ours = f"transformer.{inner}" if unwrapped[name].startswith(trunk) else unwrapped[name]
+        if f".{ours}".endswith(".lm_head.weight"):
+            ours = "lm_head.weight"
+        if ours in clean:
+            raise ValueError(f"{name} and another of the weights are both {ours}")
+        clean[ours] = weight
+    c_attn, embedding = (clean.get(f"transformer.{name}.weight") for name in ("h.0.attn.c_attn", "wte"))
+    if c_attn is not None and c_attn.dim() == 2 and c_attn.size(1) == 3 * c_attn.size(0):
+        clean = {name: weight.t() if name.endswith(CONV1D) else weight for name, weight in clean.items()}
+    if embedding is not None:
+        head = clean.setdefault("lm_head.weight", embedding)
+        if head.shape != embedding.shape or not ((head == embedding) | (head.isnan() & embedding.isnan())).all():
+            raise ValueError("lm_head.weight is not transformer.wte.weight: a head that is not tied cannot be loaded")
+    return clean
+
+
+def _listed(names: set[str]) -> str:
+    shown = ", ".join(sorted(names)[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()]
+    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
     return lines[1] if len(lines) > 1 else lines[0]

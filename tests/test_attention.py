@@ -8,11 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from model import (
-    attention,
-    materialized_attention,
-    softmax1,
-)
+from kernels.backends import native, use_backend
+from model import attention, attention_rows, materialized_attention, softmax1
 from tests.helpers import (
     FLOAT64,
     ROUNDING,
@@ -159,11 +156,32 @@ def test_row_mass_lies_in_0_1_and_is_what_the_null_slot_leaves(variant, size, se
     torch.testing.assert_close(mass, expected, rtol=0, atol=2 * tolerance.item())  # both are rounded
 
 
-@both_dtypes
-def test_a_null_logit_of_minus_infinity_is_plain_softmax(dtype):
-    q, k, v = qkv(65, 65, dtype=dtype)
-    out = attention(q, k, v, null_logit=torch.full((H,), -math.inf, dtype=q.dtype))
-    torch.testing.assert_close(out, attention(q, k, v), **ROUNDING[dtype])
+@every_backward
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["materialized", "cpu_native", "cpu_flash"])
+def test_the_limits_of_the_null_logit_are_softmax_and_nothing(backend, dtype, backward):
+    """−∞: P is softmax's. +∞: P = 0, so that the output, dV = Pᵀg and dS = P∘(…) are 0, but for ste's dS = g Vᵀ, which
+    no P enters. The null logit's gradient −Σ P_null (g·out) is 0 in both: at −∞ P_null is, at +∞ out."""
+    if backend == "cpu_native" and (dtype == torch.float64 or not native()):
+        pytest.skip("no such kernel")
+    inputs = qkv(300, 300, dtype=dtype)  # beyond a tile, and where ste turns to running sums
+    g = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def results(**null_logit):
+        with use_backend(backend):
+            out = attention(*inputs, backward=backward, **null_logit)
+            return out, *torch.autograd.grad(out, (*inputs, *null_logit.values()), g)
+
+    infinite = torch.tensor([-math.inf, math.inf], dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+    *found, null_gradient = results(null_logit=infinite)
+    softmax = results()
+    nothing = [softmax[i] if backward == "ste" and i in (1, 2) else torch.zeros_like(g) for i in range(4)]
+    for x, least, greatest in zip(found, softmax, nothing, strict=True):
+        assert torch.equal(x[:, 0], least[:, 0])
+        assert torch.equal(x[:, 1], greatest[:, 1])
+    assert torch.equal(null_gradient, torch.zeros_like(null_gradient))
+    _, share = attention_rows(*inputs[:2], normalizer="sink", null_logit=infinite)
+    assert torch.equal(share, torch.tensor([0, 1]).view(1, H, 1, 1).expand_as(share))
 
 
 @every_backward

@@ -5,9 +5,11 @@ import io
 import math
 import os
 import pickle
+import random
 import re
 import resource
 import tarfile
+import zipfile
 from dataclasses import asdict
 
 import numpy as np
@@ -144,6 +146,49 @@ def test_an_interrupted_write_leaves_the_former_checkpoint(path, monkeypatch):
     assert os.listdir(path.parent) == ["ckpt.pt"]
 
 
+# --- damaged files ---------------------------------------------------------------------------------------------------
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, dict):
+        return isinstance(b, dict) and list(a) == list(b) and all(equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) and torch.is_tensor(b) else type(a) is type(b) and a == b
+
+
+def test_a_flipped_bit_is_refused_or_changes_nothing(path):
+    """Anywhere: in the weights, in the pickle of numbers and strings, in what the zip format keeps beside them."""
+    written, content = read_checkpoint(path), path.read_bytes()
+    with zipfile.ZipFile(path) as file:
+        directory = file.start_dir
+    generator, bits = random.Random(0), 8 * len(content)
+    anywhere = [generator.randrange(bits) for _ in range(200)]
+    # The directory at the end is small, and one bit of an entry in it, "this is a folder", hides its content.
+    entries = [generator.randrange(8 * directory, bits) for _ in range(100)]
+    folders = [8 * at + 8 * 38 + 4 for at in range(directory, len(content)) if content[at : at + 4] == b"PK\1\2"]
+    refused = 0
+    for bit in anywhere + entries + folders:
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            assert equal(read_checkpoint(path), written), f"bit {bit % 8} of byte {bit // 8}"
+        except UserError as error:
+            refused += bool(re.search("is damaged|is truncated", str(error)))
+    assert refused > 200
+
+
+def test_files_without_checksums_load(path, tmp_path):
+    written = read_checkpoint(path)
+    torch.save(written, tmp_path / "before_1.6.pt", _use_new_zipfile_serialization=False)
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save(written, tmp_path / "unchecked.pt")
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert equal(read_checkpoint(tmp_path / "before_1.6.pt"), written)
+    assert equal(read_checkpoint(tmp_path / "unchecked.pt"), written)
+
+
 # --- files that are no checkpoint -----------------------------------------------------------------------------------
 
 
@@ -224,7 +269,7 @@ def test_a_newer_format_is_refused(tmp_path, version):
 def test_code_in_a_file_is_never_run(tmp_path, write):
     victim, path = tmp_path / "victim", tmp_path / "ckpt.pt"
     write(checkpoint_of(random_gpt()) | {"optimizer": Malicious(str(victim))}, path)
-    refusal(path)
+    assert "nothing in it was run" in refusal(path)
     refusal(path, load_model)
     assert not victim.exists()
 
@@ -246,6 +291,8 @@ def test_a_folder(path):
     message = refusal(path.parent)
     assert "folder" in message
     assert str(path) in message  # what to name instead
+    (path.parent / "config.json").touch()
+    assert f"hf:{path.parent}" in refusal(path.parent)
 
 
 def test_a_path_through_a_file(path):
@@ -265,11 +312,99 @@ def test_a_path_through_a_file(path):
         {"model_args": asdict(CONFIG) | {"n_layer": 1}},
         {"model_args": asdict(CONFIG) | {"bias": False}},
         {"model_args": asdict(CONFIG) | {"normalizer": "softmax2"}},
+        {"model_args": asdict(CONFIG) | {"n_head": 2.5}},
+        {"model_args": asdict(CONFIG) | {"n_head": True}},
     ],
 )
 def test_weights_and_model_args_that_do_not_fit(path, change):
     torch.save(checkpoint_of(random_gpt()) | change, path)
     assert "do not fit" in refusal(path, load_model)
+
+
+def test_a_whole_number_written_as_a_float_is_that_integer(path):
+    torch.save(checkpoint_of(random_gpt()) | {"model_args": asdict(CONFIG) | {"n_head": 2.0, "n_layer": 2.0}}, path)
+    model, _ = load_model(path)
+    assert model.config == CONFIG
+    assert torch.equal(model(IDX)[0], random_gpt()(IDX)[0])
+
+
+# --- weights under other names, or of another kind --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"module.{name}",
+        lambda name: f"_orig_mod._orig_mod.module.{name}",
+        lambda name: name.replace(".h.1.", ".h.1._orig_mod."),  # each block compiled by itself
+        lambda name: f"model.{name}",  # as Lightning's
+        lambda name: name.replace("transformer.", "net.gpt."),
+        lambda name: None if name == "lm_head.weight" else name,
+        lambda name: None if name == "lm_head.weight" else name.removeprefix("transformer."),
+    ],
+)
+@pytest.mark.parametrize("nan", [False, True])
+def test_weights_under_other_names_load(path, rename, nan):
+    """A tied head too that is missing, or holds the same NaN as the embedding."""
+    state = random_gpt().state_dict()
+    state["transformer.wte.weight"] = state["transformer.wte.weight"].clone()  # in a file of its own memory
+    if nan:
+        state["transformer.wte.weight"][3, 2] = state["lm_head.weight"][3, 2] = math.nan
+    renamed = {rename(name): value for name, value in state.items() if rename(name)}
+    torch.save(checkpoint_of(random_gpt()) | {"model": renamed}, path)
+    loaded = load_model(path)[0].state_dict()
+    assert all(loaded[name].equal(value) or value.isnan().any() for name, value in state.items())
+    assert loaded["lm_head.weight"].isnan().sum() == nan
+
+
+def untied(state):
+    state["lm_head.weight"] = state["transformer.wte.weight"].clone()
+    state["lm_head.weight"][3, 2] += 1
+
+
+def of_another_vocabulary(state):
+    state["lm_head.weight"] = torch.zeros(13, 8)
+
+
+def surplus(state):
+    state |= {name.replace(".h.1.", ".h.2."): value for name, value in state.items() if ".h.1." in name}
+
+
+def int8(state):
+    state["transformer.h.0.attn.c_attn.weight"] = torch.ones(24, 8, dtype=torch.int8)
+
+
+def twice(state):
+    state["_orig_mod.transformer.ln_f.weight"] = torch.ones(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (untied, r"lm_head\.weight is not transformer\.wte\.weight.* not tied"),
+        (of_another_vocabulary, r"lm_head\.weight is not transformer\.wte\.weight"),
+        (surplus, r"also have transformer\.h\.2\.attn\.c_attn\.bias, .* and 9 more"),
+        (int8, r"transformer\.h\.0\.attn\.c_attn\.weight is int8: .*quantized"),
+        (twice, r"are both transformer\.ln_f\.weight"),
+    ],
+)
+def test_weights_that_this_model_has_no_place_for_are_refused_by_name(path, change, reason):
+    state = random_gpt().state_dict()
+    change(state)
+    torch.save(checkpoint_of(random_gpt()) | {"model": state}, path)
+    assert re.search(reason, refusal(path, load_model))
+
+
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
+def test_weights_alone_are_refused_with_the_command_that_makes_a_checkpoint_of_them(path, key, monkeypatch):
+    """A state dict, a Lightning checkpoint (with its prefix), and one of ours without model_args."""
+    state = {f"model.{name}": value for name, value in random_gpt().state_dict().items()}
+    torch.save({key: state, "epoch": 3} if key else state, path)
+    command = re.search(r"torch\.save\(.*\)", refusal(path, load_model))[0]
+    monkeypatch.chdir(path.parent)
+    exec(command.replace("'n_head': …, 'activation': …", "'n_head': 2, 'activation': 'gelu_tanh'"), {"torch": torch})
+    softmax = tiny_gpt(**vars(CONFIG) | {"normalizer": "softmax", "backward": "full"})
+    assert torch.equal(load_model(path.parent / "ckpt.pt")[0](IDX)[0], softmax(IDX)[0])
 
 
 # --- other projects' checkpoints ------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """GPT-2 weights from and to Hugging Face's class, which is also the model's independent peer."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -123,6 +124,144 @@ def test_softmax1_cannot_be_exported(tmp_path):
 def test_a_gpt2_that_this_model_cannot_express_is_refused_by_its_field(tmp_path, field, value):
     save_peer(tmp_path, **{field: value})
     assert field in refusal(tmp_path)
+
+
+def edit_config(folder, **changes) -> None:
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(folder, change, suffix=".safetensors") -> None:
+    """`change` the dict of weights in place, and write it as safetensors or as a .bin of PyTorch's."""
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    if suffix == ".safetensors":
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    else:
+        (folder / "model.safetensors").unlink()
+        torch.save(weights, folder / "pytorch_model.bin")
+
+
+def untied(weights):
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    weights["lm_head.weight"][3, 2] += 1
+
+
+def surplus(weights):
+    weights |= {name.replace(".h.1.", ".h.2."): value.clone() for name, value in weights.items() if ".h.1." in name}
+
+
+def int8(weights):
+    weights["transformer.h.0.attn.c_attn.weight"] = weights["transformer.h.0.attn.c_attn.weight"].to(torch.int8)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [(untied, "lm_head.weight is not"), (surplus, "transformer.h.2.attn"), (int8, "c_attn.weight is int8")],
+)
+def test_weights_that_this_model_has_no_place_for_are_refused(tmp_path, change, reason, suffix):
+    """An untied head under a config that says tied would otherwise be dropped, as transformers does."""
+    save_peer(tmp_path)
+    edit_weights(tmp_path, change, suffix)
+    assert reason in refusal(tmp_path)
+
+
+def prefixed(weights):
+    for name in list(weights):
+        weights[f"_orig_mod.module.{name}"] = weights.pop(name)
+
+
+def with_buffers(weights):
+    weights["lm_head.weight"] = weights["transformer.wte.weight"].clone()
+    for layer in (0, 1):
+        weights[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 16, 16)
+        weights[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("change", [lambda weights: None, prefixed, with_buffers])
+def test_weights_as_other_versions_wrote_them_give_the_peers_logits(tmp_path, change, suffix):
+    peer = save_peer(tmp_path)
+    edit_weights(tmp_path, change, suffix)
+    edit_config(tmp_path, n_head=2.0, _attn_implementation="flash_attention_2")  # neither changes what is computed
+    with torch.no_grad():
+        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
+
+
+def test_weights_in_several_files(tmp_path):
+    peer = save_peer(tmp_path)
+    peer.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
+    assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
+    assert torch.equal(load_gpt2(str(tmp_path / "parts"))(IDX)[0], load_gpt2(str(tmp_path))(IDX)[0])
+    next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
+    assert "which is not there" in refusal(tmp_path / "parts")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}},
+        {"n_head": 2.5},
+        {"n_head": "2"},
+        {"n_head": 0},
+        {"n_layer": None},
+        {"pruned_heads": {"0": [1]}},
+        {"activation_function": ["gelu"]},
+    ],
+)
+def test_a_config_that_cannot_be_followed_is_refused_by_its_key(tmp_path, changes):
+    save_peer(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert next(iter(changes)) in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("content", [None, "", "[1]", '{"n_head": '])
+def test_a_folder_without_a_readable_config(tmp_path, content):
+    save_peer(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+    assert "config.json" in refusal(tmp_path)
+
+
+def test_an_adapter_beside_the_weights_is_not_left_out(tmp_path):
+    save_peer(tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    assert "merge it" in refusal(tmp_path)
+
+
+class Malicious:
+    def __init__(self, victim):
+        self.victim = victim
+
+    def __reduce__(self):
+        return open, (self.victim, "w")
+
+
+def test_code_in_weights_is_never_run_and_damage_is_seen(tmp_path):
+    save_peer(tmp_path)
+    edit_weights(tmp_path, lambda weights: None, ".bin")
+    weights = tmp_path / "pytorch_model.bin"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    assert "is damaged" in refusal(tmp_path)
+    torch.save({"wte.weight": Malicious(str(tmp_path / "victim"))}, weights)
+    assert "nothing in it was run" in refusal(tmp_path)
+    weights.write_bytes(b"")
+    assert "pytorch_model.bin is truncated" in refusal(tmp_path)
+    assert not (tmp_path / "victim").exists()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_file_of_weights_is_refused_with_the_folder_to_name(tmp_path, suffix):
+    save_peer(tmp_path)
+    edit_weights(tmp_path, lambda weights: None, suffix)
+    file = next(path for path in tmp_path.iterdir() if path.suffix == suffix)
+    with pytest.raises(UserError, match=f"hf:{tmp_path}$"):
+        load_model(file)
 
 
 def test_another_architecture_is_refused(tmp_path):

@@ -254,6 +254,18 @@ def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, mon
 
 
 @pytest.mark.parametrize("backward", ["diagonal", "ste"])
+def test_the_limits_of_the_null_logit_are_softmax_and_nothing(backward, flash):
+    """As in tests/test_attention.py, in one pass."""
+    q, k, v, g = inputs(2, 33, 16, torch.bfloat16)
+    found = attention_gradients(q, k, v, g, torch.tensor([-math.inf, math.inf], device=DEVICE), backward)
+    softmax = attention_gradients(q, k, v, g, torch.full((2,), -1e4, device=DEVICE), backward)
+    for i, (x, least) in enumerate(zip(found[:3], softmax[:3], strict=True)):
+        assert torch.equal(x[:, 0], least[:, 0])
+        assert torch.equal(x[:, 1], least[:, 1] if backward == "ste" and i < 2 else torch.zeros_like(x[:, 1]))
+    assert torch.equal(found[3], torch.zeros_like(found[3]))
+
+
+@pytest.mark.parametrize("backward", ["diagonal", "ste"])
 def test_one_graph_under_torch_compile(backward, flash):
     torch.compiler.reset()  # what was compiled before counts towards a limit of recompilations
     arguments = (*inputs(2, 17, 16, torch.float16), torch.zeros(2, device=DEVICE), backward)
