@@ -4,12 +4,13 @@
   attend to nothing; sink, which learns how readily).
 - `attention`: by any of these *normalizers* forward, and one of three *backward* passes (full, diagonal or
   straight-through). The two are chosen independently; the forward pass never depends on the backward.
-- `GPT`: pre-LayerNorm, learned positions, tied embeddings. Modules and parameters carry nanoGPT's names, so that its
+- `GPT`: GPT-2 by default; grouped queries, rotary positions, RMSNorm, SwiGLU and what else today's models have by the
+  fields of `GPTConfig`, each independent of the others. Modules and parameters carry nanoGPT's names, so that its
   checkpoints load.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
@@ -17,12 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.backends import attention_backend, use_backend
-from kernels.fused import FusedAttention, SlopedProduct
+from kernels.backends import attention_backend, check_inputs, use_backend
+from kernels.fused import SlopedProduct, fused_attention
 from kernels.loss import cross_entropy, linear_cross_entropy
 
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
+Position = Literal["learned", "rope"]
+Norm = Literal["layernorm", "rmsnorm"]
+Mlp = Literal["gelu", "swiglu"]
 
 # --- normalizers: from a row of scores to attention weights ---------------------------------------------------------
 
@@ -128,7 +132,8 @@ def attention(
     scale: float | None = None,
     **parameters: Tensor,
 ) -> Tensor:
-    """Causal attention: q (B, H, T_q, D), k and v (B, H, T_k, D) → (B, H, T_q, D).
+    """Causal attention: q (B, H, T_q, D), k and v (B, H_kv, T_k, D) → (B, H, T_q, D). Query head h reads the keys of
+    head h // (H / H_kv): grouped queries (Ainslie et al. 2023).
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
     `null_logit` (H,) gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0 softmax1, log n
@@ -138,34 +143,24 @@ def attention(
     `scale` multiplies q·k, 1/√D by default. The result can be differentiated as often as you like, from the second time
     on in O(T²) memory. Raises ValueError, naming what was given and what is allowed.
     """
-    _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale, parameters)
+    entry = find_normalizer(normalizer)
+    _check_backward(backward, normalizer)
+    _check_parameters(entry, normalizer, null_logit, parameters)
+    check_inputs(q, k, v, null_logit, dropout_p, scale, parameters)
+    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    entry = NORMALIZERS[normalizer]
     null_logit = _null_logit(entry, null_logit, q)
     stock = backward == "full" and null_logit is None
     # Without queries, or without a batch, PyTorch's kernels would divide by zero.
     backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax) if q.numel() else "materialized"
     if backend != "materialized" and not entry.is_softmax:
         raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
-    if backend == "stock" and not stock:
-        raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
-    if backend.startswith("cpu") and dropout_p:
-        raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
     if backend == "materialized":
         arguments = parameters if null_logit is None else {"null_logit": null_logit}
         return _materialized(q, k, v, entry, arguments, backward, dropout_p, scale)
-    # The fused kernels let query i see the keys up to i, whatever T_q and T_k: rows of zeros in front of q give each
-    # query the number of its own key. CUDA's kernels also want D in multiples of 8.
-    D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
-    if rows or columns:
-        q, k, v = F.pad(q, (0, columns, rows, 0)), F.pad(k, (0, columns)), F.pad(v, (0, columns))
-    if backend == "stock":
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
-    else:
-        out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
-    return out[:, :, rows:, :D] if rows or columns else out
+    return fused_attention(q, k, v, null_logit, backward, dropout_p, scale, backend)
 
 
 # --- the readable form: reference, fallback and oracle ----------------------------------------------------------------
@@ -187,7 +182,7 @@ def attention_rows(
 ) -> tuple[Tensor, Tensor | None]:
     """The attention weights P by any normalizer. Whatever looks at attention weights takes them from here.
 
-    q (B, H, T_q, D), k (B, H, T_k, D) → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row
+    q (B, H, T_q, D), k (B, H_kv, T_k, D) → P (B, H, T_q, T_k), at least float32, and the null slot's share of each row
     (B, H, T_q, 1), None where there is no such slot. Aligned at the end as in `attention`, so that a block of queries
     needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
@@ -200,11 +195,17 @@ def attention_rows(
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     """`scale·q kᵀ`, −∞ where a query does not see a key: (B, H, T_q, T_k), at least float32."""
+    k = repeat_heads(k, q.size(1))
     visible = torch.ones(q.size(-2), k.size(-2), dtype=torch.bool, device=q.device).tril(k.size(-2) - q.size(-2))
     dtype = torch.promote_types(q.dtype, torch.float32)
     with torch.autocast(q.device.type, enabled=False):
         scores = (q.to(dtype) * scale) @ k.to(dtype).mT
     return scores.masked_fill(~visible, -math.inf)
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, H_kv, T, D) → (B, heads, T, D), each head as often in a row as there are queries for it."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
 def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) -> Tensor:
@@ -245,9 +246,6 @@ def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dro
     return SlopedProduct.apply(scores, v, weights, slope.detach(), weights_and_slope, *arguments.values())
 
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
 def _check_backward(backward: str, normalizer: str) -> None:
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
@@ -255,38 +253,16 @@ def _check_backward(backward: str, normalizer: str) -> None:
         raise ValueError(f"normalizer {normalizer!r} has no backward 'diagonal': its entry does not say the diagonal")
 
 
-def _check_attention_arguments(q, k, v, normalizer, backward, null_logit, dropout_p, scale, parameters) -> None:
-    entry = find_normalizer(normalizer)
-    _check_backward(backward, normalizer)
+def _check_parameters(entry: Normalizer, normalizer: str, null_logit, parameters: dict[str, Tensor]) -> None:
     if set(parameters) != (wanted := set(entry.parameters) - {entry.null_logit}):
         what = f"takes the parameters {', '.join(sorted(wanted))}" if wanted else "takes no parameters"
         raise ValueError(f"normalizer {normalizer!r} {what}, and not {', '.join(sorted(parameters)) or 'none'}")
-    if scale is not None and not 0 < scale < math.inf:
-        raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
-    if not 0 <= dropout_p < 1:
-        raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
-    tensors = {"q": q, "k": k, "v": v} | ({} if null_logit is None else {"null_logit": null_logit}) | parameters
-    for name, x in tensors.items():
-        if not (torch.is_tensor(x) and x.dtype in FLOATS):
-            given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
-            raise ValueError(f"{name} is {given}, but must be a tensor of {', '.join(map(str, FLOATS))}")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
-    if not q.dtype == k.dtype == v.dtype:
-        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.size(-1) != k.size(-1) or not q.size(-1):
-        raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H, T_k, D), D ≥ 1")
-    if q.size(-2) > k.size(-2):
-        raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
     if null_logit is not None and not entry.is_softmax:
         raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
     if null_logit is not None and isinstance(entry.null_logit, int | float):
         raise ValueError(f"{normalizer} is the null logit {entry.null_logit:g}: a null_logit goes with sink or softmax")
     if null_logit is None and isinstance(entry.null_logit, str):
         raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
-    if null_logit is not None and null_logit.shape != (q.size(1),):
-        raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -309,12 +285,42 @@ class GPTConfig:
     """transformer blocks"""
     n_head: int = 12
     """attention heads a block"""
+    n_kv_head: int | None = None
+    """heads of keys and values, each for so many queries' heads (grouped queries); null: n_head"""
     n_embd: int = field(default=768, metadata={"in_weights": True})
-    """width of the residual stream; a multiple of n_head"""
+    """width of the residual stream; a multiple of n_head, unless head_dim is given"""
+    head_dim: int | None = None
+    """width of a head; null: n_embd / n_head"""
+    n_inner: int | None = field(default=None, metadata={"in_weights": True})
+    """width of the MLP's hidden layer; null: 4 n_embd, of swiglu 8/3 n_embd, up to a multiple of 64"""
     dropout: float = field(default=0.0, metadata={"free": True, "forward": False})
     """dropout of embeddings, attention weights and residual branches"""
     bias: bool = field(default=True, metadata={"in_weights": True})
     """biases in linear layers and layer norms, as GPT-2; without is a bit faster"""
+    qkv_bias: bool | None = field(default=None, metadata={"in_weights": True})
+    """biases of queries, keys and values; null: as bias"""
+    tie_embeddings: bool = field(default=True, metadata={"in_weights": True})
+    """whether the output layer's weights are the token embedding's"""
+    position: Position = "learned"
+    """learned: an embedding of the position is added to the token's; rope: queries and keys are rotated by it"""
+    rope_theta: float = 10000.0
+    """rope: the wavelengths of the pairs of channels run from 2π to 2π · rope_theta tokens"""
+    rope_fraction: float = 1.0
+    """rope: the share of a head's channels that is rotated, from the first on"""
+    rope_scaling: float = 1.0
+    """rope: long wavelengths are stretched by this factor, as Llama 3's for contexts beyond rope_original_context"""
+    rope_original_context: int = 8192
+    """rope: wavelengths above this many tokens are stretched, below a quarter of it kept, between the two blended"""
+    norm: Norm = "layernorm"
+    """layernorm, or rmsnorm, which does not subtract the mean and has no bias"""
+    norm_eps: float = 1e-5
+    """added to the variance, or to the mean square, of a norm"""
+    qk_norm: bool = field(default=False, metadata={"in_weights": True})
+    """an RMSNorm of each head's queries and keys, before the rotation"""
+    parallel_residual: bool = False
+    """attention and MLP both read the block's input, as in GPT-NeoX; otherwise the MLP reads the attention's result"""
+    mlp: Mlp = field(default="gelu", metadata={"in_weights": True})
+    """gelu: down(gelu(up(x))); swiglu: down(silu(gate(x)) · up(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
@@ -323,29 +329,49 @@ class GPTConfig:
     """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"{name} is {value}, but must be at least 1")
         find_normalizer(self.normalizer)
         _check_backward(self.backward, self.normalizer)
-        if self.activation not in get_args(Activation):
-            raise ValueError(f"unknown activation {self.activation!r}: choose from {', '.join(get_args(Activation))}")
-        if self.n_embd % self.n_head:
+        for name, kind in {"activation": Activation, "position": Position, "norm": Norm, "mlp": Mlp}.items():
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(get_args(kind))}")
+        if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
+        if self.n_head % self.kv_heads:
+            raise ValueError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
+        if self.position == "rope" and (self.rotated < 2 or self.rotated % 2 or self.rotated > self.head_size):
+            raise ValueError(
+                f"rope rotates pairs of a head's {self.head_size} channels, and cannot rotate {self.rotated}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
+
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
+
+    @property
+    def rotated(self) -> int:
+        """the channels of a head that rope rotates"""
+        return int(self.rope_fraction * self.head_size)
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H, block_size, D) each."""
+    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H_kv, block_size, D) each."""
 
     def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
         self.length = 0  # tokens held so far; the model counts new ones once every layer has appended them
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of the new tokens (B, H, T, D); return those of all tokens so far."""
+        """Store the keys and values of the new tokens (B, H_kv, T, D); return those of all tokens so far."""
         end = self.length + k.size(-2)
         self.k[layer, :, :, self.length : end] = k
         self.v[layer, :, :, self.length : end] = v
@@ -355,21 +381,58 @@ class KVCache:
 class AttentionCore(nn.Module):
     """From queries, keys and values to what the heads read: the one seam at which attention is watched and replaced.
 
-    It has no parameters and no buffers. Its hooks see q (B, H, T_q, D) and k (B, H, T_k, D) as they enter the scores,
-    v (B, H, T_k, D) and the output (B, H, T_q, D).
+    It has no parameters and no buffers. Its hooks see q (B, H, T_q, D) and k (B, H_kv, T_k, D) as they enter the
+    scores, v (B, H_kv, T_k, D) and the output (B, H, T_q, D).
     """
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, **how) -> Tensor:
         return attention(q, k, v, **how)
 
 
+class RMSNorm(nn.RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype))).to(x.dtype)
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, eps=config.norm_eps)
+    return nn.LayerNorm(config.n_embd, eps=config.norm_eps, bias=config.bias)
+
+
+def rotation(config: GPTConfig, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """(cos, sin), (T, R / 2) each, of the angles by which rope turns the R / 2 pairs at the positions from start to end
+    (Su et al. 2021), their long wavelengths stretched as Llama 3.1's."""
+    dtype = torch.promote_types(like.dtype, torch.float32)
+    pairs = torch.arange(0, config.rotated, 2, dtype=dtype, device=like.device) / config.rotated
+    frequencies = config.rope_theta**-pairs
+    if config.rope_scaling != 1:
+        turns = config.rope_original_context * frequencies / (2 * math.pi)
+        kept = ((turns - 1) / 3).clamp(0, 1)  # 0 for less than one turn in the original context, 1 for more than four
+        frequencies = frequencies * (kept + (1 - kept) / config.rope_scaling)
+    angles = torch.outer(torch.arange(start, end, dtype=dtype, device=like.device), frequencies)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn channel i of x (…, T, D) with channel i + R / 2, for i < R / 2; those from R on stay as they are."""
+    a, b, rest = x.tensor_split((cos.size(-1), 2 * cos.size(-1)), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.layer, self.dropout = layer, config.dropout
+        self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_size
         self.normalizer, self.backward_mode = config.normalizer, config.backward
-        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=qkv_bias)  # rows of q, of k, of v
+        self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias)
+        self.q_norm, self.k_norm = (
+            RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
+        )
         self.resid_dropout = nn.Dropout(config.dropout)
         for name, start in NORMALIZERS[config.normalizer].parameters.items():
             setattr(self, name, nn.Parameter(start(config)))
@@ -381,42 +444,52 @@ class CausalSelfAttention(nn.Module):
         names = {name: "null_logit" if name == entry.null_logit else name for name in entry.parameters}
         return {"normalizer": self.normalizer} | {taken: getattr(self, name) for name, taken in names.items()}
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        B, T, C = x.shape
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+        B, T, _ = x.shape
         q, k, v = (
-            z.view(B, T, self.n_head, C // self.n_head).transpose(1, 2)  # (B, H, T, D)
-            for z in self.c_attn(x).split(C, dim=2)
+            z.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or H_kv, T, D)
+            for z in self.c_attn(x).split(self.sizes, dim=2)
         )
+        q, k = self.q_norm(q), self.k_norm(k)
+        if turns is not None:
+            q, k = rotate(q, *turns), rotate(k, *turns)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
         y = self.core(q, k, v, backward=self.backward_mode, dropout_p=dropout_p, **self.arguments())
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, C)))
+        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
+    """`c_proj(gelu(c_fc(x)))`, or SwiGLU's `c_proj(silu(c_gate(x)) · c_fc(x))` (Shazeer 2020)."""
+
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        gated = config.mlp == "swiglu"
+        width = config.n_inner or (-(-8 * config.n_embd // 192) * 64 if gated else 4 * config.n_embd)
+        self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias) if gated else None
+        self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.dropout(self.c_proj(self.gelu(self.c_fc(x))))
+        hidden = self.gelu(self.c_fc(x)) if self.c_gate is None else F.silu(self.c_gate(x)) * self.c_fc(x)
+        return self.dropout(self.c_proj(hidden))
 
 
 class Block(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.parallel_residual = config.parallel_residual
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config, layer)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+        attended = x + self.attn(self.ln_1(x), turns, cache)
+        return attended + self.mlp(self.ln_2(x if self.parallel_residual else attended))
 
 
 class GPT(nn.Module):
@@ -425,16 +498,15 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
-        modules = {
-            "wte": nn.Embedding(config.vocab_size, config.n_embd),
-            "wpe": nn.Embedding(config.block_size, config.n_embd),
-            "drop": nn.Dropout(config.dropout),
-            "h": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
-            "ln_f": nn.LayerNorm(config.n_embd, bias=config.bias),
-        }
-        self.transformer = nn.ModuleDict(modules)
+        self.transformer = nn.ModuleDict({"wte": nn.Embedding(config.vocab_size, config.n_embd)})
+        if config.position == "learned":
+            self.transformer["wpe"] = nn.Embedding(config.block_size, config.n_embd)
+        self.transformer["drop"] = nn.Dropout(config.dropout)
+        self.transformer["h"] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer["ln_f"] = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
-        self.lm_head.weight = self.transformer.wte.weight  # tied
+        if config.tie_embeddings:
+            self.lm_head.weight = self.transformer.wte.weight
 
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
@@ -460,41 +532,17 @@ class GPT(nn.Module):
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size, {self.config.block_size}")
-        x = self.transformer.drop(self.transformer.wte(idx) + self.transformer.wpe.weight[start:end])
+        x, turns = self.transformer.wte(idx), None
+        if self.config.position == "rope":
+            turns = rotation(self.config, start, end, like=x)
+        else:
+            x = x + self.transformer.wpe.weight[start:end]
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, cache)
+            x = block(x, turns, cache)
         if cache is not None:
             cache.length = end
         return self.transformer.ln_f(x)
-
-    @torch.no_grad()
-    def generate(
-        self, idx: Tensor, max_new_tokens: int, *, stop_token: int | None = None, use_cache: bool = True, **sampling
-    ) -> Iterator[Tensor]:
-        """Continue idx (B, T), yielding the next tokens (B, 1) one step at a time, at most `max_new_tokens` of them.
-
-        `sampling` goes to `sample`: temperature, top_k, top_p, generator. A row that drew `stop_token` repeats it; when
-        all have, generation ends. Beyond block_size the context is the last block_size tokens: the position of each
-        changes with every step then, so that the cache is of no use and a token costs a whole forward pass.
-        """
-        block_size, device = self.config.block_size, idx.device
-        autocast = torch.is_autocast_enabled(device.type)
-        dtype = torch.get_autocast_dtype(device.type) if autocast else self.lm_head.weight.dtype
-        cache = KVCache(self.config, idx.size(0), device, dtype) if use_cache else None
-        stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=device)
-        for _ in range(max_new_tokens):
-            if cache is not None and idx.size(1) <= block_size:
-                x = self.features(idx[:, cache.length :], cache)
-            else:
-                x = self.features(idx[:, -block_size:])
-            token = sample(self.lm_head(x[:, -1]).float(), **sampling)
-            if stop_token is not None:
-                token = torch.where(stopped, stop_token, token)
-                stopped |= token == stop_token
-            yield token
-            if stop_token is not None and stopped.all():
-                return
-            idx = torch.cat((idx, token), dim=1)
 
     def parameter_groups(self, weight_decay: float) -> list[dict]:
         """For the optimizer: matrices and embeddings decay; biases and layer norms (one dimension) do not."""
@@ -527,21 +575,6 @@ class GPT(nn.Module):
         if not 1 <= block_size <= self.config.block_size:
             raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
         self.config = replace(self.config, block_size=block_size)
-        self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-        self.transformer.wpe.num_embeddings = block_size
-
-
-def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
-    """Draw one token a row from logits (B, V) → (B, 1). Temperature 0 takes the likeliest token; `top_k` (an int) keeps
-    the k likeliest, `top_p` (a float) the fewest that together hold that probability."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    if top_p is not None:
-        p, order = F.softmax(logits, dim=-1).sort(descending=True)
-        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already hold top_p; never the likeliest
-        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
-    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
+        if self.config.position == "learned":
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+            self.transformer.wpe.num_embeddings = block_size

@@ -16,7 +16,8 @@ import torch
 
 from harness.errors import UserError
 from harness.files import written_whole
-from model import FLOATS, GPT, GPTConfig
+from kernels.backends import FLOATS
+from model import GPT, GPTConfig
 
 FORMAT = 1
 """The version of the checkpoints that are written here. It rises when an older reader would misunderstand the keys."""

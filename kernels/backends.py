@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.util
+import math
 import os
 import warnings
 
@@ -109,3 +110,32 @@ def use_backend(name: str):
         yield
     finally:
         _backend_in_use = former
+
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, parameters: dict[str, Tensor]) -> None:
+    """ValueError, naming what was given, where attention is not defined for these arguments."""
+    if scale is not None and not 0 < scale < math.inf:
+        raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
+    tensors = {"q": q, "k": k, "v": v} | ({} if null_logit is None else {"null_logit": null_logit}) | parameters
+    for name, x in tensors.items():
+        if not (torch.is_tensor(x) and x.dtype in FLOATS):
+            given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
+            raise ValueError(f"{name} is {given}, but must be a tensor of {', '.join(map(str, FLOATS))}")
+        if x.device != q.device:
+            raise ValueError(f"{name} is on {x.device}, q on {q.device}: they must be on one device")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q, k and v must share one floating dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
+        raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H_kv, T_k, D)")
+    if not q.size(-1) or not k.size(1) or q.size(1) % k.size(1):
+        raise ValueError(f"{shapes}: need D ≥ 1, and a number of query heads that the key heads divide")
+    if q.size(-2) > k.size(-2):
+        raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
+    if null_logit is not None and null_logit.shape != (q.size(1),):
+        raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")

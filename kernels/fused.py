@@ -12,6 +12,25 @@ from torch.nn import functional as F
 from kernels.backends import one_pass
 
 
+def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str) -> Tensor:
+    """Attention as model.py's `attention` defines it, on any backend but "materialized". ValueError where the backend,
+    chosen by `use_backend`, has no such variant."""
+    if backend == "stock" and (backward != "full" or null_logit is not None):
+        raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
+    if backend.startswith("cpu") and dropout_p:
+        raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
+    # The fused kernels let query i see the keys up to i, whatever T_q and T_k: rows of zeros in front of q give each
+    # query the number of its own key. CUDA's kernels also want D in multiples of 8.
+    D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
+    if rows or columns:
+        q, k, v = F.pad(q, (0, columns, rows, 0)), F.pad(k, (0, columns)), F.pad(v, (0, columns))
+    if backend == "stock":
+        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
+    else:
+        out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
+    return out[:, :, rows:, :D] if rows or columns else out
+
+
 class FusedAttention(torch.autograd.Function):
     """Softmax with or without a null slot, and every backward, in O(T) memory, by fused kernels.
 

@@ -13,6 +13,7 @@ from harness.checkpoint import load_model
 from harness.corpus import Corpus
 from harness.device import choose_device
 from harness.errors import UserError, run_cli
+from harness.generation import generate
 from harness.tokenizer import from_meta
 
 
@@ -53,7 +54,8 @@ def main() -> None:
             print("\n" + "-" * 80)
         print(args.prompt or "", end="", flush=True)
         text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
-        for token in model.generate(
+        for token in generate(
+            model,
             torch.tensor([list(map(int, prompt))], device=device),
             args.max_new_tokens,
             temperature=args.temperature,

@@ -319,3 +319,25 @@ def train_by_hand(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+
+
+# --- a model whose attention and logits tell tokens apart ------------------------------------------------------------
+
+TELLING = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
+
+every_attention = pytest.mark.parametrize(
+    ("normalizer", "backward"), [(n, b) for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
+)
+
+
+def telling_gpt(config: GPTConfig = TELLING, seed: int = 2) -> GPT:
+    """With matrices large enough for attention and logits that tell tokens and positions apart."""
+    model = tiny_gpt(seed, **vars(config))
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 or name.endswith("sink"):
+            torch.nn.init.normal_(parameter, std=2 if parameter is model.transformer.wpe.weight else 1)
+    return model
+
+
+def tokens(*shape: int, vocab_size: int = TELLING.vocab_size) -> torch.Tensor:
+    return random_ids(*shape, vocab_size=vocab_size, seed=1)

@@ -7,30 +7,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-import model as model_module
 from harness.checkpoint import load_model
-from model import GPT, GPTConfig, materialized_attention, sample
-from tests.helpers import random_ids, shakespeares_nanogpt, tiny_gpt
-
-TINY = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
-
-every_attention = pytest.mark.parametrize(
-    ("normalizer", "backward"), [(n, b) for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
-)
-
-
-def telling_gpt(config: GPTConfig = TINY, seed: int = 2) -> GPT:
-    """With matrices large enough for attention and logits that tell tokens and positions apart."""
-    model = tiny_gpt(seed, **vars(config))
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 2 or name.endswith("sink"):
-            torch.nn.init.normal_(parameter, std=2 if parameter is model.transformer.wpe.weight else 1)
-    return model
-
-
-def tokens(*shape: int, vocab_size: int = TINY.vocab_size) -> torch.Tensor:
-    return random_ids(*shape, vocab_size=vocab_size, seed=1)
-
+from model import GPT, GPTConfig, materialized_attention
+from tests.helpers import TELLING, every_attention, random_ids, shakespeares_nanogpt, telling_gpt, tokens
 
 # --- parameters -----------------------------------------------------------------------------------------------------
 
@@ -63,15 +42,15 @@ SINKS = {"transformer.h.0.attn.sink": (2,)}
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
 def test_state_dict_has_nanogpts_names_and_shapes(bias, normalizer):
-    model = GPT(replace(TINY, n_layer=1, bias=bias, normalizer=normalizer))
+    model = GPT(replace(TELLING, n_layer=1, bias=bias, normalizer=normalizer))
     expected = WEIGHTS | (BIASES if bias else {}) | (SINKS if normalizer == "sink" else {})
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
 def test_a_sink_starts_as_softmax1_learns_and_does_not_decay():
     torch.manual_seed(0)
-    softmax1 = GPT(replace(TINY, normalizer="softmax1"))
-    sink = GPT(replace(TINY, normalizer="sink"))
+    softmax1 = GPT(replace(TELLING, normalizer="softmax1"))
+    sink = GPT(replace(TELLING, normalizer="sink"))
     sink.load_state_dict(softmax1.state_dict(), strict=False)
     idx = tokens(2, 12)
     assert torch.equal(sink(idx)[0], softmax1(idx)[0])
@@ -84,7 +63,7 @@ def test_a_sink_starts_as_softmax1_learns_and_does_not_decay():
 
 
 def test_embedding_and_head_are_one_tensor():
-    model = GPT(TINY)
+    model = GPT(TELLING)
     assert model.lm_head.weight is model.transformer.wte.weight
     assert len([p for p in model.parameters() if p.shape == (17, 8)]) == 1
 
@@ -104,7 +83,7 @@ def test_initial_weights_are_gpt2s():
 
 
 def test_matrices_decay_and_vectors_do_not():
-    model = GPT(TINY)
+    model = GPT(TELLING)
     decayed, others = model.parameter_groups(0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
@@ -184,7 +163,7 @@ def hessian_vector_product(model: GPT, idx: torch.Tensor, vectors: list[torch.Te
 
 @every_attention
 def test_a_product_with_the_hessian_is_exact(normalizer, backward):
-    model = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()
+    model = telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)).double()
     idx = tokens(3, 12)
     vectors = [torch.randn_like(p) for p in model.parameters()]
     with materialized_attention():
@@ -207,7 +186,7 @@ def test_a_product_with_the_hessian_is_exact(normalizer, backward):
 
 @every_attention
 def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, backward):
-    model = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()
+    model = telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)).double()
     idx = tokens(2, 9)
     changed = idx.clone()
     changed[0, 5:] = (changed[0, 5:] + 1) % 17
@@ -222,7 +201,7 @@ def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, ba
 def test_logits_do_not_depend_on_the_backward(normalizer):
     idx = tokens(2, 9)
     full, *others = (
-        telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)).double()(idx)[0]
+        telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)).double()(idx)[0]
         for backward in ("full", "diagonal", "ste")
     )
     for other in others:
@@ -231,7 +210,7 @@ def test_logits_do_not_depend_on_the_backward(normalizer):
 
 def test_padding_the_vocabulary_leaves_the_other_logits_alone():
     model = telling_gpt()
-    padded = GPT(replace(TINY, vocab_size=32)).eval()
+    padded = GPT(replace(TELLING, vocab_size=32)).eval()
     state = model.state_dict()
     for name in ("transformer.wte.weight", "lm_head.weight"):
         state[name] = F.pad(state[name], (0, 0, 0, 32 - 17))
@@ -244,7 +223,7 @@ def test_padding_the_vocabulary_leaves_the_other_logits_alone():
 
 def test_the_activation_is_the_one_chosen():
     idx = tokens(2, 9)
-    tanh, exact = (telling_gpt(replace(TINY, activation=a)) for a in ("gelu_tanh", "gelu"))
+    tanh, exact = (telling_gpt(replace(TELLING, activation=a)) for a in ("gelu_tanh", "gelu"))
     assert not torch.equal(tanh(idx)[0], exact(idx)[0])
     x = torch.linspace(-3, 3, 50, dtype=torch.float64)
     assert torch.equal(tanh.transformer.h[0].mlp.gelu(x), F.gelu(x, approximate="tanh"))
@@ -252,7 +231,7 @@ def test_the_activation_is_the_one_chosen():
 
 
 def test_dropout_acts_in_training_only():
-    model, idx = telling_gpt(replace(TINY, dropout=0.5)), tokens(2, 9)
+    model, idx = telling_gpt(replace(TELLING, dropout=0.5)), tokens(2, 9)
     assert torch.equal(model(idx)[0], model(idx)[0])
     model.train()
     assert not torch.equal(model(idx)[0], model(idx)[0])
@@ -302,7 +281,7 @@ def test_cropping_the_context_keeps_the_logits_of_what_still_fits():
 
 
 def test_cropping_one_model_leaves_another_of_the_same_config_alone():
-    config = replace(TINY)
+    config = replace(TELLING)
     model, other = GPT(config), GPT(config)
     model.crop_block_size(5)
     assert other.config.block_size == 12
@@ -319,107 +298,13 @@ def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
 @every_attention
 def test_compiling_takes_the_model_whole(normalizer, backward):
     torch.compiler.reset()  # the variants before this one count towards a limit of recompilations
-    model, idx = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(2, 12)
+    model, idx = telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)), tokens(2, 12)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     losses = [f(idx, idx)[1] for f in (model, compiled)]
     gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in losses]
     torch.testing.assert_close(losses[0], losses[1])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b)
-
-
-# --- generation -----------------------------------------------------------------------------------------------------
-
-
-def generated(model: GPT, idx: torch.Tensor, count: int, seed: int = 0, **arguments) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.cat(list(model.generate(idx, count, generator=generator, **arguments)), dim=1)
-
-
-@every_attention
-@pytest.mark.parametrize("knobs", [{"temperature": 0}, {"temperature": 1.3, "top_k": 9, "top_p": 0.9}])
-def test_generation_is_the_same_with_and_without_the_cache(normalizer, backward, knobs):
-    # The two differ by some 1e-5 in logits of a few units. A token differs where the two best, or the draw and the
-    # edge between two tokens, are closer than that: odds of some 1e-5 each of 60 times, and the seeds are fixed.
-    model, idx = telling_gpt(replace(TINY, normalizer=normalizer, backward=backward)), tokens(3, 4)
-    cached = generated(model, idx, 20, use_cache=True, **knobs)  # goes beyond block_size
-    assert cached.shape == (3, 20)
-    assert torch.equal(cached, generated(model, idx, 20, use_cache=False, **knobs))
-    assert len(cached.unique()) > 3  # not one token over and over, which any mistake would give as well
-
-
-def test_greedy_generation_is_the_argmax_of_the_last_block_size_tokens():
-    model, idx = telling_gpt(), tokens(2, 4)
-    whole = torch.cat((idx, generated(model, idx, 15, temperature=0)), dim=1)
-    for end in range(4, 19):
-        logits, _ = model(whole[:, max(0, end - 12) : end])
-        assert torch.equal(whole[:, end], logits[:, -1].argmax(-1))
-
-
-def test_the_same_generator_draws_the_same_tokens_and_the_global_one_is_left_alone():
-    model, idx = telling_gpt(), tokens(2, 4)
-    state = torch.get_rng_state()
-    first = generated(model, idx, 20, seed=5)
-    assert torch.equal(first, generated(model, idx, 20, seed=5))
-    assert not torch.equal(first, generated(model, idx, 20, seed=6))
-    assert torch.equal(state, torch.get_rng_state())
-
-
-def test_with_the_cache_each_step_feeds_one_token():
-    model, fed, scored = telling_gpt(), [], []
-    model.transformer.wte.register_forward_hook(lambda _module, inputs, _output: fed.append(inputs[0].size(1)))
-    model.lm_head.register_forward_hook(lambda _module, inputs, _output: scored.append(inputs[0].shape))
-    generated(model, tokens(2, 5), 10)
-    assert fed == [5] + 7 * [1] + 2 * [12]  # up to 12 tokens of context; then all positions move
-    assert scored == 10 * [(2, 8)]  # the head scores the last position only
-
-
-def test_generation_streams_and_leaves_gradients_on_for_the_caller():
-    steps = telling_gpt().generate(tokens(1, 4), 3)
-    token = next(steps)
-    assert token.shape == (1, 1)
-    assert torch.is_grad_enabled()
-    assert len(list(steps)) == 2
-
-
-def test_a_row_that_drew_the_stop_token_repeats_it_until_all_have(monkeypatch):
-    drawn = iter([[[3], [4]], [[9], [5]], [[6], [7]], [[8], [9]], [[1], [2]]])
-    monkeypatch.setattr(model_module, "sample", lambda *_, **__: torch.tensor(next(drawn)))
-    assert generated(telling_gpt(), tokens(2, 4), 5, stop_token=9).tolist() == [[3, 9, 9, 9], [4, 5, 7, 9]]
-
-
-LOGITS = torch.log(torch.tensor([0.15, 0.5, 0.05, 0.3]))
-
-
-@pytest.mark.parametrize(
-    ("knobs", "expected"),
-    [
-        ({}, [0.15, 0.5, 0.05, 0.3]),
-        ({"top_k": 2}, [0, 5 / 8, 0, 3 / 8]),
-        ({"top_k": 99}, [0.15, 0.5, 0.05, 0.3]),
-        ({"top_p": 0.4}, [0, 1, 0, 0]),
-        ({"top_p": 0.7}, [0, 5 / 8, 0, 3 / 8]),
-        ({"top_p": 0.9}, [0.15 / 0.95, 0.5 / 0.95, 0, 0.3 / 0.95]),
-        ({"top_p": 1.0}, [0.15, 0.5, 0.05, 0.3]),
-        ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # of the two kept the first alone holds 5/8
-        ({"temperature": 0.5}, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # squared
-        ({"temperature": 0}, [0, 1, 0, 0]),
-    ],
-)
-def test_tokens_are_drawn_with_the_probability_that_the_knobs_leave(knobs, expected):
-    n = 20_000
-    draws = sample(LOGITS.expand(n, -1), generator=torch.Generator().manual_seed(0), **knobs)
-    assert draws.shape == (n, 1)
-    frequencies = torch.bincount(draws.flatten(), minlength=4) / n
-    for frequency, p in zip(frequencies.tolist(), expected, strict=True):
-        assert abs(frequency - p) <= 5 * math.sqrt(p * (1 - p) / n)  # standard deviations; exactly 0 for p = 0 or 1
-
-
-def test_rows_are_drawn_each_from_its_own_logits():
-    logits = torch.stack((LOGITS, LOGITS.flip(0)))
-    assert sample(logits, temperature=0).tolist() == [[1], [2]]
-    assert sample(logits, top_k=1).tolist() == [[1], [2]]
-    assert sample(logits, top_p=0.4).tolist() == [[1], [2]]
 
 
 # --- nanoGPT's own model --------------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from harness.checkpoint import load_model
 from harness.config import help_text
 from harness.corpus import Corpus
 from harness.errors import run_cli
+from harness.generation import generate
 from measure.jacobian import jacobian_energy
 from measure.quantize import PROBABILITIES, sites, visiting
 from model import (
@@ -190,7 +191,7 @@ def test_sampling_with_a_cache_is_sampling_without(name, workplace, monkeypatch,
     model, _ = load_model("out/run/ckpt.pt")
     prompt = torch.tensor([[48, 49]])
     cached, plain = (
-        [token.item() for token in model.generate(prompt, 12, temperature=0, use_cache=use)] for use in (True, False)
+        [token.item() for token in generate(model, prompt, 12, temperature=0, use_cache=use)] for use in (True, False)
     )
     assert cached == plain
     capsys.readouterr()

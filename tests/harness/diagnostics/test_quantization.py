@@ -10,6 +10,7 @@ import torch
 from harness.batches import gather, training_offsets
 from harness.corpus_writing import write_corpus
 from harness.diagnostics.quantization import COLUMNS, DIAGNOSTIC, LAYERS
+from harness.generation import generate
 from harness.tokenizer import Bytes
 from measure.perplexity import score, sliding_offsets
 from measure.quantize import (
@@ -36,7 +37,7 @@ def corpus(tmp_path_factory):
     """Windows that the model itself has drawn: it predicts them as well as can be, so that rounding it does harm."""
     folder, generator = tmp_path_factory.mktemp("corpus"), torch.Generator().manual_seed(0)
     start = torch.randint(V, (128, 1), generator=generator)
-    tokens = torch.cat([start, *random_gpt().generate(start, T - 1, generator=generator)], dim=1)
+    tokens = torch.cat([start, *generate(random_gpt(), start, T - 1, generator=generator)], dim=1)
     train, val = (bytes(part.flatten().tolist()) for part in tokens.split(64))
     write_corpus(folder, [("train", train), ("val", val + b"!")], Bytes(), source="test")
     return folder

@@ -1,0 +1,56 @@
+"""Text from a model, token by token."""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model import GPT, KVCache
+
+
+@torch.no_grad()
+def generate(
+    model: GPT, idx: Tensor, max_new_tokens: int, *, stop_token: int | None = None, use_cache: bool = True, **sampling
+) -> Iterator[Tensor]:
+    """Continue idx (B, T), yielding the next tokens (B, 1) one step at a time, at most `max_new_tokens` of them.
+
+    `sampling` goes to `sample`: temperature, top_k, top_p, generator. A row that drew `stop_token` repeats it; when
+    all have, generation ends. Beyond block_size the context is the last block_size tokens: the position of each
+    changes with every step then, so that the cache is of no use and a token costs a whole forward pass.
+    """
+    block_size, device = model.config.block_size, idx.device
+    autocast = torch.is_autocast_enabled(device.type)
+    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
+    cache = KVCache(model.config, idx.size(0), device, dtype) if use_cache else None
+    stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=device)
+    for _ in range(max_new_tokens):
+        if cache is not None and idx.size(1) <= block_size:
+            x = model.features(idx[:, cache.length :], cache)
+        else:
+            x = model.features(idx[:, -block_size:])
+        token = sample(model.lm_head(x[:, -1]).float(), **sampling)
+        if stop_token is not None:
+            token = torch.where(stopped, stop_token, token)
+            stopped |= token == stop_token
+        yield token
+        if stop_token is not None and stopped.all():
+            return
+        idx = torch.cat((idx, token), dim=1)
+
+
+def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=None) -> Tensor:
+    """Draw one token a row from logits (B, V) → (B, 1). Temperature 0 takes the likeliest token; `top_k` (an int) keeps
+    the k likeliest, `top_p` (a float) the fewest that together hold that probability."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits / temperature
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    if top_p is not None:
+        p, order = F.softmax(logits, dim=-1).sort(descending=True)
+        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already hold top_p; never the likeliest
+        logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
+    return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)
