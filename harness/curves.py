@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import reduce
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -99,29 +100,37 @@ def metrics_files(runs: list[str]) -> dict[str, Path]:
 
 
 def variants(configs: Mapping[str, dict | None]) -> dict[str, list[str]]:
-    """Label → names of the runs that are seeds of one variant: their configs are the same but for `run` and `tracking`,
-    and their seeds all differ. Every other run, and one whose config is not known, is a variant of its own."""
+    """Label → names of the runs that are seeds of one variant: their configs train the same but for the seed, and their
+    seeds all differ. Every other run, and one whose config is not known, is a variant of its own."""
     same: dict[str, list[str]] = {}
     for name, config in configs.items():
-        own = {key: value for key, value in config.items() if key not in ("run", "tracking")} if config else name
-        same.setdefault(json.dumps(own, sort_keys=True, default=str), []).append(name)
+        same.setdefault(json.dumps(_without_seed(config) if config else name, sort_keys=True), []).append(name)
     found: dict[str, list[str]] = {}
     for names in same.values():
-        seeds = [((configs[name] or {}).get("run") or {}).get("seed") for name in names]
-        if len(names) == 1 or len(set(seeds)) < len(seeds):
+        seeds = {config["run"].get("seed") for name in names if (config := configs[name])}
+        if len(names) == 1 or len(seeds) < len(names):
             found |= {name: [name] for name in names}
-        else:
-            first, last = min(names), max(names)
-            common = first[: next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first))]
-            stem = re.sub(r"[-_./ ]+(seed|s)?[-_]?\d*$", "", common)
-            found[f"{stem or ', '.join(names)}, {len(names)} seeds"] = names
+            continue
+        alike = takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+        stem = re.sub(r"[-_./ ]+(seed|s)?[-_]?\d*$", "", "".join(letters[0] for letters in alike))
+        label = f"{stem}, {len(names)} seeds"
+        found[label if stem and label not in found else f"{', '.join(names)}: {len(names)} seeds"] = names
     return found
 
 
+def _without_seed(config: dict) -> dict:
+    """What a run computes, but for its seed."""
+    training = {k: v for k, v in config.get("training", {}).items() if k not in ("resume", "overwrite")}
+    return {k: v for k, v in config.items() if k not in ("run", "tracking", "training")} | {"training": training}
+
+
 def config_beside(file: Path) -> dict | None:
-    """The run's config.yaml beside its metrics.jsonl, None where there is none."""
-    path = file.parent / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    """The run's config.yaml beside its metrics.jsonl; None where there is none that could be read."""
+    try:
+        config = yaml.safe_load((file.parent / "config.yaml").read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    return config if isinstance(config, dict) and isinstance(config.get("run"), dict) else None
 
 
 def read_run(file: Path) -> Series:

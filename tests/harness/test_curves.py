@@ -36,7 +36,12 @@ def test_a_kurtosis_group_is_its_median_and_largest_without_what_does_not_exist(
 
 
 def config(seed: int, **model) -> dict:
-    return {"run": {"name": "any", "seed": seed}, "model": model, "tracking": {"log_interval": seed}}
+    return {
+        "run": {"name": "any", "seed": seed},
+        "model": model,
+        "training": {"overwrite": seed == 1},
+        "tracking": {"log_interval": seed},
+    }
 
 
 def test_seeds_of_a_variant_are_runs_of_one_config_whose_seeds_differ():
@@ -48,15 +53,27 @@ def test_seeds_of_a_variant_are_runs_of_one_config_whose_seeds_differ():
         "after": config(1, n_layer=3),
         "a": config(5),
         "b": config(6),
+        "softmax_3": config(3, n_layer=9),  # another variant of the same name
+        "softmax_4": config(4, n_layer=9),
         "unknown": None,
         "unknown_2": None,
     }
     assert curves.variants(configs) == {
         "softmax, 2 seeds": ["softmax_s1", "softmax_s12"],
         **{name: [name] for name in ("softmax1_s1", "before", "after")},
-        "a, b, 2 seeds": ["a", "b"],
+        "a, b: 2 seeds": ["a", "b"],
+        "softmax_3, softmax_4: 2 seeds": ["softmax_3", "softmax_4"],
         **{name: [name] for name in ("unknown", "unknown_2")},
     }
+
+
+@pytest.mark.parametrize("content", [None, "run: [", "3", "run: softmax"])
+def test_a_config_that_is_missing_or_broken_is_not_known(content, tmp_path):
+    if content is not None:
+        (tmp_path / "config.yaml").write_text(content)
+    assert curves.config_beside(tmp_path / "metrics.jsonl") is None
+    (tmp_path / "config.yaml").write_text("run: {seed: 5}")
+    assert curves.config_beside(tmp_path / "metrics.jsonl") == {"run": {"seed": 5}}
 
 
 def test_seeds_are_drawn_as_their_mean_in_a_band_where_all_have_values():
