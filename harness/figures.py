@@ -125,9 +125,9 @@ def share_scales(figures: Sequence[Figure]) -> None:
         return
     for panels in zip(*([p for p in f.axes if p.get_label() != "<colorbar>"] for f in figures), strict=False):
         images = [image for panel in panels for image in panel.images]
-        ends = np.array([image.get_clim() for image in images])
-        for image in images:
-            image.set_clim(ends.min(), ends.max())
+        ends = [image.get_clim() for image in images if np.isfinite(np.asarray(image.get_array())).any()]
+        for image in images if ends else ():
+            image.set_clim(np.min(ends), np.max(ends))
             _color_figures(image)
         if images or not all(panel.axison for panel in panels):
             continue
