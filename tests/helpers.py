@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
@@ -319,3 +321,21 @@ def train_by_hand(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
         optimizer.zero_grad()
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def covered(figure: Figure) -> list[str]:
+    """The titles, texts and curves of a figure that a legend in the same axes lies on."""
+    figure.canvas.draw()
+    found = []
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            box = legend.get_window_extent()
+            texts = [child for child in axes.get_children() if isinstance(child, Text) and child.get_text()]
+            found += [text.get_text() for text in texts if box.overlaps(text.get_window_extent())]
+            for line in axes.lines:
+                points = line.get_transform().transform(line.get_xydata())
+                found += [str(line.get_label())] * bool(box.count_contains(points))
+    return found

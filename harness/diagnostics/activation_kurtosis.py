@@ -78,20 +78,20 @@ def draw(result: Result, title: str) -> Figure:
             panel.plot(range(len(values)), [np.nan if v is None else v for v in values], label=label, **style)
 
     parts = {
-        "transformer.h": "block",
-        "attn.output": "attention",
+        "transformer.h": "block's output",
+        "attn.output": "heads' output",
         "attn.c_proj": "its projection",
         "mlp.gelu": "MLP, hidden",
         "mlp.c_proj": "MLP, output",
     }
-    lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "probabilities"})
+    lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "attention weights"})
     panels[0].set(title="All elements pooled", ylabel="excess kurtosis")
     lines(panels[1], "channel_rms_kurtosis", parts)
     panels[1].set(title="Outlier channels", ylabel="kurtosis of channels' RMS")
     lines(
         panels[2], "max_abs", {"transformer.h [first token]": "first token", "transformer.h [other tokens]": "others"}
     )
-    panels[2].set(title="Residual stream after the block", ylabel="largest |x|")
+    panels[2].set(title="Residual stream after the block", ylabel="largest |x| of an element")
     panels[2].legend()
     for panel in panels[:3]:
         scale_tails(panel)
@@ -105,7 +105,7 @@ def draw(result: Result, title: str) -> Figure:
     draw_heads(panels[5], heads, "entropy", "nats", 0)
     panels[5].set(title="Entropy")
     lines_of = panels[0].get_legend_handles_labels()
-    figure.legend(*lines_of, loc="outside lower center", ncols=6, title="left and middle, above")
+    figure.legend(*lines_of, loc="outside lower center", ncols=6, title="above, left and middle:")
     figure.suptitle(f"{title}: activations")
     return figure
 
@@ -129,7 +129,12 @@ DIAGNOSTIC = Diagnostic(
     },
     measure=measure,
     draw=draw,
-    headlines=("avg kurtosis", "max infinity norm", "sink_rate", "row_mass"),
+    headlines={
+        "avg kurtosis": "a Gaussian's is 3; lower: fewer outliers",
+        "max infinity norm": "|x|; lower: fewer outliers",
+        "sink_rate": "share of sequences; lower: fewer sinks",
+        "row_mass": "attention given to keys",
+    },
     shown=lambda row: not row["name"].endswith(" token]") and not row["name"].endswith(" tokens]"),
     tables={
         "heads": {

@@ -30,6 +30,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FixedLocator
 from tqdm import tqdm
 
 from harness.batches import gather, training_offsets
@@ -137,22 +138,25 @@ def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
 
 def draw(result: Result, title: str) -> Figure:
     figure, (upper_left, upper_right, lower_left, lower_right) = new_figure(2, 2)
-    figure.set_size_inches(9.5, 6.2)
+    figure.set_size_inches(9.5, 6.8)
+    figure.suptitle(f"{title}: quantization")
     base, rows = result.rows[0]["perplexity"], result.rows[1:]  # base is None only where there are no rows
     layers = result.tables.get("layers", [])
     draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
     draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
-    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one entry each
-    upper_right.legend(by_bits.values(), by_bits.keys(), loc="upper left", bbox_to_anchor=(1, 1))
-    upper_left.set_title(title)
+    both = [axes.get_legend_handles_labels() for axes in (upper_left, upper_right)]
+    by_bits = {label: handle for found in both for handle, label in zip(*found, strict=True)}  # one entry each
+    labels = sorted(by_bits, reverse=True)
+    figure.legend([by_bits[label] for label in labels], labels, loc="outside lower center", ncols=3, title="above:")
+    upper_left.set_title("weights, and with activations")
     upper_right.set_title("activations alone, min-max")
     decibels = [row[name] for row in layers for name in (WORST_FIRST, WITHOUT_OUTLIERS) if row[name] is not None]
     for axes, name in ((lower_left, WORST_FIRST), (lower_right, WITHOUT_OUTLIERS)):
         axes.set_title(name)
         image = draw_layers(axes, layers, name, min(decibels, default=0), max(decibels, default=1))
     lower_right.set_yticklabels([])
-    figure.colorbar(image, ax=[lower_left, lower_right], label="signal to noise (dB)")
+    figure.colorbar(image, ax=[lower_left, lower_right], label="signal to noise, dB")
     return figure
 
 
@@ -176,12 +180,12 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)  # linear around 0, since a rise may be negative
     axes.set_xlim(min(axes.get_xlim()[0], -0.02), max(2 * axes.get_xlim()[1], 1))
-    axes.set_xticks(
-        [tick for tick in (-10, -1, 0, 0.1, 1, 10, 100, 1000) if axes.get_xlim()[0] < tick <= axes.get_xlim()[1]]
-    )
-    axes.xaxis.set_major_formatter("{x:g}")
+    ticks = [10.0**n for n in range(-1, 10)]
+    axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.grid(False, axis="y")
-    axes.set_xlabel("rise in perplexity (%) ± spread over calibrations")
+    drawn = any(row["spread"] is not None for found in rows.values() for row in found)
+    axes.set_xlabel("rise in perplexity, %" + (" ± spread over calibrations" if drawn else ""))
 
 
 def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:
@@ -234,11 +238,10 @@ DIAGNOSTIC = Diagnostic(
     tables={"layers": LAYERS},
     measure=measure,
     draw=draw,
-    headlines=(
-        "perplexity_rise W8 per channel",
-        "perplexity_rise W4 per channel",
-        "perplexity_rise W8A8 min-max",
-    ),
+    headlines={
+        f"perplexity_rise {scheme}": "perplexity a token; lower is better"
+        for scheme in ("W4 per channel", "W8A8 min-max", "W6A6 min-max")
+    },
     reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
     "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed: that most "
     "are small). The 'only' rows say which kind of activation suffers, the layers (worst first; 6 dB are one bit) "

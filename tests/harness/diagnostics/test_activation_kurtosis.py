@@ -66,6 +66,9 @@ def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
     panels = {panel.get_title(loc="left"): panel for panel in DIAGNOSTIC.draw(result, "broken").axes}
     assert {"All elements pooled", "Sink rate", "Row mass", "Entropy"} <= set(panels)
     assert [text.get_text() for text in panels["Entropy"].texts].count("×") == 1
+    labels = panels["All elements pooled"].get_legend_handles_labels()[1]
+    assert "heads' output" in labels  # the attention itself is another line
+    assert "attention weights" in labels
 
 
 def test_nothing_is_found_in_a_gaussian_model(corpus):

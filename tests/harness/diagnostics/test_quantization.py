@@ -9,6 +9,7 @@ import torch
 
 from harness.batches import gather, training_offsets
 from harness.corpus_writing import write_corpus
+from harness.diagnostics import Result
 from harness.diagnostics.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 from harness.tokenizer import Bytes
 from measure.perplexity import score, sliding_offsets
@@ -76,6 +77,20 @@ def test_a_planted_outlier_channel_is_found_and_named(tmp_path, corpus, capsys):
     out = capsys.readouterr().out
     assert "lowest signal-to-noise ratio under W8A8 min-max: h.1.attn.c_attn" in out
     assert "How to read it" in out
+
+
+@pytest.mark.parametrize("spread", [None, 0.1])
+def test_the_pictures_legend_has_every_number_of_bits_and_a_spread_only_where_there_is_one(spread):
+    schemes_and_rises = {"float": 0.0, "W8 per channel": 0.1, "W4 per channel": 2.0, "W6A6 min-max": 1.0}
+    alone = dict.fromkeys(("A8 only residual stream", "A6 only residual stream"), 0.5)
+    rows = [
+        {"scheme": scheme, "perplexity": 10 + rise, "perplexity_rise": rise, "spread": spread}
+        for scheme, rise in (schemes_and_rises | alone).items()
+    ]
+    figure = DIAGNOSTIC.draw(Result(rows, {}), "run")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["8 bits", "6 bits", "4 bits"]
+    assert [("±" in panel.get_xlabel()) for panel in figure.axes[:2]] == [spread is not None] * 2
 
 
 def draw_losses(model: GPT, scheme: Scheme, corpus: Path, offsets: np.ndarray) -> list[float]:
