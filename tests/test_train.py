@@ -15,7 +15,16 @@ import torch
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
-from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused, run_on_two_ranks
+from tests.helpers import (
+    ROOT,
+    TrainingRun,
+    assert_same_run,
+    finished,
+    refused,
+    run_on_two_ranks,
+    save_model,
+    tiny_gpt,
+)
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -108,7 +117,7 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     assert first["seen"] == second["seen"]
     assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
     assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
-    assert "ckpt.pt" in first["writes"]
+    assert first["writes"][:2] == ["best.pt", "ckpt.pt"]  # a kill in between leaves no best.pt that is behind
     assert second["writes"] == []
     one = finished("one", "--training.max_steps", "2", "--evaluation.interval", "1")
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
@@ -146,6 +155,12 @@ def test_a_finished_run_says_so_and_does_nothing():
     before = {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")}
     again = finished("run")
     assert "out/run is finished: step 24 of 24" in again.output()
+    looked_at_otherwise = finished("run", "--evaluation.interval", "3", "--training.checkpoint_interval", "9")
+    assert "out/run is finished: step 24 of 24" in looked_at_otherwise.output()
+    error = refused("run", "--run.seed", "2", "--optimizer.lr", "3e-3")  # it does not answer for another run
+    assert "out/run is finished, step 24 of 24, and is of another config" in error
+    assert "run.seed 1337 → 2, optimizer.lr 0.01 → 0.003" in error
+    assert "normalizer is softmax in the config and softmax1" in refused("run", "--model.normalizer", "softmax")
     assert {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")} == before
 
 
@@ -156,6 +171,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     assert "resuming out/run from step 24" in more.output()
     assert "changed since the checkpoint: training.max_steps 24 → 30" in more.output()
     assert [line["step"] for line in more.metrics()] == list(range(31))
+    assert [line["step"] for line in more.metrics() if "val_full/loss" in line] == [24, 30]
 
 
 @pytest.mark.slow
@@ -176,8 +192,10 @@ def test_starting_afresh_never_destroys_a_run_unasked():
 def test_the_last_evaluation_is_of_the_whole_validation_set():
     sampled = finished("sampled", "--evaluation.batches", "1")
     whole = finished("whole", "--evaluation.batches", "full")
-    assert sampled.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
-    assert sampled.metrics()[0]["val/loss"] != whole.metrics()[0]["val/loss"]
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        expected = whole.metrics()[-1][f"val/{metric}"]
+        assert sampled.metrics()[-1][f"val_full/{metric}"] == whole.metrics()[-1][f"val_full/{metric}"] == expected
+        assert sampled.metrics()[-1][f"val/{metric}"] != expected  # of the same windows as before
     only = finished("sampled", "--evaluation.only", "true")
     assert f"val loss {whole.metrics()[-1]['val/loss']:.4f}" in only.output()
 
@@ -195,9 +213,10 @@ def test_the_validation_loss_is_that_of_every_target_once():
         with torch.no_grad():
             total += model(x[:, : y.size(1)], y)[1].item() * y.numel()
     last = run.metrics()[-1]
-    np.testing.assert_allclose(last["val/loss"], total / (len(tokens) - 1), rtol=1e-6)
-    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] / np.log(2), rtol=1e-12)  # a byte a token
-    np.testing.assert_allclose(last["val/perplexity"], np.exp(last["val/loss"]), rtol=1e-12)
+    np.testing.assert_allclose(last["val_full/loss"], total / (len(tokens) - 1), rtol=1e-6)
+    bits = last["val_full/loss"] / np.log(2)
+    np.testing.assert_allclose(last["val_full/bits_per_byte"], bits, rtol=1e-12)  # a byte a token
+    np.testing.assert_allclose(last["val_full/perplexity"], np.exp(last["val_full/loss"]), rtol=1e-12)
 
 
 def test_the_best_checkpoint_is_the_best_evaluation():
@@ -205,6 +224,33 @@ def test_the_best_checkpoint_is_the_best_evaluation():
     evaluated = [(line["val/loss"], line["step"]) for line in run.metrics() if "val/loss" in line and line["step"]]
     best = run.checkpoint("best.pt")
     assert (best["best_val_loss"], best["step"]) == min(evaluated)
+
+    # A resume of which the next evaluations are worse: best.pt stays, unless it is lost or of other windows.
+    worse = ("--optimizer.lr", "30", "--optimizer.min_lr", "30", "--optimizer.grad_clip", "0")
+    finished("run", *worse, "--evaluation.batches", "full", "--training.max_steps", "30")
+    assert run.checkpoint("best.pt")["step"] == best["step"]
+    torch.save(best | {"best_val_loss": best["best_val_loss"] + 99, "step": 0}, run.folder / "best.pt")  # an older one
+    finished("run", *worse, "--evaluation.batches", "full", "--training.max_steps", "36")
+    assert run.checkpoint("best.pt")["step"] == 36
+    other = finished("run", *worse, "--evaluation.batches", "2", "--training.max_steps", "42")
+    assert "best.pt starts anew with the next evaluation: it is of 251 validation windows, not of 16" in other.output()
+    best, last = other.checkpoint("best.pt"), other.metrics()[-1]
+    assert (best["step"], best["best_val_loss"]) == (42, last["val/loss"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--optimizer.decay_steps", "5000"), "training.max_steps is 1, optimizer.decay_steps 5000 and warmup_steps 0"),
+        (("--optimizer.warmup_steps", "9"), "training.max_steps is 1, optimizer.decay_steps 1 and warmup_steps 9"),
+        ((), None),
+        (("--optimizer.decay_steps", "5000", "--optimizer.min_lr", "1e-2"), None),  # a constant rate
+    ],
+)
+def test_a_schedule_that_does_not_come_to_its_end_is_said(arguments, expected):
+    run = finished("run", "--training.max_steps", "1", "--optimizer.warmup_steps", "0", *arguments)
+    assert ("note: the learning rate ends at" in run.output()) == bool(expected)
+    assert (expected or "") in run.output()
 
 
 def test_kurtosis_is_logged_at_every_evaluation():
@@ -336,6 +382,17 @@ def test_a_checkpoint_that_is_none_is_named():
     Path("out/run").mkdir(parents=True)
     Path("out/run/ckpt.pt").write_bytes(b"PK\x03\x04 not really")
     assert "out/run/ckpt.pt is truncated or not a checkpoint" in refused("run")
+
+
+def test_weights_that_are_not_finite_are_said_to_be_so_and_nothing_is_started():
+    model = tiny_gpt(block_size=16, n_embd=32, bias=False, normalizer="softmax1")
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 3] = float("nan")
+    save_model(model, "nan.pt", "corpus")
+    for key in ("training.init_from", "kl.reference"):
+        error = refused("run", f"--{key}", "nan.pt", "--model.dropout", "0")
+        assert "nan.pt holds NaN or infinite weights, in transformer.h.1.mlp.c_fc.weight first" in error
+    assert "NaN or infinite" in refused("run", "--training.init_from", "nan.pt", "--evaluation.only", "true")
+    assert not Path("out/run").exists()
 
 
 def test_a_read_only_out_folder_is_named():
