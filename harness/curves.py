@@ -123,10 +123,12 @@ def kurtosis_over_groups(record: dict[str, float | None]) -> dict[str, float]:
 
 
 def last_values(runs: dict[str, Series], panels: list[Panel]) -> list[dict]:
-    """Rows of the table: a metric, and its last finite value in each run."""
+    """Rows of the table: a metric, and its last finite value in each run. Beside val/… stands val_full/…, the same over
+    the whole validation set, which a run measures at its last step alone."""
     rows: list[dict] = [{"last value": "step"}]
     rows[0] |= {run: int(max(s[-1] for s, _ in series.values())) for run, series in runs.items()}
-    for name in (name for panel in panels for name in (panel.aside, panel.main) if name):
+    names = [n for p in panels for n in (p.aside, p.main, p.main.replace("val/", "val_full/")) if n]
+    for name in dict.fromkeys(name for name in names if any(name in series for series in runs.values())):
         row: dict[str, Any] = {"last value": name}
         for run, series in runs.items():
             if name in series:

@@ -29,3 +29,11 @@ def test_a_kurtosis_group_is_its_median_and_largest_without_what_does_not_exist(
     assert values.tolist() == [sorted((0.1, step / 10, 0.3))[1] for step in steps]  # "constant" is null throughout
     assert series["max weight_kurtosis"][1].tolist() == [max(0.3, step / 10) for step in steps]
     assert "weight_kurtosis/constant" not in series
+
+
+def test_the_whole_validation_sets_loss_stands_beside_that_of_the_windows(tmp_path):
+    records = [{"step": 0, "val/loss": 5.0}, {"step": 9, "val/loss": 1.3, "val_full/loss": 1.4}]
+    run = write_curves(tmp_path / "run", records)
+    runs = {"run": curves.read_run(Path(run, "metrics.jsonl"))}
+    rows = curves.last_values(runs, curves.standard_panels(runs))
+    assert [(row["last value"], row["run"]) for row in rows] == [("step", 9), ("val/loss", 1.3), ("val_full/loss", 1.4)]
