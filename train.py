@@ -26,7 +26,7 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
-from harness.optimizers import make_optimizer
+from harness.optimizers import learning_rate, make_optimizer, schedule_note
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
@@ -132,12 +132,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     wrapped = model if ranks.size == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
-    o, last_lr = config.optimizer, learning_rate(c.max_steps, config)
-    if last_lr > o.min_lr and max(o.decay_steps or 0, o.warmup_steps + 1) > c.max_steps:
-        say(
-            f"note: the learning rate ends at {last_lr:.3g} and not at min_lr, {o.min_lr:.3g}: training.max_steps is "
-            f"{c.max_steps}, optimizer.decay_steps {o.decay_steps or c.max_steps} and warmup_steps {o.warmup_steps}"
-        )
+    if note := schedule_note(config):
+        say(note)
 
     tracker = progress = None  # like the folder, they are rank 0's
     if folder:
@@ -294,18 +290,6 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
         if len(tokens) <= model.block_size:
             problem = f"{model.block_size} is longer than {corpus.folder / split}.bin, which has {len(tokens)} tokens"
             raise config.error("model.block_size", problem)
-
-
-def learning_rate(step: int, config: Config) -> float:
-    """The rate at step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
-    c = config.optimizer
-    done, decay_steps = step - 1, c.decay_steps or config.training.max_steps
-    if done < c.warmup_steps:
-        return c.lr * step / (c.warmup_steps + 1)
-    if done >= decay_steps:
-        return c.min_lr
-    progress = (done - c.warmup_steps) / (decay_steps - c.warmup_steps)
-    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.lr - c.min_lr)
 
 
 def training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size):

@@ -129,16 +129,21 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
 
 
 def wandb_mode(tracking) -> tuple[str, str]:
-    """auto, online, offline or disabled; and what says so."""
-    if not os.environ.get("WANDB_MODE", "-"):
-        del os.environ["WANDB_MODE"]  # wandb takes no empty one, and it says nothing
+    """auto, online, offline or disabled; and what says so. What wandb would stumble over in its variables is mended: a
+    value without the blanks around it is what was meant, an empty one says nothing, and a mode that does not exist may
+    have been meant to keep the run to itself."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        if name in os.environ and not os.environ[name].strip():
+            del os.environ[name]
+        elif name in os.environ:
+            os.environ[name] = os.environ[name].strip()
     if tracking.wandb != "auto" or "WANDB_MODE" not in os.environ:
         return tracking.wandb, "as configured"
     wanted = os.environ["WANDB_MODE"]
     modes = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
-    if mode := modes.get(wanted.strip().lower()):
-        return mode, "WANDB_MODE"
-    return "offline", f"WANDB_MODE={wanted} is none of online, offline and disabled"
+    os.environ["WANDB_MODE"] = modes.get(wanted.lower(), "offline")
+    known = wanted.lower() in modes
+    return os.environ["WANDB_MODE"], "WANDB_MODE" if known else f"WANDB_MODE={wanted} is no mode of wandb's"
 
 
 def known_id(folder: Path) -> str | None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -15,16 +16,7 @@ import torch
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
-from tests.helpers import (
-    ROOT,
-    TrainingRun,
-    assert_same_run,
-    finished,
-    refused,
-    run_on_two_ranks,
-    save_model,
-    tiny_gpt,
-)
+from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused, run_on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -155,12 +147,7 @@ def test_a_finished_run_says_so_and_does_nothing():
     before = {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")}
     again = finished("run")
     assert "out/run is finished: step 24 of 24" in again.output()
-    looked_at_otherwise = finished("run", "--evaluation.interval", "3", "--training.checkpoint_interval", "9")
-    assert "out/run is finished: step 24 of 24" in looked_at_otherwise.output()
-    error = refused("run", "--run.seed", "2", "--optimizer.lr", "3e-3")  # it does not answer for another run
-    assert "out/run is finished, step 24 of 24, and is of another config" in error
-    assert "run.seed 1337 → 2, optimizer.lr 0.01 → 0.003" in error
-    assert "normalizer is softmax in the config and softmax1" in refused("run", "--model.normalizer", "softmax")
+    assert "run.seed 1337 → 2" in refused("run", "--run.seed", "2")  # it does not answer for another run
     assert {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")} == before
 
 
@@ -225,32 +212,18 @@ def test_the_best_checkpoint_is_the_best_evaluation():
     best = run.checkpoint("best.pt")
     assert (best["best_val_loss"], best["step"]) == min(evaluated)
 
-    # A resume of which the next evaluations are worse: best.pt stays, unless it is lost or of other windows.
+
+@pytest.mark.slow
+def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
+    run = finished("run", "--training.max_steps", "6")
+    torch.save(run.checkpoint("best.pt") | {"best_val_loss": math.inf, "step": 0}, run.folder / "best.pt")
     worse = ("--optimizer.lr", "30", "--optimizer.min_lr", "30", "--optimizer.grad_clip", "0")
-    finished("run", *worse, "--evaluation.batches", "full", "--training.max_steps", "30")
-    assert run.checkpoint("best.pt")["step"] == best["step"]
-    torch.save(best | {"best_val_loss": best["best_val_loss"] + 99, "step": 0}, run.folder / "best.pt")  # an older one
-    finished("run", *worse, "--evaluation.batches", "full", "--training.max_steps", "36")
-    assert run.checkpoint("best.pt")["step"] == 36
-    other = finished("run", *worse, "--evaluation.batches", "2", "--training.max_steps", "42")
-    assert "best.pt starts anew with the next evaluation: it is of 251 validation windows, not of 16" in other.output()
+    finished("run", *worse, "--training.max_steps", "12")
+    assert run.checkpoint("best.pt")["step"] == 12  # not the one of a ckpt.pt that speaks of a better one
+    other = finished("run", *worse, "--evaluation.batches", "2", "--training.max_steps", "18")
+    assert "best.pt starts anew with the next evaluation: it is of 32 validation windows, not of 16" in other.output()
     best, last = other.checkpoint("best.pt"), other.metrics()[-1]
-    assert (best["step"], best["best_val_loss"]) == (42, last["val/loss"])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (("--optimizer.decay_steps", "5000"), "training.max_steps is 1, optimizer.decay_steps 5000 and warmup_steps 0"),
-        (("--optimizer.warmup_steps", "9"), "training.max_steps is 1, optimizer.decay_steps 1 and warmup_steps 9"),
-        ((), None),
-        (("--optimizer.decay_steps", "5000", "--optimizer.min_lr", "1e-2"), None),  # a constant rate
-    ],
-)
-def test_a_schedule_that_does_not_come_to_its_end_is_said(arguments, expected):
-    run = finished("run", "--training.max_steps", "1", "--optimizer.warmup_steps", "0", *arguments)
-    assert ("note: the learning rate ends at" in run.output()) == bool(expected)
-    assert (expected or "") in run.output()
+    assert (best["step"], best["best_val_loss"]) == (18, last["val/loss"])
 
 
 def test_kurtosis_is_logged_at_every_evaluation():
@@ -382,17 +355,6 @@ def test_a_checkpoint_that_is_none_is_named():
     Path("out/run").mkdir(parents=True)
     Path("out/run/ckpt.pt").write_bytes(b"PK\x03\x04 not really")
     assert "out/run/ckpt.pt is truncated or not a checkpoint" in refused("run")
-
-
-def test_weights_that_are_not_finite_are_said_to_be_so_and_nothing_is_started():
-    model = tiny_gpt(block_size=16, n_embd=32, bias=False, normalizer="softmax1")
-    model.transformer.h[1].mlp.c_fc.weight.data[3, 3] = float("nan")
-    save_model(model, "nan.pt", "corpus")
-    for key in ("training.init_from", "kl.reference"):
-        error = refused("run", f"--{key}", "nan.pt", "--model.dropout", "0")
-        assert "nan.pt holds NaN or infinite weights, in transformer.h.1.mlp.c_fc.weight first" in error
-    assert "NaN or infinite" in refused("run", "--training.init_from", "nan.pt", "--evaluation.only", "true")
-    assert not Path("out/run").exists()
 
 
 def test_a_read_only_out_folder_is_named():

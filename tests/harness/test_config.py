@@ -180,7 +180,7 @@ def test_a_mistake_in_the_base_is_blamed_on_the_base():
         ("model: {normalizer: softmax2}", ("model.normalizer", "softmax or softmax1 or sink", "'softmax2'")),
         ("model: {normalizer: }", ("model.normalizer", "softmax or softmax1 or sink", "nothing")),
         ("model: {n_embd: 10, n_head: 3}", ("model", "n_embd (10)", "n_head (3)")),
-        ("model: {n_layer: 0}", ("model", "n_layer", "0", "at least 1")),
+        ("model: {n_layer: 0}", ("model", "n_layer", "0", "an integer and at least 1")),
         ("model: {dropout: 1}", ("model", "dropout", "1.0", "[0, 1)")),
         ("model: {n_head: 4.0}", ("model.n_head", "an int", "4.0")),
         ("run: {name: ..}", ("run.name", "'..'", "run.out_dir may be a path")),
