@@ -12,7 +12,7 @@ import pytest
 import wandb
 
 from harness.errors import UserError
-from harness.tracking import Tracker, known_id, stored_steps
+from harness.tracking import Tracker, known_id, stored_steps, watched
 from tests.helpers import run_python
 
 
@@ -101,6 +101,20 @@ def test_a_value_that_is_not_finite_is_null(tmp_path, value):
     assert "NaN" not in text  # which Python reads back, and no other JSON reader does
     assert "Infinity" not in text
     assert lines(tmp_path) == [{"step": 3, "train/loss": None, "train/lr": 0.1}]
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_long_evaluation_shows_how_far_it_is(monkeypatch, capsys, terminal):
+    clock = iter(range(0, 1000, 4))  # 4 seconds a batch
+    monkeypatch.setattr("harness.tracking.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: terminal)
+    assert list(watched(list("abcdefg"), "evaluating")) == list("abcdefg")
+    shown = capsys.readouterr()
+    lines = [f"evaluating: {done} of 7 batches" for done in (2, 5)]
+    assert shown.out.splitlines() == ([] if terminal else lines)
+    assert ("evaluating" in shown.err) == terminal  # a bar
+    assert list(watched(range(7), "evaluating", shown=False)) == list(range(7))
+    assert capsys.readouterr() == ("", "")
 
 
 # --- wandb ----------------------------------------------------------------------------------------------------------
