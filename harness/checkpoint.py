@@ -163,6 +163,13 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     return model
 
 
+def check_finite(model: GPT, path: str | Path) -> None:
+    """UserError, naming the first, if the model that was read from `path` has weights that are NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds NaN or infinite weights, in {name} first: there is nothing to go on from")
+
+
 def model_config(model_args: dict[str, Any]) -> GPTConfig:
     """The GPTConfig of a checkpoint's model_args: ours, or nanoGPT's (exact GELU), or quietGPT's (`use_softmax1`). A
     float that is a whole number, as JSON and YAML may make of one, counts as an integer; TypeError for other types."""

@@ -62,21 +62,28 @@ def run(command: list[str]) -> int:
 
 def next_steps(config: Config, arguments: list[str]) -> str:
     folder, changed = config.folder, dict(parse_overrides(arguments[1:]))
-    changed |= {"training.max_steps": 2 * config.training.max_steps}
+    c, decay_steps = config.training, config.optimizer.decay_steps
+    changed |= {"training.max_steps": 2 * c.max_steps}
+    if decay_steps is None:  # else it would follow max_steps, and the rate rise again
+        changed |= {"optimizer.decay_steps": c.max_steps}
+    rate = "at min_lr, where the schedule has ended"
+    if decay_steps and decay_steps > c.max_steps:
+        rate = f"while the learning rate falls to min_lr at step {decay_steps}"
     kept = [
         f"--{k} {shlex.quote(str(v))}" for k, v in changed.items() if k not in ("training.resume", "training.overwrite")
     ]
     again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
+    quoted = shlex.quote(str(folder))
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
-  source {os.path.relpath(sys.prefix)}/bin/activate
-  python scripts/plot_metrics.py {folder}      # the curves, as a PNG
-  wandb leet {folder}/wandb                    # the curves, in the terminal
-  python scripts/sample.py {folder}/ckpt.pt    # text from the model
-  python scripts/activation_kurtosis.py {folder}/ckpt.pt    # the outliers; the README has the other diagnostics
-  {again}    # train on, at the schedule's last learning rate"""
+  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
+  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG
+  wandb leet {quoted}/wandb                    # the curves, in the terminal
+  python scripts/sample.py {quoted}/ckpt.pt    # text from the model
+  python scripts/activation_kurtosis.py {quoted}/ckpt.pt    # the outliers; the README has the other diagnostics
+  {again}    # train on, {rate}"""
 
 
 if __name__ == "__main__":

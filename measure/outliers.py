@@ -23,7 +23,7 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
     def over(how, values: list[float | None]) -> float | None:
         return None if None in values else float(how(values))
 
-    theirs = [row for row in rows if "[" not in row["name"] and kind_of(row["name"]) in BONDARENKO]
+    theirs = of_their_tensors(rows)
     summary = {
         "avg kurtosis": over(np.mean, [row["per_sequence_kurtosis"] for row in theirs]),
         "max kurtosis": over(max, [row["per_sequence_kurtosis"] for row in theirs]),
@@ -34,6 +34,11 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
     return summary | {
         name: over(np.mean, [head[name] for head in heads]) for name in ("sink_rate", "row_mass", "entropy")
     }
+
+
+def of_their_tensors(rows: list[dict]) -> list[dict]:
+    """The rows that Bondarenko et al.'s figures are over."""
+    return [row for row in rows if "[" not in row["name"] and kind_of(row["name"]) in BONDARENKO]
 
 
 def kind_of(name: str) -> str:
@@ -54,6 +59,17 @@ def nonfinite(rows: list[dict]) -> list[str]:
         for row in rows
         if row["nonfinite"] and "[" not in row["name"]
     ]
+
+
+def where_largest(rows: list[dict]) -> list[str]:
+    """The tensors that the summary's maxima are of."""
+    found = []
+    for name, column in (("max kurtosis", "per_sequence_kurtosis"), ("max infinity norm", "per_sequence_max_abs")):
+        theirs = of_their_tensors(rows)
+        if theirs and None not in [row[column] for row in theirs]:
+            row = max(theirs, key=lambda row: row[column])
+            found.append(f"{name}: {row[column]:.4g}, of {row['name']}")
+    return found
 
 
 def constant(rows: list[dict]) -> list[str]:

@@ -35,6 +35,8 @@ def main() -> None:
             raise UserError(f"--{name} {value}: at least {least}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: above 0 and at most 1")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
 
     device = choose_device(args.device)
     model, info = load_model(args.checkpoint, device)

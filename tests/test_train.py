@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -108,7 +109,7 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     assert first["seen"] == second["seen"]
     assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
     assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
-    assert "ckpt.pt" in first["writes"]
+    assert first["writes"][:2] == ["best.pt", "ckpt.pt"]  # a kill in between leaves no best.pt that is behind
     assert second["writes"] == []
     one = finished("one", "--training.max_steps", "2", "--evaluation.interval", "1")
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
@@ -146,6 +147,7 @@ def test_a_finished_run_says_so_and_does_nothing():
     before = {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")}
     again = finished("run")
     assert "out/run is finished: step 24 of 24" in again.output()
+    assert "run.seed 1337 → 2" in refused("run", "--run.seed", "2")  # it does not answer for another run
     assert {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")} == before
 
 
@@ -156,6 +158,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     assert "resuming out/run from step 24" in more.output()
     assert "changed since the checkpoint: training.max_steps 24 → 30" in more.output()
     assert [line["step"] for line in more.metrics()] == list(range(31))
+    assert [line["step"] for line in more.metrics() if "val_full/loss" in line] == [24, 30]
 
 
 @pytest.mark.slow
@@ -176,8 +179,10 @@ def test_starting_afresh_never_destroys_a_run_unasked():
 def test_the_last_evaluation_is_of_the_whole_validation_set():
     sampled = finished("sampled", "--evaluation.batches", "1")
     whole = finished("whole", "--evaluation.batches", "full")
-    assert sampled.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
-    assert sampled.metrics()[0]["val/loss"] != whole.metrics()[0]["val/loss"]
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        expected = whole.metrics()[-1][f"val/{metric}"]
+        assert sampled.metrics()[-1][f"val_full/{metric}"] == whole.metrics()[-1][f"val_full/{metric}"] == expected
+        assert sampled.metrics()[-1][f"val/{metric}"] != expected  # of the same windows as before
     only = finished("sampled", "--evaluation.only", "true")
     assert f"val loss {whole.metrics()[-1]['val/loss']:.4f}" in only.output()
 
@@ -195,9 +200,10 @@ def test_the_validation_loss_is_that_of_every_target_once():
         with torch.no_grad():
             total += model(x[:, : y.size(1)], y)[1].item() * y.numel()
     last = run.metrics()[-1]
-    np.testing.assert_allclose(last["val/loss"], total / (len(tokens) - 1), rtol=1e-6)
-    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] / np.log(2), rtol=1e-12)  # a byte a token
-    np.testing.assert_allclose(last["val/perplexity"], np.exp(last["val/loss"]), rtol=1e-12)
+    np.testing.assert_allclose(last["val_full/loss"], total / (len(tokens) - 1), rtol=1e-6)
+    bits = last["val_full/loss"] / np.log(2)
+    np.testing.assert_allclose(last["val_full/bits_per_byte"], bits, rtol=1e-12)  # a byte a token
+    np.testing.assert_allclose(last["val_full/perplexity"], np.exp(last["val_full/loss"]), rtol=1e-12)
 
 
 def test_the_best_checkpoint_is_the_best_evaluation():
@@ -205,6 +211,19 @@ def test_the_best_checkpoint_is_the_best_evaluation():
     evaluated = [(line["val/loss"], line["step"]) for line in run.metrics() if "val/loss" in line and line["step"]]
     best = run.checkpoint("best.pt")
     assert (best["best_val_loss"], best["step"]) == min(evaluated)
+
+
+@pytest.mark.slow
+def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
+    run = finished("run", "--training.max_steps", "6")
+    torch.save(run.checkpoint("best.pt") | {"best_val_loss": math.inf, "step": 0}, run.folder / "best.pt")
+    worse = ("--optimizer.lr", "30", "--optimizer.min_lr", "30", "--optimizer.grad_clip", "0")
+    finished("run", *worse, "--training.max_steps", "12")
+    assert run.checkpoint("best.pt")["step"] == 12  # not the one of a ckpt.pt that speaks of a better one
+    other = finished("run", *worse, "--evaluation.batches", "2", "--training.max_steps", "18")
+    assert "best.pt starts anew with the next evaluation: it is of 32 validation windows, not of 16" in other.output()
+    best, last = other.checkpoint("best.pt"), other.metrics()[-1]
+    assert (best["step"], best["best_val_loss"]) == (18, last["val/loss"])
 
 
 def test_kurtosis_is_logged_at_every_evaluation():

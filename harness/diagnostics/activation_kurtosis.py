@@ -18,6 +18,7 @@ from measure.outliers import (
     outlier_channels,
     sink_heads,
     summarize,
+    where_largest,
 )
 from measure.probe import TENSORS
 
@@ -53,7 +54,8 @@ def measure(subject: Subject) -> Result:
     notes = [f"{sequences} sequences of T = {T} tokens, from {subject.corpus.folder}, {subject.args.split}"]
     notes += no_distribution(subject.model)
     notes += (
-        nonfinite(rows)
+        where_largest(rows)
+        + nonfinite(rows)
         + constant(rows)
         + first_token_spikes(activations)
         + outlier_channels(activations)

@@ -1,5 +1,8 @@
 """The two commands, as a user types them."""
 
+import os
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.config import load_config
+from harness.launch import next_steps
 from tests.helpers import ROOT, run_python
 
 TINY = """
@@ -103,6 +108,50 @@ def test_help_and_print_config_need_no_corpus(config):
     assert shown.returncode == 0
     assert "--optimizer.warmup_steps" in shown.stdout
     assert run_training(str(config), "--print_config").stdout.startswith("run:\n  name: tiny\n")
+
+
+def commands(config: Path, *changes: str) -> list[str]:
+    """What is proposed after a run."""
+    arguments = [str(config), *changes]
+    return [line.strip() for line in next_steps(load_config(arguments), arguments).partition("next:")[2].splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "proposed", "at"),
+    [
+        ((), ["--training.max_steps", "6", "--optimizer.decay_steps", "3"], "at min_lr"),  # not up again
+        (("--optimizer.decay_steps", "2"), ["--optimizer.decay_steps", "2", "--training.max_steps", "6"], "at min_lr"),
+        (("--optimizer.decay_steps", "5000",), ["--optimizer.decay_steps", "5000", "--training.max_steps", "6"],
+         "while the learning rate falls to min_lr at step 5000"),
+    ],
+)  # fmt: skip
+def test_training_on_is_proposed_with_what_the_learning_rate_does_then(config, changes, proposed, at):
+    command, _, comment = commands(config, *changes)[-1].partition("    # ")
+    assert shlex.split(command)[2:] == proposed
+    assert comment.startswith(f"train on, {at}")
+
+
+def test_the_commands_that_are_proposed_may_be_pasted_whatever_the_names_are(config):
+    folder = config.parent / "out of $HOME's way" / "tiny"
+    for command in commands(config, "--run.out_dir", str(folder.parent))[2:]:
+        words = shlex.split(command, comments=True)
+        if words and "run_training.sh" not in words[0]:
+            assert words[2].startswith(str(folder)), command
+
+
+def test_an_environment_of_an_old_python_is_not_used_nor_removed(tmp_path):
+    (tmp_path / "harness").mkdir()
+    for name in ("run_training.sh", "harness/environment.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 1;; esac\nexit 0\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    done = subprocess.run([str(tmp_path / "run_training.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/.venv is of a Python older than 3.11" in done.stderr
+    assert python.exists()
 
 
 def test_no_recent_python_is_said_in_one_line(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -419,7 +420,9 @@ def test_summary_and_picture_go_to_the_runs_own_page(path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(path.parent / "cache"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     trained(path.parent, "offline")
+    (path.parent / "wandb" / "latest-run").symlink_to("run-of-the-training")
     run(COUNTING, [str(path), "--device", "cpu", "--wandb"])
+    assert os.readlink(path.parent / "wandb" / "latest-run") == "run-of-the-training"  # what `wandb leet` opens
     (folder,) = (path.parent / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
