@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from harness import curves
+from measure.activations import EARLY
 from tests.helpers import write_curves
 
 
@@ -29,3 +30,8 @@ def test_a_kurtosis_group_is_its_median_and_largest_without_what_does_not_exist(
     assert values.tolist() == [sorted((0.1, step / 10, 0.3))[1] for step in steps]  # "constant" is null throughout
     assert series["max weight_kurtosis"][1].tolist() == [max(0.3, step / 10) for step in steps]
     assert "weight_kurtosis/constant" not in series
+
+
+def test_the_legend_names_the_queries_that_are_left_out():
+    (panel,) = (panel for panel in curves.PANELS if panel.main.endswith("_late"))
+    assert panel.legend[0] == f"without the first {EARLY} queries"
