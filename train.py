@@ -30,7 +30,8 @@ from harness.optimizers import learning_rate, make_optimizer, schedule_note
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
-from measure.probe import attention_kurtosis, weight_kurtosis
+from measure.outliers import activation_metrics
+from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
@@ -182,8 +183,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 if progress:
                     progress.say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
             metrics |= validation_metrics(loss, corpus, "val_full")
-        kurtosis = kurtosis_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
-        return metrics | kurtosis, best
+        outliers = outlier_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
+        return metrics | outliers, best
 
     if not resumed:
         measured, best = measure(0)
@@ -321,14 +322,18 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
     return dict(zip(names, values[-1].tolist(), strict=True))
 
 
-def kurtosis_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
-    """Excess kurtosis of each weight matrix, and of the attention probabilities on the same few windows every time."""
+def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
+    """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
+    what the normalizer has learned: each of its parameters, averaged over heads."""
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
+    metrics |= {f"normalizer/{name}": p.mean().item() for name, p in model.normalizer_parameters().items()}
     model.eval()
     for split, tokens in corpus.tokens.items():
         offsets = validation_offsets(len(tokens) - model.config.block_size + 1, model.config.block_size, count=8)
         x, _ = gather(tokens, offsets, model.config.block_size, device)
-        metrics[f"activation_kurtosis/{split}/attention"] = attention_kurtosis(model, x)
+        for name, value in activation_metrics(model, x).items():  # what/where → what/split/where
+            what, _, where = name.partition("/")
+            metrics[f"{what}/{split}/{where}".rstrip("/")] = value
     model.train()
     return metrics
 

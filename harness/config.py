@@ -141,7 +141,7 @@ class EvaluationConfig:
     batches: PositiveInt | Literal["full"] = 50
     """validation windows, in units of training.batch_size, spread evenly; full: the whole set"""
     kurtosis: bool = True
-    """log the excess kurtosis of weights and attention probabilities at every evaluation"""
+    """log what shows outliers at every evaluation: kurtosis of weights and activations, sinks, row mass"""
     only: bool = False
     """evaluate the checkpoint or init_from on the whole validation set, and end"""
 

@@ -22,7 +22,7 @@ from harness.figures import RUN_STYLES, integer_ticks, new_figure
 
 MAX_PANELS = 48
 GIVE = "give a run that has logged something: out/NAME or its metrics.jsonl"
-KURTOSIS_GROUPS = ("weight_kurtosis", "activation_kurtosis/train", "activation_kurtosis/val")
+GROUPS = ("weight_kurtosis", "normalizer")  # a series for each parameter, drawn by their median and maximum
 
 # One run: series name → (steps, values), both float64; values that are not finite are NaN, a gap in the curve.
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -49,20 +49,35 @@ class Panel:
         return tuple(name for name in (self.aside, self.main, self.full) if name)
 
 
-def kurtosis_panel(title: str, group: str) -> Panel:
-    return Panel(title, "excess kurtosis", f"median {group}", f"max {group}", ("median", "maximum"), "symlog")
+VAL_TRAIN, MEDIAN_MAX = ("validation", "training"), ("median", "maximum")
+
+
+def of_both_splits(title: str, unit: str, name: str, scale: str) -> Panel:
+    """What is logged for each split, under `name` with {} where the split's stands."""
+    return Panel(title, unit, name.format("val"), name.format("train"), VAL_TRAIN, scale)
 
 
 PANELS = (
-    Panel("Loss", "nats a token", "val/loss", "train/loss", ("validation", "training"), "log"),
+    Panel("Loss", "nats a token", "val/loss", "train/loss", VAL_TRAIN, "log"),
     Panel("Validation bits per byte", "bits a byte", "val/bits_per_byte", scale="log"),
     Panel("Validation perplexity", "perplexity a token", "val/perplexity", scale="log"),
     Panel("Learning rate", "learning rate", "train/lr", scale="zero"),
     Panel("Gradient norm", "2-norm before clipping", "train/grad_norm", scale="log"),
     Panel("Throughput", "tokens a second", "train/tokens_per_second", scale="zero"),
-    kurtosis_panel("Weight kurtosis", KURTOSIS_GROUPS[0]),
-    kurtosis_panel("Activation kurtosis, training set", KURTOSIS_GROUPS[1]),
-    kurtosis_panel("Activation kurtosis, validation set", KURTOSIS_GROUPS[2]),
+    Panel("Weights", "excess kurtosis", "median weight_kurtosis", "max weight_kurtosis", MEDIAN_MAX, "symlog"),
+    Panel(
+        "Attention probabilities, validation",
+        "excess kurtosis",
+        "activation_kurtosis/val/attention_probabilities_late",
+        "activation_kurtosis/val/attention_probabilities",
+        ("without the first 8 queries", "all queries"),  # 8: measure.activations.EARLY
+        "symlog",
+    ),
+    of_both_splits("Residual stream", "excess kurtosis", "activation_kurtosis/{}/residual_stream", "symlog"),
+    of_both_splits("Residual stream, largest |x|", "largest |x|", "activation_max_abs/{}/residual_stream", "log"),
+    of_both_splits("Sink rate", "share of sequences", "sink_rate/{}", "zero"),
+    of_both_splits("Row mass", "attention given to keys", "row_mass/{}", "zero"),
+    Panel("Normalizer's parameters", "mean over heads", "median normalizer", "max normalizer", MEDIAN_MAX),
 )
 
 
@@ -134,7 +149,7 @@ def config_beside(file: Path) -> dict | None:
 
 
 def read_run(file: Path) -> Series:
-    """All series of a metrics.jsonl that have a finite value, and `median GROUP` and `max GROUP` of the kurtoses.
+    """All series of a metrics.jsonl that have a finite value, and `median GROUP` and `max GROUP` of the `GROUPS`.
 
     An unfinished last line (the run was killed, or is writing at this moment) is left out. Raises UserError, with file
     and line number, for any other line that is not metrics, and where there are none.
@@ -146,7 +161,7 @@ def read_run(file: Path) -> Series:
     for number, line in enumerate(lines, start=1):
         record = parse_line(line, f"{file}:{number}")
         step = record.pop("step")
-        for name, value in (record | kurtosis_over_groups(record)).items():
+        for name, value in (record | over_groups(record)).items():
             points.setdefault(name, []).append((step, np.nan if value is None else value))
     series = {}
     for name, pairs in points.items():
@@ -172,15 +187,13 @@ def parse_line(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def kurtosis_over_groups(record: dict[str, float | None]) -> dict[str, float]:
-    """`median GROUP` of the KURTOSIS_GROUPS that the record has values of, and `max GROUP` of those with several."""
+def over_groups(record: dict[str, float | None]) -> dict[str, float]:
+    """`median GROUP` and `max GROUP` of the `GROUPS` that the record has values of."""
     summary: dict[str, float] = {}
-    for group in KURTOSIS_GROUPS:
-        members = [value for name, value in record.items() if name.startswith(group + "/")]
-        if values := [value for value in members if value is not None]:
-            summary[f"median {group}"] = float(np.median(values))
-            if len(members) > 1:
-                summary[f"max {group}"] = max(values)
+    for group in GROUPS:
+        values = [value for name, value in record.items() if name.startswith(group + "/") and value is not None]
+        if values:
+            summary |= {f"median {group}": float(np.median(values)), f"max {group}": max(values)}
     return summary
 
 

@@ -43,15 +43,20 @@ def _is_hopper(device: torch.device) -> bool:
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-def one_pass(backend, D: int, dropout_p: float) -> bool:
-    """Whether kernels/triton.py computes the `diagonal` gradients, and dV for `ste`, in one pass over the scores, where
-    PyTorch's kernels would take two or more. If so, its operators are registered in torch.ops.offbyone."""
-    fused = backend in ("cuda_flash", "cuda_cudnn")
-    if not fused or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
+def with_triton(backend: str) -> bool:
+    """Whether kernels/triton.py completes this backend's backward. If so, its operators are registered in
+    torch.ops.offbyone."""
+    if backend not in ("cuda_flash", "cuda_cudnn") or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
         return False
     from kernels import triton  # noqa: F401
 
     return True
+
+
+def one_pass(backend: str, D: int, dropout_p: float) -> bool:
+    """Whether kernels/triton.py computes the `diagonal` gradients, and dV for `ste`, in one pass over the scores, where
+    PyTorch's kernels would take two or more."""
+    return D <= 128 and not dropout_p and with_triton(backend)
 
 
 # At most so many queries (one, when a key/value cache is in use) are materialized against a longer context: a matrix of

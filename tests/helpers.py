@@ -297,7 +297,7 @@ def curve_record(step: int) -> dict:
         "weight_kurtosis/b": step / 10,
         "weight_kurtosis/c": 0.3,
         "weight_kurtosis/constant": None,
-        "activation_kurtosis/val/h.0": -0.5 + step,
+        "activation_kurtosis/val/attention_probabilities_late": -0.5 + step,
     }
 
 

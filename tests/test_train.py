@@ -56,7 +56,7 @@ def test_two_ranks_train_as_one(normalizer, backward):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
-    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention"):
+    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention_probabilities"):
         ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -85,7 +85,7 @@ def watched(self, idx, targets=None):
 GPT.forward = watched
 GPT.state_dict = noted("state of the model", GPT.state_dict)
 torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
-train.kurtosis_metrics = noted("kurtosis", train.kurtosis_metrics)
+train.outlier_metrics = noted("outliers", train.outlier_metrics)
 writes = []
 save = train.save_checkpoint
 train.save_checkpoint = lambda path, checkpoint: (writes.append(path.name), save(path, checkpoint))
@@ -107,7 +107,7 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]
-    assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
+    assert first["seen"].count("outliers") == first["seen"].count("state of the model") == 3
     assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
     assert first["writes"][:2] == ["best.pt", "ckpt.pt"]  # a kill in between leaves no best.pt that is behind
     assert second["writes"] == []
@@ -226,11 +226,24 @@ def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
     assert (best["step"], best["best_val_loss"]) == (18, last["val/loss"])
 
 
-def test_kurtosis_is_logged_at_every_evaluation():
-    run = finished("run")
-    names = {k for line in run.metrics() if "val/loss" in line for k in line if "kurtosis" in k}
-    assert {"activation_kurtosis/train/attention", "activation_kurtosis/val/attention"} < names
-    assert "weight_kurtosis/transformer.h.0.attn.c_attn.weight" in names
+def test_what_shows_outliers_is_logged_at_every_evaluation():
+    run = finished("run", "--model.normalizer", "sink")
+    evaluations = [line for line in run.metrics() if "val/loss" in line]
+    for split in ("train", "val"):
+        kurtosis = f"activation_kurtosis/{split}"
+        for name in (
+            f"{kurtosis}/attention_probabilities",
+            f"{kurtosis}/attention_probabilities_late",
+            f"{kurtosis}/residual_stream",
+            f"activation_max_abs/{split}/residual_stream",
+            f"sink_rate/{split}",
+            f"row_mass/{split}",
+            "weight_kurtosis/transformer.h.0.attn.c_attn.weight",
+            "normalizer/transformer.h.0.attn.sink",
+        ):
+            assert all(isinstance(line[name], float) for line in evaluations), name
+    sink = run.checkpoint()["model"]["transformer.h.0.attn.sink"].mean().item()
+    assert evaluations[-1]["normalizer/transformer.h.0.attn.sink"] == pytest.approx(sink)
 
 
 @pytest.mark.slow

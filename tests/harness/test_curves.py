@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from harness import curves
+from measure.activations import EARLY
 from tests.helpers import write_curves
 
 
@@ -32,7 +33,6 @@ def test_a_kurtosis_group_is_its_median_and_largest_without_what_does_not_exist(
     assert values.tolist() == [sorted((0.1, step / 10, 0.3))[1] for step in steps]  # "constant" is null throughout
     assert series["max weight_kurtosis"][1].tolist() == [max(0.3, step / 10) for step in steps]
     assert "weight_kurtosis/constant" not in series
-    assert not [name for name in series if name.startswith("max activation_kurtosis")]  # of one value it is the median
 
 
 def config(seed: int, **model) -> dict:
@@ -118,3 +118,8 @@ def test_a_kurtosis_far_from_0_fills_its_panel_and_steps_are_counted_in_integers
     (axes,) = figure.axes
     assert axes.get_ylim()[0] > 50
     assert [tick for tick in axes.get_xticks() if 0 <= tick <= 2] == [0, 1, 2]
+
+
+def test_the_legend_names_the_queries_that_are_left_out():
+    (panel,) = (panel for panel in curves.PANELS if panel.main.endswith("_late"))
+    assert panel.legend[0] == f"without the first {EARLY} queries"

@@ -61,8 +61,8 @@ def test_one_run(plot, tmp_path, monkeypatch):
         "Learning rate",
         "Gradient norm",
         "Throughput",
-        "Weight kurtosis",
-        "Activation kurtosis, validation set",
+        "Weights",
+        "Attention probabilities, validation",
     ]
     table = dict(line.rsplit(None, 1) for line in stdout.split("\n\n")[0].splitlines())
     assert table["step"] == "290"

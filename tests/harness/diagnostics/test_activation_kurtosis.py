@@ -136,7 +136,7 @@ def test_what_is_not_finite_is_named_and_not_averaged_away(corpus):
     assert rows["transformer.h.1.mlp.c_proj"]["per_sequence_max_abs"] is None
     for name in ("avg kurtosis", "max kurtosis", "max infinity norm"):
         assert result["summary"][name] is None
-    assert result["summary"]["attention kurtosis"] is not None
+    assert result["summary"]["kurtosis of attention probabilities"] is not None
 
 
 def test_a_kurtosis_that_does_not_exist_has_a_note(corpus):
