@@ -23,7 +23,7 @@ from harness.bench_attention import bench_length, draw, names, peak_of
 from harness.device import choose_device, keep_freed_memory, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import write_text
+from harness.files import check_folder, make_folder, write_text
 from model import attention_backend
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.T + args.memory + [args.B, args.H, args.D]) < 1 or args.seconds <= 0:
         raise UserError("--T, --B, --H, --D, --memory and --seconds must be positive")
+    check_folder(args.out)
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does
     rows = [row for T in args.T for row in bench_length(T, args, device)]
@@ -65,7 +66,7 @@ def main() -> None:
     title += " and ".join(sorted({attention_backend(q, q, stock=stock) for q in shapes for stock in (False, True)}))
     print(title)
     print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     stem = args.out / f"bench_attention_{device.type}_{args.dtype}"
     write_text(
         stem.with_suffix(".json"), json.dumps({"script": "bench_attention", "title": title, "rows": rows}, indent=1)

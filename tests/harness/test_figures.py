@@ -1,12 +1,11 @@
 """Figures are written whole, tables are aligned, runs are told apart."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from harness.errors import UserError
-from harness.figures import RUN_STYLES, check_folder, new_figure, print_table, save_figure
+from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
 
 
 def test_a_figure_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
@@ -37,10 +36,3 @@ def test_run_styles_all_differ():
 def test_table_aligns_text_left_and_numbers_right(capsys):
     print_table([{"name": "a", "x": 1.23456}, {"name": "long", "x": None}, {"name": "b", "x": 123456.7}], ["name", "x"])
     assert capsys.readouterr().out == "name       x\na      1.235\nlong       –\nb     123457\n"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_shows_before_anything_is_made(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(UserError, match=r"no permission to write to .*locked"):
-        check_folder(tmp_path / "locked" / "sub")
