@@ -348,7 +348,7 @@ def validation_metrics(loss: float, corpus: Corpus, family: str = "val") -> dict
 
 def describe(metrics: dict[str, float]) -> str:
     names = {"val/loss": "val loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits per byte"}
-    return ", ".join(f"{names[k]} {v:.4f}" for k, v in metrics.items() if k in names)
+    return ", ".join(f"{names[k]} {v:{'.4f' if v < 1e6 else '.4g'}}" for k, v in metrics.items() if k in names)
 
 
 class StopSignals:

@@ -21,7 +21,7 @@ import numpy as np
 
 from harness.corpus import SPLITS, describe_corpus
 from harness.errors import UserError
-from harness.files import put_in_place
+from harness.files import make_folder, put_in_place
 from harness.tokenizer import Tokenizer
 
 PIECE = 1 << 18  # bytes of text that one thread encodes at a time (GPT-2's regex fails on a million spaces)
@@ -60,7 +60,7 @@ def write_corpus(
     from tqdm import tqdm  # here, since reading a corpus does not need it
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _remove_leftovers(folder)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
     token_bytes = tokenizer.token_bytes()

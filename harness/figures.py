@@ -1,7 +1,6 @@
 """How results look: one figure style for all scripts, tables in plain text."""
 
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.typing import RcKeyType
 
 from harness.errors import UserError
-from harness.files import written_whole
+from harness.files import check_file, make_folder, written_whole
 
 # Okabe & Ito (2008) without their yellow, which vanishes on white. Colour, dash and marker each tell the runs apart, so
 # that a grey print or a colour-blind eye loses nothing. Neither a colour and its dash nor a colour and its marker come
@@ -65,20 +64,6 @@ def new_figure(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat)
 
 
-def check_folder(folder: Path) -> None:
-    """UserError unless `folder` can be written to or, if it is not there yet, made."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{folder} cannot be a folder, a file is in the way: give another --out")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{folder}: no permission to write to {there}: give another --out")
-
-
-def make_folder(folder: Path) -> None:
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure in the format that the suffix names, whole or not at all, and close it. Returns the path.
 
@@ -88,8 +73,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: cannot draw a picture of type {path.suffix or '(none)'!r}; name it like curves.png")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a picture file in it")
+    check_file(path)
     make_folder(path.parent)
     try:
         with written_whole(path) as temporary:

@@ -1,9 +1,14 @@
-"""Files that are never half-written: a reader, and a crash at any moment, finds the former content or the new one."""
+"""Files that are never half-written: a reader, and a crash at any moment, finds the former content or the new one.
+
+And whether they can be written at all, which a script asks before it works for hours.
+"""
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from harness.errors import UserError
 
 
 @contextmanager
@@ -32,3 +37,24 @@ def write_text(path: Path, text: str) -> None:
     """The whole content of `path`, in UTF-8; whole or not at all."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """UserError unless `folder` can be written to or, if it is not there yet, made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be a folder, {there} is a file: give another one")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: no permission to write to {there}: give another folder")
+
+
+def make_folder(folder: Path) -> None:
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """UserError unless a file can be written to `path`, in a folder that is there or can be made."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file in it")
+    check_folder(path.parent)

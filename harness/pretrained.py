@@ -9,6 +9,7 @@ import torch
 
 from harness.checkpoint import CONV1D, build_model, model_config, read_torch_file
 from harness.errors import UserError
+from harness.files import check_folder
 from model import GPT, Activation
 
 # The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
@@ -124,7 +125,9 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
 
 
 def save_gpt2(model: GPT, folder: str | Path) -> None:
-    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it."""
+    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it
+    or the folder cannot be written to."""
+    check_folder(Path(folder))  # transformers says nothing, and writes nothing, where a file is in the way
     c = model.config
     if c.normalizer != "softmax":
         raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")

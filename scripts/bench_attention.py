@@ -22,7 +22,8 @@ from harness.bench_attention import bench_length, draw, names, peak_of
 from harness.device import choose_device, keep_freed_memory, processor_name
 from harness.diagnostics import write_json
 from harness.errors import UserError, run_cli
-from harness.figures import check_folder, print_table
+from harness.figures import print_table
+from harness.files import check_folder
 from model import attention_backend
 
 DTYPES = ("float32", "bfloat16", "float16")

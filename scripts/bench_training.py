@@ -24,7 +24,7 @@ from harness.corpus import Corpus
 from harness.device import processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import write_text
+from harness.files import check_file, make_folder, write_text
 from harness.stepping import PHASES, Stepper
 from harness.timing import median
 from harness.workers import Worker
@@ -41,6 +41,8 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     if args.steps < 2:
         raise UserError(f"--steps {args.steps}: at least 2")
+    if args.out:
+        check_file(args.out)
 
     configs = [(load_config([path, *overrides]), False) for path in args.configs]
     if args.baseline:
@@ -58,6 +60,7 @@ def main() -> None:
     print(f"{processor_name()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     print_table(rows, list(rows[0]))
     if args.out:
+        make_folder(args.out.parent)
         write_text(args.out, json.dumps({"script": "bench_training", "rows": rows}, indent=1))
 
 

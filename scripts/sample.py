@@ -14,6 +14,7 @@ from harness.corpus import Corpus
 from harness.device import choose_device
 from harness.errors import UserError, run_cli
 from harness.tokenizer import from_meta
+from measure.perplexity import nonfinite
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="the corpus with the tokenizer, where the checkpoint lacks it")
     args = parser.parse_args()
     for name, least in (("max_new_tokens", 0), ("temperature", 0), ("num_samples", 1), ("top_k", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
+        if (value := getattr(args, name)) is not None and not value >= least:  # NaN is not
             raise UserError(f"--{name} {value}: at least {least}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: above 0 and at most 1")
@@ -49,6 +50,9 @@ def main() -> None:
 
     separator = tokenizer.separator
     prompt = tokenizer.encode(args.prompt) if args.prompt else [0 if separator is None else separator]
+    idx = torch.tensor([list(map(int, prompt))], device=device)
+    if findings := nonfinite(model, idx[:, -model.config.block_size :]):
+        raise UserError(f"{args.checkpoint} predicts no distribution to draw from: {'; '.join(findings)}")
     generator = torch.Generator(device).manual_seed(args.seed)
     for number in range(args.num_samples):
         if number:
@@ -56,7 +60,7 @@ def main() -> None:
         print(args.prompt or "", end="", flush=True)
         text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
         for token in model.generate(
-            torch.tensor([list(map(int, prompt))], device=device),
+            idx,
             args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,

@@ -17,6 +17,7 @@ from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
 from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused, run_on_two_ranks
+from train import describe
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -373,3 +374,8 @@ def test_a_checkpoint_that_is_none_is_named():
 def test_a_read_only_out_folder_is_named():
     Path("out").write_text("in the way")  # even root cannot make a folder here
     assert "cannot write to the run's folder out/run" in refused("run")
+
+
+def test_a_model_that_diverges_does_not_print_hundreds_of_digits():
+    said = describe({"val/loss": 700.25, "val/perplexity": math.exp(700), "val/bits_per_byte": math.nan, "other": 1.0})
+    assert said == "val loss 700.2500, perplexity 1.014e+304, bits per byte nan"

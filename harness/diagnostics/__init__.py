@@ -25,8 +25,8 @@ from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.figures import check_folder, make_folder, print_table, save_figure, share_scales
-from harness.files import write_text
+from harness.figures import print_table, save_figure, share_scales
+from harness.files import check_folder, make_folder, write_text
 from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.diagnostics import Result, entry, write_json
 from harness.diagnostics.attention_kl_bound import DIAGNOSTIC
 from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
+from harness.files import check_folder
 from measure.divergence import kl_along_ray
 from measure.rays import TIGHTNESS
 
@@ -33,6 +34,7 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--demo", action="store_true", required=True, help="this one, which takes no checkpoint")
     parser.add_argument("--out", type=Path, default=Path("out") / DIAGNOSTIC.name, metavar="DIR", help="%(default)s")
     args = parser.parse_args(argv)
+    check_folder(args.out)
 
     three_way = float64(1, 2, 0.5).softmax(-1), float64(0.3, -0.5, 0.8)
     share = (3 + math.sqrt(3)) / 6

@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.diagnostics import Result, entry, write_json
 from harness.diagnostics.compare_kl import DIAGNOSTIC, check_tau
 from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
+from harness.files import check_folder
 from measure.divergence import AGGREGATES
 from measure.predictions import DIVERGENCES, aggregates, divergences, hinge, hinge_sentence
 
@@ -22,6 +23,7 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--tau", type=float, default=0.5, metavar="T", help="where the hinge stands; default: 0.5")
     parser.add_argument("--out", type=Path, default=Path("out") / DIAGNOSTIC.name, metavar="DIR", help="%(default)s")
     args = parser.parse_args(argv)
+    check_folder(args.out)
     check_tau(args.tau)
     teacher, students = demo_logits()
     values = {name: divergences(teacher, logits, order=0.5)[0] for name, logits in students.items()}

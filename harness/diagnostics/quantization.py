@@ -24,6 +24,7 @@ The summary: the float model's loss and perplexity, and the perplexity_rise of e
 """
 
 import argparse
+import math
 
 import numpy as np
 import torch
@@ -45,7 +46,7 @@ COLUMNS = {
     "scheme": "how the model is quantized, see above; the first row is the unquantized model",
     "loss": "in nats a token; the mean over the calibration draws, as all that follows",
     "perplexity": "e^loss",
-    "perplexity_rise": "over the unquantized model on the same windows",
+    "perplexity_rise": "over the unquantized model on the same windows; – where that of the latter is beyond float64",
     "spread": "standard deviation of that rise over the calibration draws; – without calibration, or with one draw",
     "loss_rise": "of the loss over the unquantized model's, in nats a token",
     "standard_error": "of loss_rise, over stretches of the text as in perplexity.py; both models see the same tokens",
@@ -92,15 +93,18 @@ def measure(subject: Subject) -> Result:
     base = perplexity(loss)
     rows: list[dict] = [{"scheme": FLOAT, "loss": loss, "perplexity": base, "perplexity_rise": 0.0, "loss_rise": 0.0}]
     for scheme, losses in found.items():
-        perplexities = [perplexity(float(draw.mean())) for draw in losses]
+        perplexities = np.array([perplexity(float(draw.mean())) for draw in losses])
+        largest = perplexities.max()  # divided by it, not even the squares of e^700 overflow
+        mean = float(largest * (perplexities / largest).mean()) if np.isfinite(largest) else math.inf
+        known = len(perplexities) > 1 and math.isfinite(mean)
         rise = np.mean(losses, axis=0) - before.losses
         rows.append(
             {
                 "scheme": scheme.name,
                 "loss": float(np.mean(losses)),
-                "perplexity": float(np.mean(perplexities)),
-                "perplexity_rise": float(np.mean(perplexities)) - base,
-                "spread": float(np.std(perplexities, ddof=1)) if len(perplexities) > 1 else None,
+                "perplexity": mean,
+                "perplexity_rise": mean - base if math.isfinite(base) else None,
+                "spread": float(largest * (perplexities / largest).std(ddof=1)) if known else None,
                 "loss_rise": float(rise.mean()),
                 "standard_error": standard_error(rise, stretches(before, T)),
             }
@@ -124,7 +128,7 @@ def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
 
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
     notes = []
-    for bits in (8, 6):
+    for bits in (8, 6) if math.isfinite(rows[0]["perplexity"]) else ():
         worst = max(
             (row for row in rows if row["scheme"].startswith(f"A{bits} only")), key=lambda r: r["perplexity_rise"]
         )
@@ -162,7 +166,8 @@ def draw(result: Result, title: str) -> Figure:
 
 def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     """A line for each label, from top to bottom, with the rises of its schemes in percent of the perplexity `base`."""
-    for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
+    drawn = ((y, row) for y, found in enumerate(rows.values()) for row in found if row["perplexity_rise"] is not None)
+    for y, row in drawn:
         bits = row["scheme"][1]
         style = RUN_STYLES["864".index(bits)]
         axes.errorbar(
@@ -184,8 +189,8 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.grid(False, axis="y")
-    drawn = any(row["spread"] is not None for found in rows.values() for row in found)
-    axes.set_xlabel("rise in perplexity, %" + (" ± spread over calibrations" if drawn else ""))
+    spread = any(row["spread"] is not None for found in rows.values() for row in found)
+    axes.set_xlabel("rise in perplexity, %" + (" ± spread over calibrations" if spread else ""))
 
 
 def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:

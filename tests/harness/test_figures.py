@@ -1,7 +1,6 @@
 """Figures are written whole, tables are aligned, runs are told apart."""
 
 import math
-import os
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ import pytest
 from harness.errors import UserError
 from harness.figures import (
     RUN_STYLES,
-    check_folder,
     draw_heads,
     new_figure,
     print_table,
@@ -100,10 +98,3 @@ def test_pictures_to_be_compared_have_one_scale():
 def test_table_aligns_text_left_and_numbers_right(capsys):
     print_table([{"name": "a", "x": 1.23456}, {"name": "long", "x": None}, {"name": "b", "x": 123456.7}], ["name", "x"])
     assert capsys.readouterr().out == "name       x\na      1.235\nlong       –\nb     123457\n"
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_permission_shows_before_anything_is_made(tmp_path):
-    (tmp_path / "locked").mkdir(mode=0o500)
-    with pytest.raises(UserError, match=r"no permission to write to .*locked"):
-        check_folder(tmp_path / "locked" / "sub")

@@ -157,3 +157,22 @@ def test_the_report(tmp_path, corpus):
     for row, scheme in zip(rows, schemes(), strict=True):
         if scheme.activation_bits and not scheme.weight_bits:  # those with weights have the head's in them now
             assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated(model)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("scale", "known"), [(350.0, True), (4e3, False)])
+def test_perplexities_of_hundreds_of_digits(tmp_path, corpus, scale, known):
+    """Those below e^709 are numbers, rise and spread included; the rise over an infinite one is not known."""
+    model = random_gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= scale
+    save_model(model, tmp_path / "ckpt.pt", corpus)
+    assert diagnose(DIAGNOSTIC, tmp_path / "ckpt.pt", "--batches", 1, "--seeds", 2, "--calibration", 2) == 0
+    written = report(tmp_path)
+    quantized_rows = written["rows"][1:]
+    assert (written["rows"][0]["perplexity"] is not None) == known
+    assert all((row["perplexity_rise"] is not None) == known for row in quantized_rows)
+    if known:
+        assert written["rows"][0]["perplexity"] > 1e160
+        assert max(row["spread"] or 0 for row in quantized_rows) > 1e160
+    assert not [note for note in written["notes"] if "nan" in note]
