@@ -70,9 +70,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
     """
     if str(path).startswith("hf:"):
-        from harness.pretrained import load_gpt2
+        from harness.pretrained import load_gpt2, tokenizer_of
 
-        return load_gpt2(str(path).removeprefix("hf:")).to(device).eval(), {"source": str(path)}
+        name = str(path).removeprefix("hf:")
+        model, tokenizer = load_gpt2(name), tokenizer_of(name)
+        corpus = {"corpus": {"tokenizer": tokenizer}} if tokenizer else {}
+        return model.to(device).eval(), {"source": str(path), **corpus}
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     return model.to(device).eval(), {k: v for k, v in checkpoint.items() if k != "model"}

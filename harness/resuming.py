@@ -14,6 +14,7 @@ from harness.config import Config
 from harness.corpus import Corpus
 from harness.kl_training import Reference
 from harness.runfolder import run_files
+from harness.tokenizer import different_tokenizers
 from model import GPT, GPTConfig
 
 
@@ -58,7 +59,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         return GPT(scratch)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
+    model, info = (build_model(checkpoint, source), {}) if checkpoint else load_model(source)
+    if differ := different_tokenizers(info.get("corpus", {}), corpus.meta):
+        theirs, ours = differ
+        problem = f"{source} was trained with tokenizer {theirs}, {corpus.folder} has {ours}: an id is another text"
+        raise config.error("training.init_from", f"{problem}; prepare the corpus with the checkpoint's tokenizer")
     found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
     if init_from != "scratch":
         wanted = {

@@ -11,7 +11,7 @@ from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.optimizers import make_optimizer
 from harness.resuming import checkpoint_to_resume, initial_model, restore_optimizer
-from tests.helpers import random_ids, save_model, tiny_gpt
+from tests.helpers import random_ids, save_model, tiny_corpus, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 SHAPE = {"block_size": 16, "n_embd": 32, "bias": False, "normalizer": "softmax1"}  # of the folder's config
@@ -63,6 +63,13 @@ def test_weights_of_another_run_are_taken_and_a_shorter_context_crops_them():
     assert torch.equal(model.eval()(idx)[0], other(idx)[0])
     path = str(save_model(tiny_gpt(**SHAPE, n_layer=3), "deeper.pt"))
     with pytest.raises(UserError, match=r"n_layer is 2 in the config and 3 in the checkpoint"):
+        initial_model(config("--training.init_from", path), Corpus("corpus"), None)
+
+
+def test_weights_of_a_run_on_other_tokens_are_refused():
+    """Bytes here; the same ids stood for other text there."""
+    path = str(save_model(tiny_gpt(**SHAPE), "other.pt", tiny_corpus(Path("letters"))))
+    with pytest.raises(UserError, match=r"init_from: other\.pt was trained with tokenizer chars, corpus has bytes"):
         initial_model(config("--training.init_from", path), Corpus("corpus"), None)
 
 
