@@ -4,7 +4,6 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 (the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
 """
 
-import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -29,9 +28,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         cause = e if isinstance(e, OSError) else e.__context__ or e
         former = "the former checkpoint is intact" if path.exists() else "there was none before"
         raise UserError(f"cannot write {path} at step {checkpoint['step']}: {cause}; {former}") from e
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk once its folder is
-    os.fsync(folder)
-    os.close(folder)
 
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
