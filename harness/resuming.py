@@ -59,11 +59,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         return GPT(scratch)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model, info = (build_model(checkpoint, source), {}) if checkpoint else load_model(source)
+    model, info = (build_model(checkpoint, source), checkpoint) if checkpoint else load_model(source)
     if differ := different_tokenizers(info.get("corpus", {}), corpus.meta):
-        theirs, ours = differ
-        problem = f"{source} was trained with tokenizer {theirs}, {corpus.folder} has {ours}: an id is another text"
-        raise config.error("training.init_from", f"{problem}; prepare the corpus with the checkpoint's tokenizer")
+        problem = f"{source} was trained with tokenizer {differ[0]}, {corpus.folder} has {differ[1]}"
+        key = "data.corpus" if checkpoint else "training.init_from"
+        raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
     found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
     if init_from != "scratch":
         wanted = {

@@ -37,7 +37,7 @@ def main():
     for root in (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages()):
         files = find_files(Path(root), ["*.py"], WITHOUT) | files
     if binary := [path for path in files if text_fault(path.read_bytes())]:
-        print(f"left out {len(binary)} files that are no UTF-8 text, the first {binary[0]}")
+        print(f"left out, no UTF-8 text: {len(binary)} file(s), the first {binary[0]}")
         files = {path: key for path, key in files.items() if path not in binary}
     if len(files) < 2:
         raise UserError("no Python source found in the folders of installed packages: use data/text")

@@ -55,6 +55,8 @@ def main():
             found = find_files(path, patterns) if path.is_dir() else {path: ""}
             for file, key in found.items():
                 files.setdefault(file, (Path(path.name) / key).as_posix())
+        for name in ("meta.json", "train.bin", "val.bin"):  # of a former corpus, where it lies among the texts
+            files.pop(Path(args.out, name).resolve(), None)
         if not files:
             wanted = " or ".join(map(repr, patterns))
             raise UserError(f"no file matches {wanted} in {', '.join(map(str, args.paths))}: choose with --glob")

@@ -143,8 +143,11 @@ def test_text_takes_every_file_once_whatever_leads_to_it(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(f"the text of {name}")
     (tmp_path / "e" / "link.txt").symlink_to("y.txt")
-    paths = ("a/book.txt", "b/book.txt", "c/src", "d/src", "e", "e/sub", "e/y.txt", "e/link.txt")
-    prepare("text", *paths, "--val-fraction", "0.4", "--tokenizer", "bytes", "--out", "out", cwd=tmp_path)
+    paths = ("a/book.txt", "b/book.txt", "c/src", "d/src", "e", "e/sub", "e/y.txt", "e/link.txt", "out")
+    (tmp_path / "out").mkdir()
+    arguments = (*paths, "--glob", "*.txt", "--glob", "*.bin", "--val-fraction", "0.4", "--tokenizer", "bytes")
+    for _ in range(2):  # the second time, what the first has written lies among the texts
+        prepare("text", *arguments, "--out", "out", cwd=tmp_path)
     expected = ["a/book.txt", "b/book.txt", "c/src/t.txt", "d/src/t.txt", "e/sub/x.txt", "e/y.txt"]
     assert documents_of(Corpus(tmp_path / "out")) == [f"the text of {name}" for name in expected]
 
