@@ -250,7 +250,7 @@ def number_format(raw: bytes, vocab_size: int) -> str | None:
         zero = values == 0
         if not zero.all() and np.all(zero | ((np.abs(values) > 1e-4) & (np.abs(values) < 2**32))):
             return dtype
-    for order, name in (("<", ""), (">", "big-endian ")):
+    for order, name in (("<", ""), (">", "big-endian ")):  # words beyond the lowest that are 0, or small, throughout
         words = np.frombuffer(raw, f"{order}u2")
         for bits in (64, 32):
             groups = words.reshape(-1, bits // 16)[:, :: 1 if order == "<" else -1]
@@ -258,8 +258,8 @@ def number_format(raw: bytes, vocab_size: int) -> str | None:
             negative = (high == 0xFFFF).all(1)
             if low.any() and ((high == 0).all(1) | negative).all():
                 return f"{name}int{bits}" + (" with negative ids" if negative.any() else "")
-        if high.max() < 8 and low.max() >= 1024:  # some 500,000 ids at most
-            return f"{name}uint32 with ids above 65,535"
+        if not negative.all() and high[~negative].max() < 8 and low.max() >= 1024:  # some 500,000 ids at most
+            return f"{name}int32 with negative ids" if negative.any() else f"{name}uint32 with ids above 65,535"
     swapped = np.frombuffer(raw, ">u2")
     if not (words := np.frombuffer(raw, "<u2") % 256).any() and swapped.any():
         return "big-endian uint16"

@@ -192,20 +192,22 @@ def test_what_is_taken_for_gpt2s_is_said_and_refused_where_it_cannot_be(tmp_path
     assert Corpus(tmp_path).note is None
 
 
-FORMATS = {
-    "int32": lambda ids: ids.astype("<i4"),
-    "int64": lambda ids: ids.astype("<i8"),
-    "int32 with negative ids": lambda ids: np.where(ids % 7, ids, -1).astype("<i4"),
-    "uint32 with ids above 65,535": lambda ids: (ids * 70).astype("<u4"),
-    "float32": lambda ids: ids.astype("<f4"),
-    "float64": lambda ids: ids.astype("<f8"),
-    "uint8": lambda ids: (ids % 90).astype("u1"),
-    "big-endian uint16": lambda ids: ids.astype(">u2"),
-    "big-endian int32": lambda ids: ids.astype(">i4"),
-    "plain text": lambda ids: np.frombuffer(("naïve " * 2000).encode()[:9999], "u1"),
-    "gzip": lambda ids: np.frombuffer(gzip.compress(ids.tobytes()), "u1"),
-    "a .npy file": lambda ids: np.frombuffer(npy(ids.astype(np.uint16)), "u1"),
-}
+FORMATS = [
+    ("int32", lambda ids: ids.astype("<i4")),
+    ("int64", lambda ids: ids.astype("<i8")),
+    ("int32 with negative ids", lambda ids: np.where(ids % 7, ids, -1).astype("<i4")),
+    ("int32 with negative ids", lambda ids: np.where(ids % 7, ids * 70, -100).astype("<i4")),
+    ("uint32 with ids above 65,535", lambda ids: (ids * 70).astype("<u4")),
+    ("float32", lambda ids: ids.astype("<f4")),
+    ("float64", lambda ids: ids.astype("<f8")),
+    ("uint8", lambda ids: (ids % 90).astype("u1")),
+    ("big-endian uint16", lambda ids: ids.astype(">u2")),
+    ("big-endian uint16", lambda ids: (ids % 90).astype(">u2")),
+    ("big-endian int32", lambda ids: ids.astype(">i4")),
+    ("plain text", lambda ids: np.frombuffer(("naïve " * 2000).encode()[:9999], "u1")),
+    ("gzip", lambda ids: np.frombuffer(gzip.compress(ids.tobytes()), "u1")),
+    ("a .npy file", lambda ids: np.frombuffer(npy(ids.astype(np.uint16)), "u1")),
+]
 
 
 def npy(array) -> bytes:
@@ -215,9 +217,9 @@ def npy(array) -> bytes:
 
 
 @pytest.mark.parametrize("vocab_size", [None, 1500])
-@pytest.mark.parametrize("name", FORMATS)
-def test_another_dtype_or_format_is_refused_by_name(tmp_path, name, vocab_size):
-    other_program(tmp_path, FORMATS[name](ids_of_a_small_vocabulary()).tobytes())
+@pytest.mark.parametrize(("name", "written"), FORMATS)
+def test_another_dtype_or_format_is_refused_by_name(tmp_path, name, written, vocab_size):
+    other_program(tmp_path, written(ids_of_a_small_vocabulary()).tobytes())
     error = error_of(tmp_path, vocab_size=vocab_size)
     assert f"train.bin looks like {name}, not like ids in uint16: rewrite it, or say in a meta.json" in error
 
