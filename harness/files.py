@@ -6,6 +6,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+# How a file system says that it cannot flush or lock: nothing is wrong with the file.
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
+
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
@@ -38,7 +41,7 @@ def flush(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+        if error.errno not in NOT_OFFERED:
             raise
     finally:
         os.close(descriptor)

@@ -71,10 +71,9 @@ class Diagnostic:
     """default of --batch-size"""
 
     def result(self, subject: "Subject") -> Result:
-        """What it measures, with what was assumed about the corpus among the notes."""
+        """What it measures, with what is to be said about the corpus among the notes."""
         result = self.measure(subject)
-        if "corpus" in vars(subject) and subject.corpus.note:  # vars: not every diagnostic opens the corpus
-            result.notes.append(subject.corpus.note)
+        result.notes += subject.corpus_notes
         return result
 
 
@@ -114,6 +113,17 @@ class Subject:
         corpus = Corpus(folder, [self.args.split], vocab_size)
         corpus.check_fits(self.path, self.info, vocab_size)
         return corpus
+
+    @property
+    def corpus_notes(self) -> list[str]:
+        """What was assumed about the corpus, and if it has been prepared anew since the training; nothing of a corpus
+        that was not opened."""
+        if "corpus" not in vars(self):
+            return []
+        notes, trained_on = [self.corpus.note] if self.corpus.note else [], self.info.get("corpus", {}).get("sha256")
+        if not self.args.data and trained_on not in (None, self.corpus.sha256):
+            notes.append(f"{self.corpus.folder} holds other text now than {self.path} was trained on")
+        return notes
 
     def offsets(self, split: str | None = None, count: int | None = None):
         """Where windows of block_size start in a split (default: --split): all of them, or `count`, spread evenly."""
