@@ -24,6 +24,7 @@ import hashlib
 import json
 import pickle
 from collections.abc import Collection, Iterator
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -211,8 +212,11 @@ class Corpus:
 def foreign_tokenizer(meta: dict) -> Tokenizer:
     """The tokenizer of a meta.json that another program or a user wrote: bare ids, where all that is known here is how
     many there are."""
-    known = meta.get("tokenizer") in (None, "bytes", "chars", "gpt2") or "vocab_size" not in meta
-    return from_meta({"tokenizer": Ids.name} | meta | ({} if known else {"tokenizer": Ids.name}))
+    if "vocab_size" not in meta:
+        return from_meta(meta)
+    with suppress(UserError):
+        return from_meta(meta)
+    return from_meta(meta | {"tokenizer": Ids.name})
 
 
 @lru_cache
