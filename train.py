@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
 from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
-from harness.corpus import Corpus
+from harness.corpus import SPLITS, Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
@@ -52,7 +52,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
     use_compile = choose_compile(c.compile, device)
     say = print if ranks.is_main else lambda *_: None
-    corpus = Corpus(config.data.corpus, verify=ranks.is_main)
+    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
+    if corpus.note:
+        say(f"note: {corpus.note}")
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
 
     # --- what is there already; nothing is written or removed until all of it is known to fit together ----------------
@@ -150,7 +152,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         sharded model gather its state together; rank 0 alone writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
-        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
+        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary", "vocab_size")}
         checkpoint = {
             "format": FORMAT,
             "model": raw_model.state_dict(),
@@ -339,11 +341,10 @@ def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | Non
 
 
 def validation_metrics(loss: float, corpus: Corpus, family: str = "val") -> dict[str, float]:
-    return {
-        f"{family}/loss": loss,
-        f"{family}/perplexity": math.exp(min(loss, 700)),
-        f"{family}/bits_per_byte": loss / math.log(2) / corpus.bytes_per_token["val"],
-    }
+    metrics = {f"{family}/loss": loss, f"{family}/perplexity": math.exp(min(loss, 700))}
+    if bytes_per_token := corpus.bytes_per_token["val"]:
+        metrics[f"{family}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return metrics
 
 
 def describe(metrics: dict[str, float]) -> str:

@@ -4,7 +4,6 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 (the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
 """
 
-import os
 import pickle
 import re
 import zipfile
@@ -38,9 +37,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         cause = e if isinstance(e, OSError) else e.__context__ or e
         former = "the former checkpoint is intact" if path.exists() else "there was none before"
         raise UserError(f"cannot write {path} at step {checkpoint['step']}: {cause}; {former}") from e
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk once its folder is
-    os.fsync(folder)
-    os.close(folder)
 
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -140,9 +136,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
     """
     if str(path).startswith("hf:"):
-        from harness.pretrained import load_gpt2
+        from harness.pretrained import load_gpt2, tokenizer_of
 
-        return load_gpt2(str(path).removeprefix("hf:")).to(device).eval(), {"source": str(path)}
+        name = str(path).removeprefix("hf:")
+        model, tokenizer = load_gpt2(name), tokenizer_of(name)
+        corpus = {"corpus": {"tokenizer": tokenizer}} if tokenizer else {}
+        return model.to(device).eval(), {"source": str(path), **corpus}
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     return model.to(device).eval(), {k: v for k, v in checkpoint.items() if k != "model"}

@@ -3,12 +3,16 @@
 And whether they can be written at all, which a script asks before it works for hours.
 """
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from harness.errors import UserError
+
+# How a file system says that it cannot flush or lock: nothing is wrong with the file.
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
@@ -25,12 +29,27 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def put_in_place(targets: dict[Path, Path]) -> None:
     """Each closed file, complete as it is, renamed over its target, in this order. All of them are flushed to the disk
-    before the first rename, since a rename may reach the disk before the content does."""
+    before the first rename, since a rename may reach the disk before the content does; and at the end the folders,
+    without which the renames are not on it."""
     for temporary in targets:
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
     for temporary, target in targets.items():
         os.replace(temporary, target)
+    for folder in {target.parent for target in targets.values()}:
+        flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Return once a file, or a folder's list of files, is on the disk; at once where the file system has no way to say
+    so, as that of some network drives."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -1,6 +1,7 @@
 """Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,11 @@ import torch
 from harness.checkpoint import CONV1D, build_model, model_config, read_torch_file
 from harness.errors import UserError
 from harness.files import check_folder
+from harness.tokenizer import GPT2
 from model import GPT, Activation
 
+# The sha256 of GPT-2's tokens as vocab.json has them, in the order of their ids, a line each.
+_GPT2_VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 # The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
 _EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
 _ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -122,6 +126,27 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
         return None
     except (OSError, ValueError) as e:
         raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {str(e).strip().splitlines()[0]}") from e
+
+
+def tokenizer_of(name_or_folder: str) -> str | None:
+    """ "gpt2" if the tokenizer beside a Hugging Face model has GPT-2's ids, else "of its own" and the file that says
+    so; None if no tokenizer can be had."""
+    for file in ("vocab.json", "tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model"):
+        try:
+            path = _find(name_or_folder, file)
+        except UserError:  # no network: there may be another file in the cache
+            path = None
+        if path is None:
+            continue
+        vocabulary = {}
+        if file.endswith(".json"):
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            vocabulary = content if file == "vocab.json" else content.get("model", {}).get("vocab")
+        tokens = {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+        in_order = "\n".join(tokens.get(i, "") for i in range(GPT2.vocab_size))
+        same = hashlib.sha256(in_order.encode()).hexdigest() == _GPT2_VOCABULARY
+        return GPT2.name if same else f"of its own ({file})"
+    return None
 
 
 def save_gpt2(model: GPT, folder: str | Path) -> None:

@@ -17,6 +17,7 @@ from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.kl_training import Reference
 from harness.runfolder import run_files
+from harness.tokenizer import different_tokenizers
 from model import GPT, GPTConfig
 
 # Keys that say how far and where a run goes, how often it looks and where it writes: not which run it is.
@@ -68,7 +69,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         return GPT(scratch)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
+    model, info = (build_model(checkpoint, source), checkpoint) if checkpoint else load_model(source)
+    if differ := different_tokenizers(info.get("corpus", {}), corpus.meta):
+        problem = f"{source} was trained with tokenizer {differ[0]}, {corpus.folder} has {differ[1]}"
+        key = "data.corpus" if checkpoint else "training.init_from"
+        raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
     check_finite(model, source)
     found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
     if init_from != "scratch":

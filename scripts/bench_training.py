@@ -48,7 +48,7 @@ def main() -> None:
     if args.baseline:
         configs.insert(0, (configs[0][0], True))
     for config, _ in configs:
-        Corpus(config.data.corpus, verify=False)  # a mistake shows here, in one line
+        Corpus(config.data.corpus, (), config.model.vocab_size)  # a mistake shows here, in one line
     workers = [Worker(Stepper, config, nanogpt) for config, nanogpt in configs]
     steps = [[seconds for worker in workers for seconds in worker.ask("run", 1)] for _ in range(WARMUP + args.steps)]
     rows = [

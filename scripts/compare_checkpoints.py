@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
     pairs = [(c, d) for c in range(len(rows)) for d in range(len(diagnostics))]
     for c, d in tqdm(pairs, desc="comparing", leave=False, disable=None):
         subject = Subject(args.checkpoints[c], arguments[d])
-        found = entry(diagnostics[d].name, subject, diagnostics[d].measure(subject))
+        found = entry(diagnostics[d].name, subject, diagnostics[d].result(subject))
         rows[c]["step"] = subject.step
         configs[names[c]] = config_of(subject)
         rows[c] |= {f"{diagnostics[d].name}/{name}": value for name, value in found["summary"].items()}

@@ -207,6 +207,17 @@ def test_the_validation_loss_is_that_of_every_target_once():
     np.testing.assert_allclose(last["val_full/perplexity"], np.exp(last["val_full/loss"]), rtol=1e-12)
 
 
+def test_ids_whose_text_is_not_known_train_without_bits_per_byte():
+    Path("foreign").mkdir()
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(f"foreign/{split}.bin")
+    run = finished("run", "--data.corpus", "foreign", "--model.vocab_size", "300", "--training.max_steps", "2")
+    assert "note: what text the 300 token ids in foreign stand for is not known: no bits per byte" in run.output()
+    assert "val/bits_per_byte" not in run.metrics()[-1]
+    assert run.metrics()[-1]["val/loss"] < np.log(300) + 1
+    assert run.checkpoint()["corpus"]["vocab_size"] == 300
+
+
 def test_the_best_checkpoint_is_the_best_evaluation():
     run = finished("run", "--optimizer.lr", "0.3", "--optimizer.min_lr", "0.3", "--evaluation.batches", "full")
     evaluated = [(line["val/loss"], line["step"]) for line in run.metrics() if "val/loss" in line and line["step"]]

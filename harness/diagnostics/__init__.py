@@ -27,7 +27,6 @@ from harness.device import choose_device
 from harness.errors import UserError
 from harness.figures import print_table, save_figure, share_scales
 from harness.files import check_folder, make_folder, write_text
-from harness.tokenizer import different_tokenizers
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
@@ -74,6 +73,12 @@ class Diagnostic:
     batch_size: int = 4
     """default of --batch-size"""
 
+    def result(self, subject: "Subject") -> Result:
+        """What it measures, with what is to be said about the corpus among the notes."""
+        result = self.measure(subject)
+        result.notes += subject.corpus_notes
+        return result
+
 
 class Subject:
     """A checkpoint under measurement: `model` in eval mode on `device`, `info` beside it, and its data."""
@@ -107,23 +112,26 @@ class Subject:
             raise UserError(f"{self.path} does not say which corpus it was trained on: name one with --data DIR")
         if not self.args.data and not Path(folder).is_dir():
             raise UserError(f"{folder}, the corpus that {self.path} was trained on, is not here: name one with --data")
-        corpus = Corpus(folder, verify=False)
-        if corpus.vocab_size > self.model.config.vocab_size:
-            raise UserError(
-                f"{folder} has {corpus.vocab_size} token ids, {self.path} only {self.model.config.vocab_size}: "
-                "give the corpus it was trained on with --data"
-            )
-        if differ := different_tokenizers(self.info.get("corpus", {}), corpus.meta):
-            theirs, ours = differ
-            raise UserError(
-                f"{self.path} was trained with tokenizer {theirs}, {folder} has {ours}: "
-                "give a corpus of the same tokens with --data"
-            )
+        vocab_size = self.model.config.vocab_size
+        corpus = Corpus(folder, [self.args.split], vocab_size)
+        corpus.check_fits(self.path, self.info, vocab_size)
         return corpus
+
+    @property
+    def corpus_notes(self) -> list[str]:
+        """What was assumed about the corpus, and if it has been prepared anew since the training; nothing of a corpus
+        that was not opened."""
+        if "corpus" not in vars(self):
+            return []
+        notes, trained_on = [self.corpus.note] if self.corpus.note else [], self.info.get("corpus", {}).get("sha256")
+        if not self.args.data and trained_on not in (None, self.corpus.sha256):
+            notes.append(f"{self.corpus.folder} holds other text now than {self.path} was trained on")
+        return notes
 
     def offsets(self, split: str | None = None, count: int | None = None):
         """Where windows of block_size start in a split (default: --split): all of them, or `count`, spread evenly."""
         split, block_size = split or self.args.split, self.model.config.block_size
+        self.corpus.verify(split)
         tokens = len(self.corpus.tokens[split])
         if tokens <= block_size:
             raise UserError(
@@ -156,7 +164,7 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     results, entries = {}, []
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         subject = Subject(path, args)  # one model in memory at a time
-        results[label] = diagnostic.measure(subject)
+        results[label] = diagnostic.result(subject)
         entries.append(entry(diagnostic.name, subject, results[label]))
         print(f"{label}, step {subject.step}" if subject.step is not None else label)
         print_result(diagnostic, results[label])

@@ -95,8 +95,10 @@ def measure(other: Subject) -> Result:
     check_vocabularies(reference, other)
     # Both models read windows of the shorter of their contexts. The corpus is that of the one that names a corpus.
     shorter = min((reference, other), key=lambda s: s.model.config.block_size)
-    knows = other if "corpus" in other.info or args.data else reference
+    knows = other if other.corpus_folder else reference
     corpus, block_size = knows.corpus, shorter.model.config.block_size
+    for subject in (reference, other):
+        corpus.check_fits(subject.path, subject.info, subject.model.config.vocab_size)
     shorter.corpus = corpus
     offsets = shorter.offsets(count=args.batches * args.batch_size)
 

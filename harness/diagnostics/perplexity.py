@@ -69,11 +69,11 @@ def measure(subject: Subject) -> Result:
         window = scores.targets[first : first + 1] - scores.positions[first]  # where the one that scored it starts
         x, _ = next(subject.batches(window))
         notes += nonfinite(subject.model, x)
-    loss = float(scores.losses.mean())
+    loss, bytes_per_token = float(scores.losses.mean()), subject.corpus.bytes_per_token[args.split]
     summary = {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss / math.log(2) / subject.corpus.bytes_per_token[args.split],
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "standard_error": standard_error(scores.losses, stretches(scores, block_size)),
         "tokens": len(scores.losses),
     }

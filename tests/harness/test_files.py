@@ -1,6 +1,8 @@
 """Files are replaced whole or not at all, and what cannot be written shows before any work is done."""
 
+import errno
 import os
+import stat
 import sys
 
 import pytest
@@ -95,3 +97,31 @@ def test_a_script_that_could_not_write_says_so_before_it_measures(main, argument
     assert "cannot be a folder" in said.err or "is a folder" in said.err
     assert (tmp_path / "file").read_text() == "mine"
     assert not os.listdir(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("refused", [stat.S_ISDIR, stat.S_ISREG])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch, number, refused):
+    flushed = []
+
+    def fsync(descriptor):
+        mode = os.fstat(descriptor).st_mode
+        if refused(mode):
+            raise OSError(number, os.strerror(number))
+        flushed.append(stat.S_IFMT(mode))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    write_text(tmp_path / "config.yaml", "new")
+    assert (tmp_path / "config.yaml").read_text() == "new"
+    assert flushed == [stat.S_IFREG if refused is stat.S_ISDIR else stat.S_IFDIR]
+    assert len([*tmp_path.iterdir()]) == 1
+
+
+def test_a_disk_that_fails_to_flush_is_a_failure(tmp_path, monkeypatch):
+    def fsync(_descriptor):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr("os.fsync", fsync)
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "config.yaml", "new")
+    assert not [*tmp_path.iterdir()]

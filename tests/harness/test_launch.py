@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.config import load_config
-from harness.launch import next_steps
+from harness.launch import as_typed, next_steps
 from tests.helpers import ROOT, run_python
 
 TINY = """
@@ -84,11 +84,37 @@ def test_a_stopped_run_passes_its_status_on_and_continues(config):
     assert "the same command continues" in output
 
 
+def test_paths_on_the_command_line_are_relative_to_where_the_user_stands(tmp_path, monkeypatch, capsys):
+    here, clone = tmp_path / "here", tmp_path / "clone"
+    for folder in (here / "mine", here / "gpt2", here / "both", clone / "both", clone / "data"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(clone)
+
+    def typed(*arguments):
+        return as_typed(["config.yaml", *arguments], here)[1:]
+
+    assert typed("--data.corpus", "mine") == ["--data.corpus", f"{here}/mine"]
+    assert typed("--data.corpus=both", "--help") == [f"--data.corpus={here}/both", "--help"]
+    assert typed("--run.out_dir", "new", "--kl.reference", "hf:gpt2") == [
+        "--run.out_dir", f"{here}/new", "--kl.reference", f"hf:{here}/gpt2"
+    ]  # fmt: skip
+    as_they_are = ["--training.init_from", "scratch", "--kl.reference", "hf:gpt2-xl", "--run.name", "mine"]
+    assert typed(*as_they_are) == as_they_are
+    assert typed("--data.corpus", "/absolute") == ["--data.corpus", "/absolute"]
+    assert typed("--data.corpus", "nowhere") == ["--data.corpus", f"{here}/nowhere"]
+    assert typed("--data.corpus") == ["--data.corpus"]  # which has an error of its own
+    assert not capsys.readouterr().out
+    assert typed("--data.corpus", "data") == ["--data.corpus", "data"]
+    assert f"--data.corpus data: it is not in {here}, so that in {clone} is taken" in capsys.readouterr().out
+    assert as_typed(["config.yaml", "--data.corpus", "data"], clone) == ["config.yaml", "--data.corpus", "data"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("nowhere.yaml",), "error: no config file nowhere.yaml"),
+        (("/dev/null",), "error: /dev/null is no file, as a config has to be: it is read more than once"),
         (("--optimizer.lr", "x"), "error: command line: optimizer.lr takes a number ≥ 0, not 'x'"),
         (
             ("--data.corpus", "nowhere"),

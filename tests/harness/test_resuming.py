@@ -12,7 +12,7 @@ from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.optimizers import make_optimizer
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
-from tests.helpers import random_ids, save_model, tiny_gpt
+from tests.helpers import random_ids, save_model, tiny_corpus, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 SHAPE = {"block_size": 16, "n_embd": 32, "bias": False, "normalizer": "softmax1"}  # of the folder's config
@@ -129,6 +129,13 @@ def test_weights_that_are_not_finite_start_nothing(only):
     path = str(save_model(model, "nan.pt"))
     with pytest.raises(UserError, match=r"nan\.pt holds NaN or infinite weights, in transformer\.h\.1\.mlp\.c_fc"):
         initial_model(config("--training.init_from", path, "--evaluation.only", only), Corpus("corpus"), None)
+
+
+def test_weights_of_a_run_on_other_tokens_are_refused():
+    """Bytes here; the same ids stood for other text there."""
+    path = str(save_model(tiny_gpt(**SHAPE), "other.pt", tiny_corpus(Path("letters"))))
+    with pytest.raises(UserError, match=r"init_from: other\.pt was trained with tokenizer chars, corpus has bytes"):
+        initial_model(config("--training.init_from", path), Corpus("corpus"), None)
 
 
 def test_the_optimizer_goes_on_with_its_state_and_the_configs_rate():

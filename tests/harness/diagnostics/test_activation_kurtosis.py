@@ -180,7 +180,7 @@ def test_checkpoints_of_every_format_are_measured_as_what_they_are(corpus, tmp_p
         torch.save({"model": state, "model_args": args, "iter_num": 3}, path)
     arguments = ("--device", "cpu", "--data", str(corpus), "--batch-size", "20", "--out", str(tmp_path))
     run(NO_PICTURE, [str(path), *arguments])
-    val = Corpus(corpus, verify=False).tokens["val"]
+    val = Corpus(corpus, verify=()).tokens["val"]
     expected = Activations(model).update(gather(val, T * np.arange(20), T, torch.device("cpu"))[0])
     rows = {row["name"]: row for row in json.loads((tmp_path / "activation_kurtosis.json").read_text())["rows"]}
     for name, tensor in expected.tensors.items():
@@ -192,7 +192,7 @@ def test_the_batches_are_those_of_the_split_and_the_count(corpus):
     """Whole windows alone, spread evenly: of the 20 of val, 4."""
     model = probed_gpt()
     result = measured(model, corpus, "--batches", "2", "--batch-size", "2")
-    val = Corpus(corpus, verify=False).tokens["val"]
+    val = Corpus(corpus, verify=()).tokens["val"]
     idx = gather(val, T * np.array([0, 6, 12, 19]), T, torch.device("cpu"))[0]
     rows = {row["name"]: row for row in result["rows"]}
     expected = Activations(model).update(idx).tensors["lm_head"].all.moments.excess_kurtosis

@@ -15,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import diagnostics
+from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
 from harness.errors import UserError, run_cli
 from harness.figures import draw_heads, new_figure
 from harness.tokenizer import Chars
 from harness.tracking import log_diagnostic
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tests.helpers import LETTERS, read_json, save_model, tiny_corpus, tiny_gpt
 
 CONFIG = GPTConfig(block_size=10, vocab_size=13, n_layer=1, n_head=2, n_embd=8)
@@ -351,6 +352,21 @@ def test_a_corpus_that_does_not_fit_is_refused(tmp_path, corpus, monkeypatch, ca
     assert not (tmp_path / "own" / "diagnostics").exists()
     assert not (tmp_path / "small" / "diagnostics").exists()
     assert not (tmp_path / "long" / "diagnostics").exists()
+
+
+def test_a_corpus_that_is_another_than_in_training_is_said(tmp_path, corpus, monkeypatch, capsys):
+    own = {"tokenizer": "chars", "vocabulary": LETTERS, "folder": str(corpus), "sha256": Corpus(corpus).sha256}
+    path = save_model(GPT(CONFIG), tmp_path / "own" / "ckpt.pt", None, corpus=own)
+    arguments = [str(path), "--device", "cpu", "--batches", "1"]
+
+    def notes(*more):
+        run(COUNTING, [*arguments, *more])
+        return read_json(tmp_path / "own" / "diagnostics" / "counting.json")["notes"]
+
+    assert notes() == ["a note"]
+    tiny_corpus(corpus, 500)
+    assert notes() == ["a note", f"{corpus} holds other text now than {path} was trained on"]
+    assert notes("--data", str(corpus)) == ["a note"]  # another corpus was asked for
 
 
 def test_a_scripts_own_arguments_are_checked_before_anything_is_loaded(monkeypatch, capsys):
