@@ -62,7 +62,7 @@ def check_folder(folder: Path) -> None:
     """UserError unless `folder` can be written to or, if it is not there yet, made."""
     there = next(path for path in (folder, *folder.parents) if path.exists())
     if not there.is_dir():
-        raise UserError(f"{folder} cannot be a folder, {there} is a file: give another one")
+        raise UserError(f"{folder} cannot be a folder, a file is in the way: give another folder")
     if not os.access(there, os.W_OK):
         raise UserError(f"{folder}: no permission to write to {there}: give another folder")
 

@@ -56,11 +56,11 @@ def test_a_folder_without_permission_shows_before_anything_is_made(tmp_path):
 def test_a_file_in_the_way_of_a_folder_and_a_folder_in_that_of_a_file(tmp_path):
     (tmp_path / "file").write_text("mine")
     for path in (tmp_path / "file", tmp_path / "file" / "sub"):
-        with pytest.raises(UserError, match=r"cannot be a folder, .*file is a file"):
+        with pytest.raises(UserError, match=r"file.* cannot be a folder"):
             check_folder(path)
     with pytest.raises(UserError, match="is a folder: give the name of a file in it"):
         check_file(tmp_path)
-    with pytest.raises(UserError, match=r"cannot be a folder, .*file is a file"):
+    with pytest.raises(UserError, match=r"file.* cannot be a folder"):
         check_file(tmp_path / "file" / "x.json")
     check_file(tmp_path / "file")  # to be replaced
     check_file(tmp_path / "new" / "x.json")
