@@ -282,6 +282,7 @@ class SlopedProduct(torch.autograd.Function):
         if not torch.is_grad_enabled():
             rest = (None,) * (2 + len(parameters))
             return slope * grad_weights, weights.to(v.dtype).mT @ grad, grad_weights, *rest
+        parameters = [p.view_as(p) for p in parameters]  # apart from what the scores may have been made of
         weights, slope = ctx.weights_and_slope(scores, *parameters)
         grads = [
             torch.autograd.grad(weights, p, grad_weights, create_graph=True)[0] if p.requires_grad else None
