@@ -73,8 +73,8 @@ def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
 
 def test_nothing_is_found_in_a_gaussian_model(corpus):
     result = measured(probed_gpt(std=0.1), corpus)
-    assert len(result["notes"]) == 1
-    assert "20 sequences of T = 10 tokens" in result["notes"][0]
+    (protocol,) = (note for note in result["notes"] if not note.startswith("max "))  # where the maxima are, no finding
+    assert "20 sequences of T = 10 tokens" in protocol
     assert (result["summary"]["T"], result["summary"]["sequences"]) == (10, 20)
 
 
