@@ -192,8 +192,10 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     gets its own. Hugging Face's matrices are transposed. The causal masks (1, 1, T, T), which older models store as
     buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias. A
     head that is not there is the embedding, to which it is tied. ValueError or TypeError, naming the weight, for a head
-    that is not tied, for integers (a quantized model), and where two weights come to one name.
+    that is not tied, for integers (a quantized model), where two weights come to one name, and for what is no weight.
     """
+    if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
+        raise TypeError("the weights are not tensors by their names")
     unwrapped = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
     trunk = next((n.removesuffix("wte.weight") for n in unwrapped.values() if f".{n}".endswith(".wte.weight")), "")
     clean: dict[str, torch.Tensor] = {}

@@ -82,8 +82,9 @@ def _read_weights(name_or_folder: str) -> dict[str, torch.Tensor]:
         if (path := _find(name_or_folder, whole)) is not None:
             return _read_file(path, source)
         if (index := _find(name_or_folder, f"{whole}.index.json")) is not None:
+            parts = _read_json(index, source).get("weight_map")
             state: dict[str, torch.Tensor] = {}
-            for part in sorted(set(_read_json(index, source).get("weight_map", {}).values())):
+            for part in sorted(set(map(str, parts.values() if isinstance(parts, dict) else ()))):
                 if (path := _find(name_or_folder, part)) is None:
                     raise UserError(f"{source}: its {index.name} names {part}, which is not there")
                 state |= _read_file(path, source)
@@ -94,7 +95,8 @@ def _read_weights(name_or_folder: str) -> dict[str, torch.Tensor]:
 def _read_file(path: Path, source: str) -> dict[str, torch.Tensor]:
     if path.suffix != ".safetensors":
         try:
-            return read_torch_file(path)
+            content = read_torch_file(path)
+            return content if isinstance(content, dict) else {path.name: content}
         except UserError as e:
             raise UserError(f"{source}: {e}") from e
     safetensors = _import("safetensors.torch")
