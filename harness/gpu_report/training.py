@@ -20,7 +20,7 @@ DIAGNOSTICS = {
     "activation_kurtosis": ["--batches", "2", "--batch-size", "4"],
     "quantization": ["--batches", "2", "--batch-size", "4", "--seeds", "1"],
 }
-AROUND = 95.0  # seconds besides training: starting, compiling, evaluating, diagnosing
+AROUND = 120.0  # seconds besides training: starting, compiling, evaluating, diagnosing
 
 
 def run(task: Task) -> Iterator[dict]:
