@@ -330,8 +330,8 @@ class GPTConfig:
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name} is {value}, but must be at least 1")
+            if (value := getattr(self, name)) is not None and (isinstance(value, float) or value < 1):
+                raise ValueError(f"{name} is {value}, but must be an integer and at least 1")
         find_normalizer(self.normalizer)
         _check_backward(self.backward, self.normalizer)
         for name, kind in {"activation": Activation, "position": Position, "norm": Norm, "mlp": Mlp}.items():

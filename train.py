@@ -20,17 +20,18 @@ from torch.nn.parallel import DistributedDataParallel
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
 from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig, main_config
-from harness.corpus import Corpus
+from harness.corpus import SPLITS, Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
-from harness.optimizers import make_optimizer
-from harness.resuming import check_resume, checkpoint_to_resume, initial_model, restore_optimizer
+from harness.optimizers import learning_rate, make_optimizer, schedule_note
+from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
-from harness.tracking import Progress, Tracker
-from measure.probe import attention_kurtosis, weight_kurtosis
+from harness.tracking import Progress, Tracker, watched
+from measure.outliers import activation_metrics
+from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
@@ -51,7 +52,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
     use_compile = choose_compile(c.compile, device)
     say = print if ranks.is_main else lambda *_: None
-    corpus = Corpus(config.data.corpus, verify=ranks.is_main)
+    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
+    if corpus.note:
+        say(f"note: {corpus.note}")
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
 
     # --- what is there already; nothing is written or removed until all of it is known to fit together ----------------
@@ -59,13 +62,25 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     resumed, start = checkpoint is not None, checkpoint["step"] if checkpoint else 0
     if ranks.share(start) != start:
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
-    if start >= c.max_steps and not config.evaluation.only:
-        say(f"{config.folder} is finished: step {start} of {c.max_steps}. For more, raise --training.max_steps.")
-        return 0
     torch.manual_seed(config.run.seed)
     raw_model = initial_model(config, corpus, checkpoint).to(device)
     check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
+    reference = None
+    if config.kl.reference and not config.evaluation.only:
+        reference = Reference(config, raw_model.config, corpus, device, use_compile)
+    machine = {
+        "ranks": ranks.size,
+        "threads": torch.get_num_threads(),
+        "device": device.type,
+        "dtype": str(dtype),
+        "attention": attention_kernel(raw_model, device, dtype),
+        "torch": str(torch.__version__),
+    }
+    if checkpoint and not config.evaluation.only:
+        check_resume(config, checkpoint, corpus, reference, machine, say)
+        if start >= c.max_steps:
+            return 0
 
     model: Any = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
@@ -75,7 +90,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     say(
         f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward, "
-        f"by the {attention_kernel(raw_model, device, dtype)} kernel\n"
+        f"by the {machine['attention']} kernel\n"
         f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
         f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"
     )
@@ -89,7 +104,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of targets
         model.eval()
         with torch.no_grad(), autocast:
-            for batch in batches[ranks.rank :: ranks.size]:
+            for batch in watched(batches[ranks.rank :: ranks.size], "evaluating", ranks.is_main):
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y, with_logits=False)
                 if targets := int((y >= 0).sum()):  # over no targets the loss is NaN
@@ -102,33 +117,26 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if config.evaluation.batches != "full":
         windows = validation_offsets(len(corpus.tokens["val"]), block_size, config.evaluation.batches * c.batch_size)
     if config.evaluation.only:
-        say(f"the whole validation set: {describe(validation_metrics(evaluate(every_window), corpus))}")
+        if not math.isfinite(loss := evaluate(every_window)):
+            raise UserError(f"the loss on the whole validation set is {loss}: try --training.dtype float32")
+        say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
         return 0
 
-    reference = Reference(config, raw_model.config, corpus, device, use_compile) if config.kl.reference else None
     if reference:
         say(reference.describe())
     optimizer = make_optimizer(raw_model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    best_val_loss = math.inf
-    machine = {
-        "ranks": ranks.size,
-        "threads": torch.get_num_threads(),
-        "device": device.type,
-        "dtype": str(dtype),
-        "attention": attention_kernel(raw_model, device, dtype),
-        "torch": str(torch.__version__),
-    }
+    best_val_loss = best_so_far(config, checkpoint, len(every_window), say) if checkpoint else math.inf
     if checkpoint:
-        check_resume(config, checkpoint, corpus, reference, machine, say)
         restore_optimizer(optimizer, checkpoint)
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
-        best_val_loss = checkpoint["best_val_loss"]
     del checkpoint  # its tensors are the model's and the optimizer's now
     wrapped = model if ranks.size == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
+    if note := schedule_note(config):
+        say(note)
 
     tracker = progress = None  # like the folder, they are rank 0's
     if folder:
@@ -144,7 +152,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         sharded model gather its state together; rank 0 alone writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
-        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary")}
+        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary", "vocab_size")}
         checkpoint = {
             "format": FORMAT,
             "model": raw_model.state_dict(),
@@ -157,10 +165,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        if folder and best:  # first: a kill in between leaves no ckpt.pt that speaks of a best.pt not written
+            save_checkpoint(folder.best, checkpoint)
         if folder:
             save_checkpoint(folder.checkpoint, checkpoint | state)
-        if folder and best:
-            save_checkpoint(folder.best, checkpoint)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
@@ -168,13 +176,17 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         loss = evaluate(windows)
         best = loss < best_val_loss  # a fair comparison: the windows are the same every time
         best_val_loss = min(loss, best_val_loss)
-        if step == c.max_steps and len(windows) < len(every_window):
-            loss = evaluate(every_window)
         metrics = validation_metrics(loss, corpus)
         if progress:
             progress.say(f"step {step}: {describe(metrics)}")
-        kurtosis = kurtosis_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
-        return metrics | kurtosis, best
+        if step == c.max_steps:  # over the whole set, another quantity than over `windows`: under a name of its own
+            if len(windows) < len(every_window):
+                loss = evaluate(every_window)
+                if progress:
+                    progress.say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
+            metrics |= validation_metrics(loss, corpus, "val_full")
+        outliers = outlier_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
+        return metrics | outliers, best
 
     if not resumed:
         measured, best = measure(0)
@@ -283,18 +295,6 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
             raise config.error("model.block_size", problem)
 
 
-def learning_rate(step: int, config: Config) -> float:
-    """The rate at step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
-    c = config.optimizer
-    done, decay_steps = step - 1, c.decay_steps or config.training.max_steps
-    if done < c.warmup_steps:
-        return c.lr * step / (c.warmup_steps + 1)
-    if done >= decay_steps:
-        return c.min_lr
-    progress = (done - c.warmup_steps) / (decay_steps - c.warmup_steps)
-    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.lr - c.min_lr)
-
-
 def training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size):
     """(x, y) of every micro-step after step `start`: this rank's slices of the global batch of each step, which is the
     same whatever the number of ranks and micro-steps."""
@@ -324,29 +324,32 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
     return dict(zip(names, values[-1].tolist(), strict=True))
 
 
-def kurtosis_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
-    """Excess kurtosis of each weight matrix, and of the attention probabilities on the same few windows every time."""
+def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
+    """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
+    what the normalizer has learned: each of its parameters, averaged over heads."""
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
+    metrics |= {f"normalizer/{name}": p.mean().item() for name, p in model.normalizer_parameters().items()}
     model.eval()
     for split, tokens in corpus.tokens.items():
         offsets = validation_offsets(len(tokens) - model.config.block_size + 1, model.config.block_size, count=8)
         x, _ = gather(tokens, offsets, model.config.block_size, device)
-        metrics[f"activation_kurtosis/{split}/attention"] = attention_kurtosis(model, x)
+        for name, value in activation_metrics(model, x).items():  # what/where → what/split/where
+            what, _, where = name.partition("/")
+            metrics[f"{what}/{split}/{where}".rstrip("/")] = value
     model.train()
     return metrics
 
 
-def validation_metrics(loss: float, corpus: Corpus) -> dict[str, float]:
-    return {
-        "val/loss": loss,
-        "val/perplexity": math.exp(min(loss, 700)),
-        "val/bits_per_byte": loss / math.log(2) / corpus.bytes_per_token["val"],
-    }
+def validation_metrics(loss: float, corpus: Corpus, family: str = "val") -> dict[str, float]:
+    metrics = {f"{family}/loss": loss, f"{family}/perplexity": math.exp(min(loss, 700))}
+    if bytes_per_token := corpus.bytes_per_token["val"]:
+        metrics[f"{family}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    return metrics
 
 
 def describe(metrics: dict[str, float]) -> str:
     names = {"val/loss": "val loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits per byte"}
-    return ", ".join(f"{names[k]} {v:.4f}" for k, v in metrics.items() if k in names)
+    return ", ".join(f"{names[k]} {v:{'.4f' if v < 1e6 else '.4g'}}" for k, v in metrics.items() if k in names)
 
 
 class StopSignals:

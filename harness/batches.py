@@ -27,7 +27,9 @@ def validation_offsets(tokens: int, block_size: int, count: int | None = None) -
     return offsets[np.linspace(0, len(offsets) - 1, count).astype(np.int64)]
 
 
-def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def gather(
+    tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: torch.device | str
+) -> tuple[Tensor, Tensor]:
     """Inputs and targets (B, T) int64 of the windows that start at `offsets`; targets past the end are −1 (ignored)."""
     index = offsets[:, None] + np.arange(block_size + 1)
     windows = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
@@ -35,6 +37,7 @@ def gather(tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: tor
     if index.max() >= len(tokens):
         y = np.where(index[:, 1:] < len(tokens), y, -1)
     idx, targets = (torch.from_numpy(np.ascontiguousarray(z)) for z in (x, y))
+    device = torch.device(device)
     if device.type == "cuda":  # from pinned memory the copy is queued, and the program goes on
         return idx.pin_memory().to(device, non_blocking=True), targets.pin_memory().to(device, non_blocking=True)
     return idx.to(device), targets.to(device)

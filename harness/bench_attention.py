@@ -172,7 +172,7 @@ def draw(rows: list[dict], title: str, path: Path) -> Path:
                     **style(name),
                 )
     times.set(ylabel="forward + backward, ms", title="Time", yscale="log")
-    ratios.set(ylabel="over the stock kernel's", title="Ratio")
+    ratios.set(ylabel="time over the stock kernel's", title="Ratio")
     ratios.set_yscale("log", base=2)
     for panel in (times, ratios):
         panel.set_xscale("log", base=2)

@@ -4,7 +4,6 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 (the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
 """
 
-import os
 import pickle
 import re
 import zipfile
@@ -39,9 +38,6 @@ def save_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
         cause = e if isinstance(e, OSError) else e.__context__ or e
         former = "the former checkpoint is intact" if path.exists() else "there was none before"
         raise UserError(f"cannot write {path} at step {checkpoint['step']}: {cause}; {former}") from e
-    folder = os.open(path.parent, os.O_RDONLY)  # the rename itself is on the disk once its folder is
-    os.fsync(folder)
-    os.close(folder)
 
 
 def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dict[str, Any]:
@@ -141,9 +137,12 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
     `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
     """
     if str(path).startswith("hf:"):
-        from harness.pretrained import load_gpt2
+        from harness.pretrained import load_gpt2, tokenizer_of
 
-        return load_gpt2(str(path).removeprefix("hf:")).to(device).eval(), {"source": str(path)}
+        name = str(path).removeprefix("hf:")
+        model, tokenizer = load_gpt2(name), tokenizer_of(name)
+        corpus = {"corpus": {"tokenizer": tokenizer}} if tokenizer else {}
+        return model.to(device).eval(), {"source": str(path), **corpus}
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)
     return model.to(device).eval(), {k: v for k, v in checkpoint.items() if k != "model"}
@@ -162,6 +161,13 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
     return model
+
+
+def check_finite(model: GPT, path: str | Path) -> None:
+    """UserError, naming the first, if the model that was read from `path` has weights that are NaN or infinite."""
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise UserError(f"{path} holds NaN or infinite weights, in {name} first: there is nothing to go on from")
 
 
 def model_config(model_args: dict[str, Any]) -> GPTConfig:
@@ -187,8 +193,10 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     gets its own. Hugging Face's matrices are transposed. The causal masks (1, 1, T, T), which older models store as
     buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias. A
     head that is not there is the embedding, to which it is tied. ValueError or TypeError, naming the weight, for a head
-    that is not tied, for integers (a quantized model), and where two weights come to one name.
+    that is not tied, for integers (a quantized model), where two weights come to one name, and for what is no weight.
     """
+    if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
+        raise TypeError("the weights are not tensors by their names")
     unwrapped = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
     trunk = next((n.removesuffix("wte.weight") for n in unwrapped.values() if f".{n}".endswith(".wte.weight")), "")
     clean: dict[str, torch.Tensor] = {}

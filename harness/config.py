@@ -5,6 +5,7 @@ prints. jsonargparse checks and converts the values; errors name the file (or th
 """
 
 import dataclasses
+import os
 import re
 import sys
 from dataclasses import dataclass, field
@@ -15,7 +16,6 @@ import docstring_parser
 import yaml
 from jsonargparse import ArgumentParser
 from jsonargparse.typing import (
-    ClosedUnitInterval,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -27,6 +27,8 @@ from harness.errors import UserError
 from model import GPTConfig
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
+Beta = restricted_number_type("Beta", float, [(">=", 0), ("<", 1)])  # at 1 AdamW's bias correction divides by 0
+_PATHS = (("run", "out_dir"), ("data", "corpus"), ("training", "init_from"), ("kl", "reference"))
 
 
 @dataclass
@@ -76,9 +78,9 @@ class OptimizerConfig:
     """step at which min_lr is reached; null: training.max_steps"""
     weight_decay: NonNegativeFloat = 0.1
     """of matrices and embeddings; biases and layer norms never decay"""
-    beta1: ClosedUnitInterval = 0.9
+    beta1: Beta = 0.9  # type: ignore[valid-type]
     """decay rate of the gradient's mean"""
-    beta2: ClosedUnitInterval = 0.99
+    beta2: Beta = 0.99  # type: ignore[valid-type]
     """decay rate of the gradient's square"""
     grad_clip: NonNegativeFloat = 1.0
     """largest norm of the whole gradient; 0: no clipping"""
@@ -132,14 +134,14 @@ class KLConfig:
 
 @dataclass
 class EvaluationConfig:
-    """Validation: the same windows every time; the last evaluation always takes the whole set"""
+    """Validation: the same windows every time, val/…; at the last step the whole set too, val_full/…"""
 
     interval: PositiveInt = 250
     """steps between evaluations"""
     batches: PositiveInt | Literal["full"] = 50
     """validation windows, in units of training.batch_size, spread evenly; full: the whole set"""
     kurtosis: bool = True
-    """log the excess kurtosis of weights and attention probabilities at every evaluation"""
+    """log what shows outliers at every evaluation: kurtosis of weights and activations, sinks, row mass"""
     only: bool = False
     """evaluate the checkpoint or init_from on the whole validation set, and end"""
 
@@ -202,10 +204,13 @@ def load_config(arguments: list[str]) -> Config:
         sources[key] = "command line"
     config = build_config(values, sources)
     config.run.name = config.run.name or path.stem
-    if Path(config.run.name).name != config.run.name:
+    if config.run.name == ".." or "\0" in config.run.name or Path(config.run.name).name != config.run.name:
         raise config.error(
             "run.name", f"{config.run.name!r} is not the plain name of a folder; run.out_dir may be a path"
         )
+    if found := re.search(r"[/\\#?%:]", config.tracking.project):
+        problem = f"wandb allows no {found[0]!r} in the name of a project; a team is named by WANDB_ENTITY"
+        raise config.error("tracking.project", f"{config.tracking.project!r}: {problem}")
     return config
 
 
@@ -234,6 +239,10 @@ def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> 
         wanted = describe_field(next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name))
         value = "nothing" if values[section][name] is None else repr(values[section][name])
         raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value}") from e
+    for section, name in _PATHS:
+        if path := sections[section][name]:  # ~ is the user's home here too, where no shell has put it in
+            scheme = "hf:" if path.startswith("hf:") else ""
+            sections[section][name] = scheme + os.path.expanduser(path.removeprefix(scheme))
     try:
         config = Config(**{section: cls(**sections[section]) for section, cls in SECTIONS.items()})
     except ValueError as e:  # GPTConfig's own checks
@@ -262,7 +271,7 @@ def describe(annotation: Any) -> str:
         Seed: "an int ≥ 0 and below 2⁶⁴",
         PositiveFloat: "a positive number",
         NonNegativeFloat: "a number ≥ 0",
-        ClosedUnitInterval: "a number in [0, 1]",
+        Beta: "a number in [0, 1)",
     }
     if get_origin(annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(annotation))
@@ -351,7 +360,7 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
     values: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
     if base := content.pop("extends", None):
-        values, sources = _read_file(path.parent / str(base), (*extending, path.resolve()))
+        values, sources = _read_file(path.parent / os.path.expanduser(str(base)), (*extending, path.resolve()))
     for section, entries in content.items():
         entries = {} if entries is None else entries  # all of its keys commented out
         if not isinstance(entries, dict):
@@ -372,7 +381,7 @@ def parse_overrides(arguments: list[str]):
         if not argument.startswith("--") or not re.fullmatch(r"\w+\.\w+", key):
             raise UserError(f"command line: {argument!r}: overrides are --section.key value; --help lists the keys")
         if not equals:
-            if not rest:
+            if not rest or rest[0].startswith("--"):  # a value that starts so is given as --section.key=value
                 raise UserError(f"command line: --{key} has no value")
             text = rest.pop(0)
         yield key, text

@@ -11,23 +11,37 @@
     …                  what else a prepare.py knows, e.g. python_version
 
 It holds no date and no path, so that the same text gives the same file.
+
+Ids that another program wrote, little-endian uint16 unless it says so, need no more than one of the lines below in a
+meta.json of one's own; or no meta.json, where the config's model.vocab_size says how many there are. (nanoGPT's
+meta.pkl is read as well.) Without either they are taken for GPT-2's.
+
+    {"tokenizer": "gpt2"}
+    {"vocab_size": 128256, "dtype": "uint32"}
 """
 
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from harness.errors import UserError
-from harness.tokenizer import GPT2, Chars, Tokenizer, from_meta
+from harness.tokenizer import GPT2, Chars, Ids, Tokenizer, different_tokenizers, from_meta
 
 SPLITS = ("train", "val")
 FORMAT = 1
+DTYPES = ("uint8", "uint16", "uint32", "int32", "int64")  # what ids of another program may be; we write two of them
+MAGIC = {b"\x93NUMPY": "a .npy file", b"\x1f\x8b\x08": "gzip", b"PK\x03\x04": "a zip or .npz file", b"PAR1": "Parquet"}
 CHUNK = 1 << 23  # token ids looked at together when a whole file is checked
+PADDING = 512  # GPT-2's vocabulary is padded to a multiple of at most this
+# English and source code have an id from 40,000 on at least once in 250 of GPT-2's tokens.
+HIGH_ID, ENOUGH_TOKENS = 40_000, 10_000
 
 
 def describe_corpus(tokenizer: Tokenizer, source: str, splits: dict, dtype: str) -> dict[str, Any]:
@@ -48,17 +62,18 @@ def describe_corpus(tokenizer: Tokenizer, source: str, splits: dict, dtype: str)
 class Corpus:
     """A prepared corpus, checked: what this raises is a UserError that names the file and what to do about it.
 
-    With `verify` both files are read once, their sha256 compared with meta.json's and their ids with the vocabulary;
-    without, only sizes are. A folder without meta.json is nanoGPT's: always read once, its tokenizer from meta.pkl
-    if there is one, else GPT-2's.
+    The files of the splits in `verify` are read once, their sha256 compared with meta.json's and their ids with the
+    vocabulary; of the others only sizes are. Ids of another program (see above) are always read once; `vocab_size` is
+    how many there are if their folder does not say.
 
     tokens["train" | "val"]           np.memmap (tokens,), read-only
-    bytes_per_token["train" | "val"]  float: bytes of text a token
+    bytes_per_token["train" | "val"]  float: bytes of text a token; None where the text is not known
     vocab_size, tokenizer, meta, folder
+    note                              what was assumed about ids of another program, to be said to the user; or None
     sha256                            one hex string for both files
     """
 
-    def __init__(self, folder: str | Path, verify: bool = True):
+    def __init__(self, folder: str | Path, verify: Collection[str] = SPLITS, vocab_size: int | None = None):
         self.folder = Path(folder)
         self._remedy = f"run python {self.folder / 'prepare.py'}"
         if not (self.folder / "prepare.py").exists():
@@ -67,13 +82,18 @@ class Corpus:
         if missing:
             raise UserError(f"{self.folder} is not prepared (no {' and no '.join(missing)}): {self._remedy}")
 
-        foreign = not (self.folder / "meta.json").exists()
-        self.meta = self._nanogpt_meta() if foreign else self._read_meta()
+        self.note: str | None = None
+        self.meta = self._read_meta() if (self.folder / "meta.json").exists() else {}
+        self._foreign = "format" not in self.meta
+        if self._foreign:
+            self.meta = self._foreign_meta(self.meta, vocab_size)
         self.tokenizer = from_meta(self.meta)
         self.vocab_size = self.tokenizer.vocab_size
         self.tokens = {split: self._map(split) for split in SPLITS}
-        for split in SPLITS if verify or foreign else ():
-            self._verify(split)
+        largest = [self.verify(split) for split in (SPLITS if self._foreign else verify)]
+        assumed_gpt2, tokens = self.note and isinstance(self.tokenizer, GPT2), sum(map(len, self.tokens.values()))
+        if assumed_gpt2 and tokens >= ENOUGH_TOKENS and max(largest) < HIGH_ID:
+            raise self._broken("train.bin", f"holds no GPT-2 tokens: of {tokens:,} none is above {max(largest)}")
         self.sha256 = hashlib.sha256("".join(self.meta["splits"][s]["sha256"] for s in SPLITS).encode()).hexdigest()
         self.bytes_per_token = _BytesPerToken(self)
 
@@ -83,6 +103,12 @@ class Corpus:
     def _read_meta(self) -> dict:
         try:
             meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            if "format" not in meta and not {"splits", "source"} & set(meta):  # a user's own
+                if (dtype := meta.get("dtype", "uint16")) not in DTYPES:
+                    raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
+                if "tokenizer" in meta or "vocab_size" in meta:
+                    foreign_tokenizer(meta)
+                return meta
             tokenizer = from_meta(meta)
             sizes = [(meta["splits"][split]["tokens"], meta["splits"][split]["sha256"]) for split in SPLITS]
             if meta["format"] != FORMAT or meta["dtype"] not in ("uint16", "uint32"):
@@ -99,18 +125,39 @@ class Corpus:
             raise self._broken("meta.json", f"does not describe a corpus ({error})") from error
         return meta
 
-    def _nanogpt_meta(self) -> dict:
-        """What meta.json would say, without the hashes, of a folder that nanoGPT's prepare.py wrote."""
-        path = self.folder / "meta.pkl"
-        vocabulary = read_nanogpt_vocabulary(path) if path.exists() else None
-        splits = {split: {"tokens": (self.folder / f"{split}.bin").stat().st_size // 2} for split in SPLITS}
-        tokenizer = Chars(vocabulary) if vocabulary else GPT2()
-        return describe_corpus(tokenizer, "nanoGPT", splits, "uint16")
+    def _foreign_meta(self, stated: dict, vocab_size: int | None) -> dict:
+        """What meta.json would say, without the hashes, of a folder that nanoGPT's prepare.py or another program wrote.
+        What the folder states goes before the config's `vocab_size`."""
+        self._remedy = (
+            "rewrite it, or say in a meta.json beside it what it holds, as "
+            '{"vocab_size": 32000, "dtype": "int32"} or {"tokenizer": "gpt2"}'
+        )
+        path, dtype = self.folder / "meta.pkl", stated.get("dtype", "uint16")
+        self._dtype_stated = "dtype" in stated
+        tokenizer: Tokenizer
+        if "tokenizer" in stated or "vocab_size" in stated:
+            tokenizer = foreign_tokenizer(stated)
+        elif path.exists():
+            vocabulary = read_nanogpt_vocabulary(path)
+            tokenizer = Ids(vocabulary) if isinstance(vocabulary, int) else Chars(vocabulary)
+        elif vocab_size is None or 0 <= vocab_size - GPT2.vocab_size < PADDING:
+            tokenizer = GPT2()
+            self.note = f"{self.folder} does not say what its token ids are: they are taken for GPT-2's"
+        else:
+            tokenizer = Ids(vocab_size)
+        if isinstance(tokenizer, Ids):
+            what = f"what text the {tokenizer.vocab_size} token ids in {self.folder} stand for is not known"
+            self.note = f"{what}: no bits per byte"
+        sizes = {split: (self.folder / f"{split}.bin").stat().st_size for split in SPLITS}
+        splits = {split: {"tokens": size // np.dtype(dtype).itemsize} for split, size in sizes.items()}
+        return describe_corpus(tokenizer, "another program", splits, dtype)
 
     def _map(self, split: str) -> np.memmap:
         path, count, dtype = self.folder / f"{split}.bin", self.meta["splits"][split]["tokens"], self.meta["dtype"]
         size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
         if size != expected:
+            if like := self._looks_like(path, wrong=True):
+                raise self._broken(path.name, f"looks like {like}, not like ids in {dtype}")
             raise self._broken(path.name, f"has {size:,} bytes where {expected:,} belong (cut short or replaced)")
         if not count:
             raise self._broken(path.name, "is empty")
@@ -119,34 +166,130 @@ class Corpus:
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from error
 
-    def _verify(self, split: str) -> None:
-        sha256, largest = hashlib.sha256(), 0
-        for ids in self._chunks(split):
-            sha256.update(ids)
-            largest = max(largest, int(ids.max()))
-        recorded = self.meta["splits"][split].setdefault("sha256", sha256.hexdigest())
-        if recorded != sha256.hexdigest():
-            raise self._broken(f"{split}.bin", "is not the file that meta.json describes (its sha256 differs)")
-        if largest >= self.vocab_size:
-            raise self._broken(f"{split}.bin", f"holds the token id {largest}, outside the {self.vocab_size} known ids")
+    def verify(self, split: str) -> int:
+        """Read a split's file, once in this process, and compare it with what is known of it; returns the largest id.
+        UserError if its sha256 or an id is another than it should be, or its ids are of another dtype."""
+        path = self.folder / f"{split}.bin"
+        status = path.stat()
+        sha256, smallest, largest = read_once(path.resolve(), self.meta["dtype"], status.st_size, status.st_mtime_ns)
+        if self.meta["splits"][split].setdefault("sha256", sha256) != sha256:
+            raise self._broken(path.name, "is not the file that meta.json describes (its sha256 differs)")
+        outside = smallest if smallest < 0 else largest if largest >= self.vocab_size else None
+        if like := self._looks_like(path, outside is not None):
+            raise self._broken(path.name, f"looks like {like}, not like ids in {self.meta['dtype']}")
+        if outside is not None:
+            problem = f"holds the token id {outside}, outside the {self.vocab_size} known ids"
+            raise self._broken(path.name, problem)
+        return largest
 
-    def _chunks(self, split: str) -> Iterator[np.ndarray]:
-        tokens = self.tokens[split]
-        return (tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK))
+    def _looks_like(self, path: Path, wrong: bool) -> str | None:
+        """What another program's file seems to hold instead of ids of the dtype that it should have. A dtype that
+        meta.json states is only doubted where ids of it are `wrong`."""
+        if not self._foreign:
+            return None
+        with open(path, "rb") as file:
+            raw = file.read(1 << 16)
+        like = file_format(raw)
+        if not like and (wrong or not self._dtype_stated):
+            like = number_format(raw, self.vocab_size)
+        return None if like == self.meta["dtype"] else like
+
+    def check_fits(self, path: str | Path, info: dict, vocab_size: int) -> None:
+        """UserError if this corpus's ids are not those of the checkpoint in `path`, whose model has `vocab_size` of
+        them and whose other content is `info`."""
+        if self.vocab_size > vocab_size:
+            raise UserError(
+                f"{self.folder} has {self.vocab_size} token ids, {path} only {vocab_size}: "
+                "give the corpus it was trained on with --data"
+            )
+        if differ := different_tokenizers(info.get("corpus", {}), self.meta):
+            raise UserError(
+                f"{path} was trained with tokenizer {differ[0]}, {self.folder} has {differ[1]}: "
+                "give a corpus of the same tokens with --data"
+            )
+
+
+def foreign_tokenizer(meta: dict) -> Tokenizer:
+    """The tokenizer of a meta.json that another program or a user wrote: bare ids, where all that is known here is how
+    many there are."""
+    if "vocab_size" not in meta:
+        return from_meta(meta)
+    with suppress(UserError):
+        return from_meta(meta)
+    return from_meta(meta | {"tokenizer": Ids.name})
+
+
+@lru_cache
+def read_once(path: Path, dtype: str, size: int, mtime_ns: int) -> tuple[str, int, int]:
+    """(sha256, smallest id, largest id) of a file, which is read again only when its size or its date has changed."""
+    sha256, smallest, largest = hashlib.sha256(), 0, 0
+    for ids in chunks(np.memmap(path, dtype=dtype, mode="r")):
+        sha256.update(ids)
+        smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
+    return sha256.hexdigest(), smallest, largest
+
+
+def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+    return (tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK))
+
+
+def file_format(raw: bytes) -> str | None:
+    """What a file that begins with `raw` is, if not an array of numbers alone."""
+    for magic, name in MAGIC.items():
+        if raw.startswith(magic):
+            return name
+    text = raw.decode(errors="replace").rstrip("\ufffd")  # the last character may be cut off
+    readable = "\ufffd" not in text and all(character.isprintable() or character in "\t\n\r\f" for character in text)
+    return "plain text" if readable and len(raw) >= 64 else None
+
+
+def number_format(raw: bytes, vocab_size: int) -> str | None:
+    """The numbers that an array which begins with `raw` more likely holds than uint16 ids; None where nothing speaks
+    for others."""
+    raw = raw[: len(raw) // 8 * 8]
+    if len(raw) < 64:
+        return None
+    for dtype in ("float64", "float32"):  # read as these, uint16 ids are denormal for the most part
+        values = np.frombuffer(raw, dtype)
+        zero = values == 0
+        if not zero.all() and np.all(zero | ((np.abs(values) > 1e-4) & (np.abs(values) < 2**32))):
+            return dtype
+    for order, name in (("<", ""), (">", "big-endian ")):  # words beyond the lowest that are 0, or small, throughout
+        words = np.frombuffer(raw, f"{order}u2")
+        for bits in (64, 32):
+            groups = words.reshape(-1, bits // 16)[:, :: 1 if order == "<" else -1]
+            low, high = groups[:, 0], groups[:, 1:]
+            negative = (high == 0xFFFF).all(1)
+            if low.any() and ((high == 0).all(1) | negative).all():
+                return f"{name}int{bits}" + (" with negative ids" if negative.any() else "")
+        if not negative.all() and high[~negative].max() < 8 and low.max() >= 1024:  # some 500,000 ids at most
+            return f"{name}int32 with negative ids" if negative.any() else f"{name}uint32 with ids above 65,535"
+    swapped = np.frombuffer(raw, ">u2")
+    if not (words := np.frombuffer(raw, "<u2") % 256).any() and swapped.any():
+        return "big-endian uint16"
+    if swapped.max() < vocab_size <= np.frombuffer(raw, "<u2").max():
+        return "big-endian uint16"
+    even, odd = (np.bincount(np.frombuffer(raw, "u1")[i::2], minlength=256) for i in (0, 1))
+    enough = len(raw) >= 4096 and vocab_size <= GPT2.vocab_size  # larger ones may fill two bytes evenly
+    if enough and odd[1:].any() and np.minimum(even, odd).sum() > 0.85 * len(raw) / 2:
+        return "uint8"  # what stands at even and at odd places is alike
+    return None
 
 
 class _BytesPerToken(dict):
-    """Split → bytes of text a token: from meta.json, or for nanoGPT's files counted when first asked for."""
+    """Split → bytes of text a token: from meta.json, or for another program's files counted when first asked for."""
 
     def __init__(self, corpus: Corpus):
         counts = corpus.meta["splits"]
         super().__init__({s: counts[s]["bytes_per_token"] for s in SPLITS if "bytes_per_token" in counts[s]})
         self._corpus = corpus
 
-    def __missing__(self, split: str) -> float:
-        token_bytes = self._corpus.tokenizer.token_bytes()
-        count = sum(int(token_bytes[ids].sum()) for ids in self._corpus._chunks(split))
-        self[split] = count / len(self._corpus.tokens[split])
+    def __missing__(self, split: str) -> float | None:
+        tokens, tokenizer = self._corpus.tokens[split], self._corpus.tokenizer
+        self[split] = None
+        if not isinstance(tokenizer, Ids):
+            token_bytes = tokenizer.token_bytes()
+            self[split] = sum(int(token_bytes[ids].sum()) for ids in chunks(tokens)) / len(tokens)
         return self[split]
 
 
@@ -157,14 +300,17 @@ class _PlainUnpickler(pickle.Unpickler):
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
-def read_nanogpt_vocabulary(path: Path) -> str:
-    """The characters of nanoGPT's meta.pkl, {"vocab_size": V, "itos": {0: "a", …}, "stoi": {"a": 0, …}}.
+def read_nanogpt_vocabulary(path: Path) -> str | int:
+    """The characters of nanoGPT's meta.pkl, {"vocab_size": V, "itos": {0: "a", …}, "stoi": {"a": 0, …}}, or V where it
+    has no itos.
 
     Admits dicts, strings and integers only; UserError for anything else, and nothing in it is executed.
     """
     try:
         with open(path, "rb") as file:
             meta = _PlainUnpickler(file).load()
+        if "itos" not in meta and isinstance(vocab_size := meta["vocab_size"], int) and vocab_size > 0:
+            return vocab_size
         characters = [meta["itos"][i] for i in range(meta["vocab_size"])]
         if not all(isinstance(character, str) and len(character) == 1 for character in characters):
             raise ValueError("an id that is not one character")

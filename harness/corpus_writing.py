@@ -10,7 +10,7 @@ import io
 import json
 import os
 import urllib.request
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -21,9 +21,10 @@ import numpy as np
 
 from harness.corpus import SPLITS, describe_corpus
 from harness.errors import UserError
-from harness.files import put_in_place
-from harness.tokenizer import Tokenizer
+from harness.files import make_folder, put_in_place
+from harness.tokenizer import Bytes, Tokenizer
 
+FEW = 1e-3  # of the bytes of a text may be wrong
 PIECE = 1 << 18  # bytes of text that one thread encodes at a time (GPT-2's regex fails on a million spaces)
 
 
@@ -55,15 +56,15 @@ def write_corpus(
     encoded on `threads` threads (default: every CPU) in bounded memory, whatever their number and size. The corpus ends
     before both splits together exceed `max_tokens`. `total_bytes` is for the progress bar; `extra` is added to
     meta.json. Until all is on disk only temporary files are written, so that any failure (a full disk, Ctrl-C) leaves a
-    former corpus as it was. UserError if a split stays empty.
+    former corpus as it was. UserError if a split stays empty, or if a file is no text and the tokenizer is not `Bytes`,
+    see `text_fault`; the few places that may be wrong are counted and said.
     """
     from tqdm import tqdm  # here, since reading a corpus does not need it
 
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     _remove_leftovers(folder)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
-    token_bytes = tokenizer.token_bytes()
     # meta.json is renamed into place first, since it holds the hashes of the other two: if the process is killed
     # between two renames, whoever reads the corpus notices. (Without a meta.json they would pass for nanoGPT's.)
     temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in ("meta.json", "train.bin", "val.bin")}
@@ -78,22 +79,28 @@ def write_corpus(
             files = {"train": train, "val": val}
             hashes = {split: hashlib.sha256() for split in SPLITS}
             counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
-            for split, ids, starts in blocks:
+            replaced: Counter[Path] = Counter()
+            for split, ids, starts, size, wrong in blocks:
                 count = counts[split]
                 if tokenizer.separator is not None and not count["documents"]:
                     ids = ids[1:]  # the separator in front of the first document, which has none before it
                 if max_tokens is not None and len(ids) + sum(c["tokens"] for c in counts.values()) > max_tokens:
                     break
-                size = int(token_bytes[ids].sum())
                 files[split].write(ids)
                 hashes[split].update(ids)
                 count["tokens"] += len(ids)
                 count["bytes"] += size
                 count["documents"] += starts
+                replaced.update(wrong)
                 bar.update(size)
+        if replaced.total() > FEW * sum(count["bytes"] for count in counts.values()):
+            raise _refusal(next(iter(replaced)), f"is no UTF-8 text, as {len(replaced)} of the files are not")
         for split in SPLITS:
             if not counts[split]["tokens"]:
                 raise UserError(f"{folder}: no text for the {split} split: give more documents or another share")
+            if tokenizer.separator is not None:
+                separators = counts[split]["documents"] - 1
+                counts[split]["bytes"] += separators * int(tokenizer.token_bytes()[tokenizer.separator])
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
             counts[split]["sha256"] = hashes[split].hexdigest()
         meta = describe_corpus(tokenizer, source, counts, dtype) | (extra or {})
@@ -108,6 +115,9 @@ def write_corpus(
             path.unlink(missing_ok=True)
     sizes = ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS)
     print(f"{folder}: {sizes} tokens; {tokenizer.name}, {tokenizer.vocab_size:,} ids")
+    if replaced:
+        where = f"{next(iter(replaced))}{f' and {len(replaced) - 1} file(s) more' if len(replaced) > 1 else ''}"
+        print(f"{replaced.total():,} places that are not UTF-8 became U+FFFD, in {where}")
     return meta
 
 
@@ -124,9 +134,9 @@ def _remove_leftovers(folder: Path) -> None:
                 pass  # it exists, and is another user's
 
 
-def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.ndarray, int]]:
-    """Blocks of token ids, in order, each as (split, ids, how many documents start in it). Every document begins with
-    the separator, where the tokenizer has one.
+def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.ndarray, int, int, dict[Path, int]]]:
+    """Blocks of token ids, in order, each as (split, ids, how many documents start in it, bytes of their text, places
+    in a file that are not UTF-8). Every document begins with the separator, where the tokenizer has one.
 
     A job is about PIECE bytes of text: many short documents, or a part of a long one. At most two jobs a thread wait at
     a time, which bounds the memory. Threads are enough, since the encoders release the GIL.
@@ -136,11 +146,20 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.nda
     def encode_job(job):
         blocks = []
         for split in SPLITS:
-            mine = [(starts, text) for of, starts, text in job if of == split]
+            mine = [(starts, text, path) for of, starts, text, path in job if of == split]
             if mine:
-                parts = [part for starts, text in mine for part in (separator[: int(starts)], tokenizer.encode(text))]
+                wrong: Counter[Path] = Counter()
+                for _, text, path in mine if not isinstance(tokenizer, Bytes) else ():
+                    if path and (problem := text_fault(text)):
+                        raise _refusal(path, problem)
+                    if path and (places := places_replaced(text)):
+                        wrong[path] += places
+                parts = [
+                    part for starts, text, _ in mine for part in (separator[: int(starts)], tokenizer.encode(text))
+                ]
                 ids = np.concatenate(parts, dtype=dtype, casting="unsafe")
-                blocks.append((split, ids, sum(starts for starts, _ in mine)))
+                size = sum(len(text) for _, text, _ in mine)
+                blocks.append((split, ids, sum(starts for starts, _, _ in mine), size, wrong))
         return blocks
 
     executor = ThreadPoolExecutor(threads)
@@ -156,12 +175,12 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.nda
         executor.shutdown(cancel_futures=True)
 
 
-def _jobs(documents) -> Iterator[list[tuple[str, bool, bytes]]]:
-    """Lists of (split, whether a document starts here, text) that hold about PIECE bytes each."""
+def _jobs(documents) -> Iterator[list[tuple[str, bool, bytes, Path | None]]]:
+    """Lists of (split, whether a document starts here, text, its file) that hold about PIECE bytes each."""
     job, size = [], 0
     for split, document in documents:
         for number, text in enumerate(pieces(document)):
-            job.append((split, number == 0, text))
+            job.append((split, number == 0, text, document.path if isinstance(document, TextFile) else None))
             size += len(text)
             if size >= PIECE // 2:
                 yield job
@@ -214,6 +233,30 @@ def _cut(text: bytes) -> int:
     return next((i for i in last if text[i] & 0xC0 != 0x80), len(text))  # a byte 0b10… continues a UTF-8 character
 
 
+def places_replaced(text: bytes) -> int:
+    """How many U+FFFD stand in `text`, decoded, for what is not UTF-8 in it."""
+    with suppress(UnicodeDecodeError):
+        text.decode()
+        return 0
+    return text.decode(errors="replace").count("\ufffd") - text.count("\ufffd".encode())
+
+
+def text_fault(text: bytes) -> str | None:
+    """What says that a piece of a file is no UTF-8 text (but UTF-16, compressed, an image, in Latin-1): a NUL, or more
+    than a few places that are not UTF-8."""
+    if b"\0" in text:
+        return "holds NUL bytes"
+    places = places_replaced(text)
+    return f"is not UTF-8 in {places:,} places" if places > max(10, FEW * len(text)) else None
+
+
+def _refusal(path: Path, problem: str) -> UserError:
+    return UserError(
+        f"{path} {problem}: convert it to UTF-8 (iconv -f LATIN1 -t UTF-8, say), leave it out, or keep its bytes as "
+        "they are with --tokenizer bytes"
+    )
+
+
 # --- what the prepare scripts share -----------------------------------------------------------------------------------
 
 
@@ -257,32 +300,52 @@ def position(key: bytes) -> float:
     return int.from_bytes(hashlib.sha256(key).digest()[16:20]) / 2**32
 
 
-def find_files(root: Path, pattern: str, without: Iterable[str] = ()) -> dict[str, Path]:
-    """The files below `root` whose name matches `pattern`, by their path relative to it; folders named in `without`
-    are left out, and symbolic links to folders are not followed."""
-    without, found = frozenset(without), {}
-    for folder, folders, files in os.walk(root):
+def find_files(root: Path, patterns: Iterable[str], without: Iterable[str] = ()) -> dict[Path, str]:
+    """The files below `root` whose name matches one of `patterns`: real path → path relative to `root`.
+
+    Each is there once, whatever links to it. Folders named in `without` are left out, and symbolic links to folders
+    are not followed. UserError for a folder that may not be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, PermissionError):
+            raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
+
+    without, found = frozenset(without), []
+    for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in without]
-        for name in files:
-            path = Path(folder, name)
-            if path.match(pattern) and path.is_file():
-                found[path.relative_to(root).as_posix()] = path
-    return found
+        paths = (Path(folder, name) for name in files)
+        found += [path for path in paths if any(path.match(p) for p in patterns) and path.is_file()]
+    found.sort(key=lambda path: (path.is_symlink(), path))  # a file goes by its own name, not by a link's
+    keys: dict[Path, str] = {}
+    for path in found:
+        keys.setdefault(path.resolve(), path.relative_to(root).as_posix())
+    return keys
 
 
-def split_files(files: dict[str, Path], val_fraction: float) -> list[tuple[str, TextFile]]:
-    """Files by their relative path → documents, in an order and a split that depend on those paths alone.
+def split_files(files: dict[Path, str], val_fraction: float) -> list[tuple[str, TextFile]]:
+    """Files, each with its key (its relative path) → documents, in an order and a split that depend on the keys alone.
 
-    Each path is hashed to a place in [0, 1), see `position`. Files are sorted by their places, and a place below
+    Each key is hashed to a place in [0, 1), see `position`. Files are sorted by their places, and a place below
     `val_fraction` means validation. So neither another machine nor a file more or less moves any other file. Of a
     handful of files perhaps none has so low a place; the lowest therefore goes to validation in any case, since the
-    validation split must not be empty.
+    validation split must not be empty. Files of one key stay together, in their order in `files`.
     """
-    places = sorted((position(key.encode(errors="surrogateescape")), key) for key in files)
+    places = [(position(key.encode(errors="surrogateescape")), key, path) for path, key in files.items()]
+    places.sort(key=lambda place: place[:2])
     return [
-        ("val" if number == 0 or place < val_fraction else "train", TextFile(files[key]))
-        for number, (place, key) in enumerate(places)
+        ("val" if number == 0 or place < val_fraction else "train", TextFile(path))
+        for number, (place, _, path) in enumerate(places)
     ]
+
+
+def characters_of(documents: Iterable[tuple[str, Document]]) -> str:
+    """Every character that occurs, sorted: the vocabulary of `Chars`."""
+    characters: set[str] = set()
+    for _, document in documents:
+        for piece in pieces(document):
+            characters.update(piece.decode(errors="replace"))
+    return "".join(sorted(characters))
 
 
 def read_or_download(url: str, sha256: str, local: str | None) -> str:

@@ -6,6 +6,10 @@ use_environment() {
   local requirements=$1 here=${BASH_SOURCE[0]%/*}/.. environment=${VIRTUAL_ENV:-${CONDA_PREFIX:-}} python
   if [[ -z $environment ]]; then
     environment=$(cd "$here" && pwd)/.venv
+    if [[ -x $environment/bin/python ]] && ! is_recent "$environment/bin/python"; then
+      echo "error: $environment is of a Python older than 3.11, or of none: remove it, and run this again" >&2
+      exit 2
+    fi
     if ! has_pip "$environment"; then # not there, or only half made
       python=$(find_python) || exit 2
       echo "making $environment with $("$python" --version)"

@@ -1,6 +1,7 @@
 """A user's mistake is one clear line and exit status 2; a traceback is for mistakes of ours."""
 
 import errno
+import io
 import os
 import sys
 
@@ -16,8 +17,12 @@ def run_cli(main) -> int:
     """Call `main()` and return the exit status: `sys.exit(run_cli(main))` is the last line of every script.
 
     UserError, a full disk or a missing permission → one line on stderr and 2; Ctrl-C → 130; a closed pipe
-    (`| head`) ends quietly with 141, as the signal would. Anything else is a bug and keeps its traceback.
+    (`| head`) ends quietly with 141, as the signal would. Anything else is a bug and keeps its traceback. What the
+    output's encoding lacks is printed as an escape, \\xd7 for ×.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be none
+            stream.reconfigure(errors="backslashreplace")
     try:
         status = main() or 0
         sys.stdout.flush()  # a closed pipe shows here, not while the interpreter shuts down

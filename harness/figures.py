@@ -1,7 +1,7 @@
 """How results look: one figure style for all scripts, tables in plain text."""
 
 import math
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FixedLocator, MaxNLocator, NullLocator
 from matplotlib.typing import RcKeyType
 
 from harness.errors import UserError
-from harness.files import written_whole
+from harness.files import check_file, make_folder, written_whole
 
 # Okabe & Ito (2008) without their yellow, which vanishes on white. Colour, dash and marker each tell the runs apart, so
-# that a grey print or a colour-blind eye loses nothing; 7, 4 and 7 repeat together only after 28 runs.
+# that a grey print or a colour-blind eye loses nothing. Neither a colour and its dash nor a colour and its marker come
+# again within 28 runs.
 _COLORS = ("#0072B2", "#E69F00", "#000000", "#009E73", "#CC79A7", "#D55E00", "#56B4E9")
 _DASHES = ("-", (0, (5, 1.5)), (0, (1.2, 1.2)), (0, (6, 1.5, 1.2, 1.5)))
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 RUN_STYLES: tuple[dict[str, Any], ...] = tuple(
-    {"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[i % 7]} for i in range(28)
+    {"color": _COLORS[i % 7], "linestyle": _DASHES[i % 4], "marker": _MARKERS[(i + i // 7) % 7]} for i in range(28)
 )
 
 _STYLE: dict[RcKeyType, Any] = {
@@ -50,6 +51,7 @@ _STYLE: dict[RcKeyType, Any] = {
     "figure.constrained_layout.h_pad": 0.08,
     "figure.constrained_layout.w_pad": 0.08,
     "legend.frameon": False,
+    "figure.max_open_warning": 0,  # those of checkpoints that are compared are open together
     "savefig.dpi": 150,
 }
 
@@ -62,20 +64,6 @@ def new_figure(rows: int = 1, columns: int = 1) -> tuple[Figure, list[Axes]]:
     return figure, list(grid.flat)
 
 
-def check_folder(folder: Path) -> None:
-    """UserError unless `folder` can be written to or, if it is not there yet, made."""
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    if not there.is_dir():
-        raise UserError(f"{folder} cannot be a folder, a file is in the way: give another --out")
-    if not os.access(there, os.W_OK):
-        raise UserError(f"{folder}: no permission to write to {there}: give another --out")
-
-
-def make_folder(folder: Path) -> None:
-    check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-
-
 def save_figure(figure: Figure, path: str | Path) -> Path:
     """Write the figure in the format that the suffix names, whole or not at all, and close it. Returns the path.
 
@@ -85,8 +73,7 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
     kind = path.suffix.lstrip(".").lower()
     if kind not in figure.canvas.get_supported_filetypes():
         raise UserError(f"{path}: cannot draw a picture of type {path.suffix or '(none)'!r}; name it like curves.png")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; give the name of a picture file in it")
+    check_file(path)
     make_folder(path.parent)
     try:
         with written_whole(path) as temporary:
@@ -98,28 +85,73 @@ def save_figure(figure: Figure, path: str | Path) -> Path:
 
 def scale_tails(panel: Axes) -> None:
     """Scale the y axis, once the panel is drawn, for values that may be small or huge: with a line at 0 and, where some
-    exceed 30, linear up to 10 and logarithmic beyond."""
-    if panel.dataLim.y1 > 30:
-        panel.set_yscale("symlog", linthresh=10)
+    exceed 30 and tenfold the least, linear up to 10 and logarithmic beyond."""
+    sizes = np.concatenate([np.abs(np.asarray(line.get_ydata(), dtype=float)) for line in panel.lines] or [[0.0]])
+    if np.nanmax(sizes, initial=0) > max(30, 10 * np.nanmin(sizes, initial=np.inf)):
+        _bend(panel)
     panel.axhline(0, color="#777777", linewidth=0.8)
 
 
+def _bend(panel: Axes) -> None:
+    """A y axis that is linear up to 10 and logarithmic beyond, with ticks all along its limits."""
+    panel.set_yscale("symlog", linthresh=10)
+    decades = range(1, 1 + math.ceil(np.log10(max(100, *np.abs(panel.get_ylim())))))
+    beyond = [digit * 10.0**n for n in decades for digit in ((1, 2, 5) if len(decades) <= 3 else (1,))]
+    panel.yaxis.set_major_locator(FixedLocator([*(-tick for tick in beyond), -5, 0, 5, *beyond]))
+    panel.yaxis.set_minor_locator(NullLocator())
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
+
+
+def share_scales(figures: Sequence[Figure]) -> None:
+    """Give the panels at one place of several figures, of checkpoints that are to be compared, one scale: of their
+    colours where they are heat maps, of their axes elsewhere."""
+    if len(figures) == 1:
+        return
+    for panels in zip(*([p for p in f.axes if p.get_label() != "<colorbar>"] for f in figures), strict=False):
+        images = [image for panel in panels for image in panel.images]
+        ends = [image.get_clim() for image in images if np.isfinite(np.asarray(image.get_array())).any()]
+        for image in images if ends else ():
+            image.set_clim(np.min(ends), np.max(ends))
+            _color_figures(image)
+        if images or not all(panel.axison for panel in panels):
+            continue
+        bent = any(panel.get_yscale() == "symlog" for panel in panels)
+        for name in ("x", "y"):
+            if (bent and name == "y") or len({getattr(panel, f"get_{name}scale")() for panel in panels}) == 1:
+                low, high = zip(*(getattr(panel, f"get_{name}lim")() for panel in panels), strict=True)
+                limits = (min(low), max(high)) if low[0] < high[0] else (max(low), min(high))
+                for panel in panels:
+                    getattr(panel, f"set_{name}lim")(limits)
+        for panel in panels if bent else ():
+            _bend(panel)
+
+
 def integer_ticks(axis: Axis) -> None:
-    """Ticks as Matplotlib sets them, but at integers only: between two layers or two heads there is nothing."""
-    axis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 2.5, 5, 10], integer=True))  # the rest is AutoLocator's
+    """Ticks as Matplotlib sets them, but at integers only, and a single one where there is a single integer: between
+    two layers, heads or steps there is nothing."""
+    steps = [1, 2, 2.5, 5, 10]  # as AutoLocator has them
+    axis.set_major_locator(MaxNLocator("auto", steps=steps, integer=True, min_n_ticks=1))
 
 
 def heat_map(panel: Axes, grid: np.ndarray, low: float | None, high: float | None, figures: str = "") -> AxesImage:
     """A grid (rows, columns) in colours from `low` to `high`, the first row on top. NaN is an empty cell. With
     `figures`, a format such as "{:.2f}", each cell also shows its value."""
     image = panel.imshow(grid, cmap="cividis", vmin=low, vmax=high, aspect="auto")
-    low, high = image.get_clim()
     for (row, column), value in np.ndenumerate(grid) if figures else ():
         if np.isfinite(value):
-            color = "white" if value < (low + high) / 2 else "black"
-            panel.text(column, row, figures.format(value), ha="center", va="center", color=color, fontsize=7)
+            figure = figures.format(value).replace("-", "−")
+            panel.text(column, row, figure, ha="center", va="center", fontsize=7)
+    _color_figures(image)
     panel.grid(False)
     return image
+
+
+def _color_figures(image: AxesImage) -> None:
+    """The figures in the cells of a heat map in white on dark colours and in black on light ones."""
+    (low, high), grid = image.get_clim(), np.asarray(image.get_array())
+    for text in image.axes.texts:
+        column, row = map(int, text.get_position())
+        text.set_color("white" if grid[row, column] < (low + high) / 2 else "black")
 
 
 def draw_heads(

@@ -1,9 +1,18 @@
-"""Files that are never half-written: a reader, and a crash at any moment, finds the former content or the new one."""
+"""Files that are never half-written: a reader, and a crash at any moment, finds the former content or the new one.
 
+And whether they can be written at all, which a script asks before it works for hours.
+"""
+
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from harness.errors import UserError
+
+# How a file system says that it cannot flush or lock: nothing is wrong with the file.
+NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
 @contextmanager
@@ -20,15 +29,51 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def put_in_place(targets: dict[Path, Path]) -> None:
     """Each closed file, complete as it is, renamed over its target, in this order. All of them are flushed to the disk
-    before the first rename, since a rename may reach the disk before the content does."""
+    before the first rename, since a rename may reach the disk before the content does; and at the end the folders,
+    without which the renames are not on it."""
     for temporary in targets:
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        flush(temporary)
     for temporary, target in targets.items():
         os.replace(temporary, target)
+    for folder in {target.parent for target in targets.values()}:
+        flush(folder)
+
+
+def flush(path: Path) -> None:
+    """Return once a file, or a folder's list of files, is on the disk; at once where the file system has no way to say
+    so, as that of some network drives."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NOT_OFFERED:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
     """The whole content of `path`, in UTF-8; whole or not at all."""
     with written_whole(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def check_folder(folder: Path) -> None:
+    """UserError unless `folder` can be written to or, if it is not there yet, made."""
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"{folder} cannot be a folder, a file is in the way: give another folder")
+    if not os.access(there, os.W_OK):
+        raise UserError(f"{folder}: no permission to write to {there}: give another folder")
+
+
+def make_folder(folder: Path) -> None:
+    check_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def check_file(path: Path) -> None:
+    """UserError unless a file can be written to `path`, in a folder that is there or can be made."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder: give the name of a file in it")
+    check_folder(path.parent)

@@ -45,12 +45,12 @@ def sample(logits: Tensor, temperature=1.0, top_k=None, top_p=None, generator=No
     the k likeliest, `top_p` (a float) the fewest that together hold that probability."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
-    logits = logits / temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)  # at most 0: nothing overflows to +∞
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
         logits = logits.masked_fill(logits < kth, -math.inf)
     if top_p is not None:
         p, order = F.softmax(logits, dim=-1).sort(descending=True)
-        outside = p.cumsum(-1) - p >= top_p  # the likelier tokens already hold top_p; never the likeliest
+        outside = p.cumsum(-1) - p >= max(top_p, 1e-30)  # the likelier tokens already hold top_p; never the likeliest
         logits = logits.masked_fill(outside.scatter(-1, order, outside), -math.inf)
     return torch.multinomial(F.softmax(logits, dim=-1), 1, generator=generator)

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from harness.errors import UserError
 
+_COMPRESSED = (".gz", ".bz2", ".xz", ".zst")  # unpacked by datasets itself
 _BUILDERS = {".json": "json", ".jsonl": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
 
 def load(name: str, split: str, *, config=None, revision=None, streaming=False, num_proc=None):
-    """One split of the dataset `name`: on the Hub, a folder, a file (json, jsonl, csv, parquet, txt) or what
-    `save_to_disk` wrote. `num_proc` processes download and convert it, unless it streams. UserError if that fails."""
+    """One split of the dataset `name`: on the Hub, a folder, a file (json, jsonl, csv, parquet, txt, perhaps
+    compressed) or what `save_to_disk` wrote. `num_proc` processes download and convert it, unless it streams. UserError
+    if that fails."""
     import datasets  # here: it takes a second
 
     if not sys.stderr.isatty():
@@ -23,7 +25,8 @@ def load(name: str, split: str, *, config=None, revision=None, streaming=False, 
         if (path / "state.json").exists():
             return datasets.load_from_disk(name)
         if path.is_file():
-            name, options["data_files"] = _BUILDERS.get(path.suffix, "text"), str(path)
+            kind = [suffix for suffix in path.suffixes if suffix not in _COMPRESSED][-1:]
+            name, options["data_files"] = _BUILDERS.get("".join(kind), "text"), str(path)
         if not streaming:
             options["num_proc"] = num_proc
         return datasets.load_dataset(name, config, split=split, revision=revision, streaming=streaming, **options)
@@ -46,5 +49,7 @@ def texts(dataset, column: str) -> Iterator[str]:
                     raise UserError(f"column {column!r} holds {type(text).__name__}: choose one with --text-column")
                 if text:
                     yield text
+    except UnicodeDecodeError as error:
+        raise UserError(f"the dataset holds text that is not UTF-8 ({error.reason}): convert it first") from error
     except OSError as error:  # a connection lost for good: datasets itself has tried again by now
         raise UserError(f"reading the dataset failed ({' '.join(str(error).split())[:200]}): run it again") from error

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from harness.checkpoint import load_model
+from harness.checkpoint import check_finite, load_model
 from harness.config import Config
 from harness.corpus import Corpus
 from harness.errors import UserError
@@ -37,6 +37,7 @@ class Reference:
         assert c.reference is not None  # without one, no Reference is made
         try:
             reference, info = load_model(c.reference, device)
+            check_finite(reference, c.reference)
         except UserError as e:
             raise config.error("kl.reference", str(e)) from e
         if problem := mismatch(reference.config, model, info.get("corpus", {}), corpus):

@@ -12,9 +12,13 @@ import torch
 from harness.config import Config, main_config, parse_overrides
 from harness.errors import UserError, run_cli
 
+PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.reference")  # the options that take one
+
 
 def main() -> int:
-    arguments = sys.argv[1:]
+    arguments = as_typed(sys.argv[2:], Path(sys.argv[1]))
+    if arguments and Path(arguments[0]).exists() and not Path(arguments[0]).is_file():
+        raise UserError(f"{arguments[0]} is no file, as a config has to be: it is read more than once")
     config = main_config(arguments)
     prepare(Path(config.data.corpus))
     checkpoint = config.folder / "ckpt.pt"
@@ -35,6 +39,26 @@ def main() -> int:
             run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
         print(next_steps(config, arguments))
     return status
+
+
+def as_typed(arguments: list[str], here: Path) -> list[str]:
+    """The command line of a user who stands in the folder `here`, as it has to be in the repository's: the paths in it
+    are relative to `here`. One that is only in the repository is taken from there, and that is said."""
+    typed = list(arguments)
+    for i, argument in enumerate(arguments):
+        option, equals, value = argument.partition("=")
+        value = value if equals else "".join(arguments[i + 1 : i + 2])
+        kind, path = ("hf:", value.removeprefix("hf:")) if value.startswith("hf:") else ("", value)
+        if option not in PATHS or value in ("", "scratch") or here.samefile("."):
+            continue
+        if option == "--run.out_dir" or (here / path).exists():
+            path = str(here / path)
+        elif Path(path).exists():
+            print(f"{option} {value}: it is not in {here}, so that in {Path.cwd()} is taken")
+        elif not kind:  # nowhere: the error names the place where the user meant it to be
+            path = str(here / path)
+        typed[i if equals else i + 1] = f"{option}{equals}{kind}{path}" if equals else kind + path
+    return typed
 
 
 def prepare(corpus: Path) -> None:
@@ -62,21 +86,28 @@ def run(command: list[str]) -> int:
 
 def next_steps(config: Config, arguments: list[str]) -> str:
     folder, changed = config.folder, dict(parse_overrides(arguments[1:]))
-    changed |= {"training.max_steps": 2 * config.training.max_steps}
+    c, decay_steps = config.training, config.optimizer.decay_steps
+    changed |= {"training.max_steps": 2 * c.max_steps}
+    if decay_steps is None:  # else it would follow max_steps, and the rate rise again
+        changed |= {"optimizer.decay_steps": c.max_steps}
+    rate = "at min_lr, where the schedule has ended"
+    if decay_steps and decay_steps > c.max_steps:
+        rate = f"while the learning rate falls to min_lr at step {decay_steps}"
     kept = [
         f"--{k} {shlex.quote(str(v))}" for k, v in changed.items() if k not in ("training.resume", "training.overwrite")
     ]
     again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
+    quoted = shlex.quote(str(folder))
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
-  source {os.path.relpath(sys.prefix)}/bin/activate
-  python scripts/plot_metrics.py {folder}      # the curves, as a PNG
-  wandb leet {folder}/wandb                    # the curves, in the terminal
-  python scripts/sample.py {folder}/ckpt.pt    # text from the model
-  python scripts/activation_kurtosis.py {folder}/ckpt.pt    # the outliers; the README has the other diagnostics
-  {again}    # train on, at the schedule's last learning rate"""
+  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
+  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG
+  wandb leet {quoted}/wandb                    # the curves, in the terminal
+  python scripts/sample.py {quoted}/ckpt.pt    # text from the model
+  python scripts/activation_kurtosis.py {quoted}/ckpt.pt    # the outliers; the README has the other diagnostics
+  {again}    # train on, {rate}"""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,11 @@
-"""The optimizer of a run, for everything that steps a model as training does."""
+"""The optimizer of a run and its learning rate, for everything that steps a model as training does."""
 
+import math
 from typing import Any
 
 import torch
 
-from harness.config import OptimizerConfig
+from harness.config import Config, OptimizerConfig
 from harness.errors import UserError
 from model import GPT
 
@@ -18,6 +19,30 @@ def make_optimizer(model: GPT, config: OptimizerConfig, fused: bool = True) -> t
         betas=(config.beta1, config.beta2),
         fused=fused,
         foreach=None if fused else False,
+    )
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The rate at step 1, 2, …: a linear warm-up, a half cosine from lr to min_lr at decay_steps, then min_lr."""
+    c = config.optimizer
+    done, decay_steps = step - 1, c.decay_steps or config.training.max_steps
+    if done < c.warmup_steps:
+        return c.lr * step / (c.warmup_steps + 1)
+    if done >= decay_steps:
+        return c.min_lr
+    progress = (done - c.warmup_steps) / (decay_steps - c.warmup_steps)
+    return c.min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (c.lr - c.min_lr)
+
+
+def schedule_note(config: Config) -> str | None:
+    """What to say of a run whose learning rate has not come down to min_lr by its last step."""
+    c, max_steps = config.optimizer, config.training.max_steps
+    decay_steps, last = c.decay_steps or max_steps, learning_rate(max_steps, config)
+    if last <= c.min_lr or max(decay_steps, c.warmup_steps + 1) <= max_steps:
+        return None
+    return (
+        f"note: the learning rate ends at {last:.3g} and not at min_lr, {c.min_lr:.3g}: training.max_steps is "
+        f"{max_steps}, optimizer.decay_steps {decay_steps} and warmup_steps {c.warmup_steps}"
     )
 
 

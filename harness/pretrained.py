@@ -1,6 +1,7 @@
 """Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,12 @@ import torch
 
 from harness.checkpoint import CONV1D, build_model, model_config, read_torch_file
 from harness.errors import UserError
+from harness.files import check_folder
+from harness.tokenizer import GPT2
 from model import GPT, Activation
 
+# The sha256 of GPT-2's tokens as vocab.json has them, in the order of their ids, a line each.
+_GPT2_VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
 # The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
 _EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
 _ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
@@ -77,8 +82,9 @@ def _read_weights(name_or_folder: str) -> dict[str, torch.Tensor]:
         if (path := _find(name_or_folder, whole)) is not None:
             return _read_file(path, source)
         if (index := _find(name_or_folder, f"{whole}.index.json")) is not None:
+            parts = _read_json(index, source).get("weight_map")
             state: dict[str, torch.Tensor] = {}
-            for part in sorted(set(_read_json(index, source).get("weight_map", {}).values())):
+            for part in sorted(set(map(str, parts.values() if isinstance(parts, dict) else ()))):
                 if (path := _find(name_or_folder, part)) is None:
                     raise UserError(f"{source}: its {index.name} names {part}, which is not there")
                 state |= _read_file(path, source)
@@ -89,7 +95,8 @@ def _read_weights(name_or_folder: str) -> dict[str, torch.Tensor]:
 def _read_file(path: Path, source: str) -> dict[str, torch.Tensor]:
     if path.suffix != ".safetensors":
         try:
-            return read_torch_file(path)
+            content = read_torch_file(path)
+            return content if isinstance(content, dict) else {path.name: content}
         except UserError as e:
             raise UserError(f"{source}: {e}") from e
     safetensors = _import("safetensors.torch")
@@ -123,8 +130,31 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
         raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {str(e).strip().splitlines()[0]}") from e
 
 
+def tokenizer_of(name_or_folder: str) -> str | None:
+    """ "gpt2" if the tokenizer beside a Hugging Face model has GPT-2's ids, else "of its own" and the file that says
+    so; None if no tokenizer can be had."""
+    for file in ("vocab.json", "tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model"):
+        try:
+            path = _find(name_or_folder, file)
+        except UserError:  # no network: there may be another file in the cache
+            path = None
+        if path is None:
+            continue
+        vocabulary = {}
+        if file.endswith(".json"):
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            vocabulary = content if file == "vocab.json" else content.get("model", {}).get("vocab")
+        tokens = {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
+        in_order = "\n".join(tokens.get(i, "") for i in range(GPT2.vocab_size))
+        same = hashlib.sha256(in_order.encode()).hexdigest() == _GPT2_VOCABULARY
+        return GPT2.name if same else f"of its own ({file})"
+    return None
+
+
 def save_gpt2(model: GPT, folder: str | Path) -> None:
-    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it."""
+    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it
+    or the folder cannot be written to."""
+    check_folder(Path(folder))  # transformers says nothing, and writes nothing, where a file is in the way
     c = model.config
     if c.normalizer != "softmax":
         raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")

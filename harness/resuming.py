@@ -5,16 +5,27 @@ not fit together; train.py writes nothing before all of it has passed.
 """
 
 import dataclasses
+import math
+import re
 from typing import Any
 
 import torch
 
-from harness.checkpoint import build_model, load_model, read_checkpoint
+from harness.checkpoint import build_model, check_finite, load_model, read_checkpoint
 from harness.config import Config
 from harness.corpus import Corpus
+from harness.errors import UserError
 from harness.kl_training import Reference
 from harness.runfolder import run_files
+from harness.tokenizer import different_tokenizers
 from model import GPT, GPTConfig
+
+# Keys that say how far and where a run goes, how often it looks and where it writes: not which run it is.
+# Of a corpus and a reference the content is compared.
+_HOW = re.compile(
+    r"(evaluation|tracking)\..*|data\.corpus|kl\.reference|"
+    r"training\.(max_steps|checkpoint_interval|micro_batch_size|device|compile)"
+)
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
@@ -58,7 +69,12 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         return GPT(scratch)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
-    model = build_model(checkpoint, source) if checkpoint else load_model(source)[0]
+    model, info = (build_model(checkpoint, source), checkpoint) if checkpoint else load_model(source)
+    if differ := different_tokenizers(info.get("corpus", {}), corpus.meta):
+        problem = f"{source} was trained with tokenizer {differ[0]}, {corpus.folder} has {differ[1]}"
+        key = "data.corpus" if checkpoint else "training.init_from"
+        raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
+    check_finite(model, source)
     found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
     if init_from != "scratch":
         wanted = {
@@ -83,8 +99,8 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
 
 
 def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:
-    """Print at which step the run goes on, and what has changed since the checkpoint. UserError if the corpus or the
-    reference has."""
+    """Print at which step the run goes on and what has changed since the checkpoint, or that it is finished. UserError
+    if the corpus or the reference has changed or, of a finished run, any key that made it what it is."""
     if checkpoint["corpus"]["sha256"] != corpus.sha256:
         problem = (
             f"{config.folder}/ckpt.pt was trained on other text ({checkpoint['corpus']['folder']}, sha256 "
@@ -100,18 +116,50 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("kl.reference", problem)
-    say(f"resuming {config.folder} from step {checkpoint['step']}")
-    changed = []
+    changed = {}
     for section, entries in config.to_dict().items():
         for key, value in entries.items():
             before = checkpoint["config"].get(section, {}).get(key, value)
             if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
-                changed.append(f"{section}.{key} {before} → {value}")
+                changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
+    step, max_steps = checkpoint["step"], config.training.max_steps
+    if step >= max_steps:
+        if other := [key for key in changed if not _HOW.fullmatch(key)]:
+            problem = (
+                f"{config.folder} is finished, step {step} of {max_steps}, and is of another config: "
+                f"{', '.join(changed[key] for key in other)}. Give another run.name, or raise --training.max_steps to "
+                "go on from there with the changed config"
+            )
+            raise config.error(other[0], problem)
+        say(f"{config.folder} is finished: step {step} of {max_steps}. For more, raise --training.max_steps.")
+        return
+    say(f"resuming {config.folder} from step {step}")
     if changed:
-        say(f"changed since the checkpoint: {', '.join(changed)}")
+        say(f"changed since the checkpoint: {', '.join(changed.values())}")
     for name, here in machine.items():
         if (before := checkpoint["machine"].get(name)) != here:
             say(f"warning: {name}: {before} then, {here} now: the losses will agree to rounding only, not bit for bit")
+
+
+def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
+    """The validation loss of best.pt, which the next ones have to beat; infinite, and said, where best.pt is lost or
+    was measured on other windows. `windows`: how many the whole validation set has."""
+
+    def measured(values: dict) -> int:
+        batches = values["evaluation"]["batches"]
+        return windows if batches == "full" else min(windows, batches * values["training"]["batch_size"])
+
+    try:
+        best = read_checkpoint(config.folder / "best.pt")
+        loss, then = best["best_val_loss"], measured(config.to_dict() | best["config"])
+    except (UserError, KeyError) as e:
+        if checkpoint["best_val_loss"] < math.inf:
+            say(f"best.pt starts anew with the next evaluation: {e}")
+        return math.inf
+    if then != (now := measured(config.to_dict())):
+        say(f"best.pt starts anew with the next evaluation: it is of {then} validation windows, not of {now}")
+        return math.inf
+    return loss
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:

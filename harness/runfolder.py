@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 from harness.errors import UserError
+from harness.files import NOT_OFFERED
 
 _OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "wandb", "diagnostics")
 
@@ -31,6 +32,10 @@ class RunFolder:
             raise UserError(
                 f"process {pid} is training into {folder}: wait for it, or choose another run.name"
             ) from None
+        except OSError as e:
+            if e.errno not in NOT_OFFERED:
+                raise
+            print(f"warning: {folder} is on a file system without locks: do not start this run twice at a time")
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()

@@ -35,7 +35,7 @@ class Stepper:
         self.device = choose_device(c.device)
         on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
-        self.corpus = Corpus(config.data.corpus, verify=False)
+        self.corpus = Corpus(config.data.corpus, (), config.model.vocab_size)
         shape = config.model.gpt_config(self.corpus.vocab_size)
         if nanogpt:
             shape = dataclasses.replace(shape, normalizer="softmax", backward="full")

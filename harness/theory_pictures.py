@@ -119,12 +119,14 @@ def draw_f_divergences() -> Figure:
     p, fair = bernoulli(theta), bernoulli(torch.full_like(theta, 0.5))
     for i, (name, f) in enumerate(f_divergences.F_FAMILY.items()):
         curve(left, theta, f_divergences.f_divergence(f, p, fair), i, name)
-    left.set(title="One family: Σ q f(p/q), θ against ½", xlabel="θ", ylabel="divergence", ylim=(0, 1.6))
+    left.set(
+        title="One family: Σ q f(p/q), θ against ½", xlabel="θ", ylabel="divergence (KL, J.-S. in nats)", ylim=(0, 1.6)
+    )
     left.legend(ncols=2, loc="upper center", fontsize=8)
     curve(right, theta, kl_divergence(p, fair) / 2, 0, "½ KL")
     curve(right, theta, total_variation(p, fair) ** 2, 1, "TV²")
     curve(right, theta, kl_divergence(p, fair) / 2 - total_variation(p, fair) ** 2, 2, "gap")
-    right.set(title="Pinsker: TV² ≤ ½ KL", xlabel="θ", ylabel="nats", ylim=(0, None))
+    right.set(title="Pinsker: TV² ≤ ½ KL", xlabel="θ", ylabel="½ KL in nats, TV²", ylim=(0, None))
     right.legend(loc="upper center")
     return figure
 

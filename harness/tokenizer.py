@@ -1,4 +1,4 @@
-"""From text to token ids and back: bytes, characters, or GPT-2's byte-pair encoding.
+"""From text to token ids and back: bytes, characters, or GPT-2's byte-pair encoding; or ids whose text is not known.
 
 A tokenizer also knows how many bytes of text each id stands for, so that a loss in nats a token becomes bits a byte,
 the one number that compares models whatever their tokenizer. Text may be `str` or UTF-8 `bytes`; what is not valid
@@ -142,6 +142,28 @@ class GPT2(Tokenizer):
         return np.array(sizes, dtype=np.int64)
 
 
+class Ids(Tokenizer):
+    """Ids of a vocabulary of which nothing is known but its size: their text is the numbers themselves."""
+
+    name = "ids"
+
+    def __init__(self, vocab_size: int):
+        self.vocab_size = vocab_size
+
+    def encode(self, text):
+        """Numbers with spaces between them."""
+        try:
+            return self._checked([int(word) for word in _as_text(text).split()])
+        except ValueError:
+            raise UserError("the text of these token ids is not known: give the ids themselves, 17 4 250 say") from None
+
+    def decode_bytes(self, ids):
+        return "".join(f" {i}" for i in self._checked(ids)).encode()
+
+    def token_bytes(self):
+        raise UserError("how many bytes of text these token ids stand for is not known")
+
+
 def from_name(name: str) -> Tokenizer:
     """ "bytes" or "gpt2": the tokenizers that need no corpus to be known."""
     return {"bytes": Bytes, "gpt2": GPT2}[name]()
@@ -149,11 +171,13 @@ def from_name(name: str) -> Tokenizer:
 
 def from_meta(meta: dict) -> Tokenizer:
     """The tokenizer that a corpus's meta.json describes; UserError if it describes none."""
-    name, vocabulary = meta.get("tokenizer"), meta.get("vocabulary")
+    name, vocabulary, vocab_size = (meta.get(key) for key in ("tokenizer", "vocabulary", "vocab_size"))
     if name == "chars" and isinstance(vocabulary, str):
         return Chars(vocabulary)
     if name in ("bytes", "gpt2"):
         return from_name(name)
+    if name == "ids" and isinstance(vocab_size, int) and vocab_size > 0:
+        return Ids(vocab_size)
     raise UserError(f"tokenizer {name!r} is not known, or lacks its vocabulary (known: bytes, chars, gpt2)")
 
 
@@ -169,6 +193,8 @@ def different_tokenizers(a: dict, b: dict) -> tuple[str, str] | None:
     """The names of the tokenizers of two corpora, each described as in meta.json or in a checkpoint, if the same id may
     stand for other text; None where the two agree, or where one does not say."""
     first, second = a.get("tokenizer"), b.get("tokenizer")
-    if not (first and second) or (first == second and a.get("vocabulary") == b.get("vocabulary")):
+    if not (first and second) or Ids.name in (first, second):
+        return None
+    if first == second and a.get("vocabulary") == b.get("vocabulary"):
         return None
     return first, second if first != second else f"{second} with other characters"

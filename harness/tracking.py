@@ -1,14 +1,18 @@
 """Curves: metrics.jsonl always, wandb beside it, and the progress that a person watches."""
 
+import contextlib
 import json
 import math
 import os
 import secrets
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from harness.config import Config, load_config
@@ -20,26 +24,29 @@ class Tracker:
     """Writes a run's metrics: one JSON object a line, each step once, and the same to wandb.
 
     A resume from step s removes the lines beyond s, since those steps are run again. From wandb nothing can be removed,
-    so steps that it has already seen are not sent again: `wandb/run.json` keeps the run's id, under which every resume
-    continues, and the last step sent.
+    so what it has is not sent again, and what it lacks of the lines up to s is: a process that is killed takes with it
+    what wandb had not written yet. `wandb/run.json` keeps the run's id, under which every resume continues. Whatever
+    happens to wandb in the meantime, the run goes on.
     """
 
     def __init__(self, folder: Path, config, resume_step: int | None):
         self.path = folder / "metrics.jsonl"
-        lines = self._read()
-        self._wandb_state = folder / "wandb" / "run.json"
-        state = json.loads(self._wandb_state.read_text()) if self._wandb_state.exists() else {}
-        self._wandb_id = state.get("id") or secrets.token_hex(4)
-        self._wandb_seen = max([state.get("last_step", -1)] + [line["step"] for line in lines])
-        self._wandb_state.parent.mkdir(exist_ok=True)
-        write_text(self._wandb_state, json.dumps({"id": self._wandb_id, "last_step": self._wandb_seen}))
-
-        kept = [line for line in lines if resume_step is not None and line["step"] <= resume_step]
+        kept = [line for line in self._read() if resume_step is not None and line["step"] <= resume_step]
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
-        self._run = start_wandb(folder, self._wandb_id, config.run.name, config.tracking, config.to_dict())
+
+        run_id = known_id(folder) or secrets.token_hex(4)
+        (folder / "wandb").mkdir(exist_ok=True)
+        write_text(folder / "wandb" / "run.json", json.dumps({"id": run_id}))
+        self._run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
         if not self._run:
             print("wandb: disabled; the curves are in", self.path)
+            return
+        self._stored: Container[int] = range(self._run.starting_step)  # what the server has
+        if self._run.offline:
+            self._stored = stored_steps(folder, run_id)
+        for line in kept:
+            self._send(line["step"], {k: v for k, v in line.items() if k != "step"})
 
     def _read(self) -> list[dict[str, Any]]:
         lines = []
@@ -55,23 +62,39 @@ class Tracker:
         finite = {k: v if v is not None and abs(v) < float("inf") else None for k, v in metrics.items()}
         self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
         self._file.flush()  # before wandb's, so that a resume finds here every step that wandb has seen
-        if self._run and step > self._wandb_seen:
-            self._run.log({k: v for k, v in finite.items() if v is not None}, step=step)
+        self._send(step, finite)
+
+    def _send(self, step: int, metrics: dict[str, float | None]) -> None:
+        if self._run and step not in self._stored:
+            finite = {k: v for k, v in metrics.items() if v is not None}
+            self._try(lambda run: run.log(finite, step=step, commit=True))
 
     def close(self) -> None:
         self._file.close()
-        if self._run:
-            self._run.finish()
+        self._try(lambda run: run.finish())
+
+    def _try(self, call) -> None:
+        """`call` the wandb run, unless it has failed before."""
+        try:
+            if self._run:
+                call(self._run)
+        except Exception as e:  # its service may be killed, its folder be removed, its disk be full
+            self._run = None
+            with contextlib.suppress(Exception):  # else its own end, when this process ends, fails with a traceback
+                sys.modules["wandb"].teardown()
+            tqdm.write(f"wandb: stopped: {' '.join(str(e).split())}; training goes on, the curves are in {self.path}")
 
 
 def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: dict):
-    """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled. Says which in one line."""
+    """The wandb run of that id, begun or continued, in `folder`; None if wandb is disabled or cannot start. Says which
+    in one line. UserError where the config wants it online and that cannot be."""
     mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
-    import wandb  # here: it takes a second
 
     def start(mode: Any):
+        import wandb  # here: it takes a second
+
         return wandb.init(
             mode=mode,
             dir=folder,
@@ -80,53 +103,120 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
             id=run_id,
             resume="allow",
             config=config,
-            settings=wandb.Settings(silent=mode == "offline", console="off"),
+            # What is not flushed yet is lost where the process is killed; by default that is 15 seconds.
+            settings=wandb.Settings(silent=mode == "offline", console="off", x_transaction_log_flush_interval=1),
         )
 
     try:
         if mode == "auto":
+            import wandb
+
             wandb.setup(wandb.Settings(silent=True))
             logged_in = wandb.login(prompt=False)
             mode, reason = ("online", "logged in") if logged_in else ("offline", "not logged in")
         run = start(mode)
-    except wandb.errors.Error as e:  # no network, a stale key: not worth a run
-        if tracking.wandb != "auto":
-            raise UserError(f"tracking.wandb: {mode}: {e}; auto would fall back to offline") from e
+    except Exception as e:  # no network, a stale key, no wandb, a variable that it does not understand: not worth a run
+        if tracking.wandb == "online":
+            raise UserError(f"tracking.wandb: online: {e}; auto would go on without it") from e
         mode, reason = "offline", f"cannot go online: {e}"
-        run = start(mode)
+        try:
+            run = start(mode)
+        except Exception as e:
+            print(f"wandb: cannot start: {' '.join(str(e).split())}")
+            return None
     print(f"wandb: {mode} ({' '.join(reason.split())}), run {run_id} in {folder}/wandb")
     return run
 
 
 def wandb_mode(tracking) -> tuple[str, str]:
-    """auto, online, offline or disabled; and what says so."""
-    if tracking.wandb == "auto" and "WANDB_MODE" in os.environ:
-        return os.environ["WANDB_MODE"], "WANDB_MODE"
-    return tracking.wandb, "as configured"
+    """auto, online, offline or disabled; and what says so. What wandb would stumble over in its variables is mended: a
+    value without the blanks around it is what was meant, an empty one says nothing, and a mode that does not exist may
+    have been meant to keep the run to itself."""
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        if name in os.environ and not os.environ[name].strip():
+            del os.environ[name]
+        elif name in os.environ:
+            os.environ[name] = os.environ[name].strip()
+    if tracking.wandb != "auto" or "WANDB_MODE" not in os.environ:
+        return tracking.wandb, "as configured"
+    wanted = os.environ["WANDB_MODE"]
+    modes = {"online": "online", "run": "online", "offline": "offline", "dryrun": "offline", "disabled": "disabled"}
+    os.environ["WANDB_MODE"] = modes.get(wanted.lower(), "offline")
+    known = wanted.lower() in modes
+    return os.environ["WANDB_MODE"], "WANDB_MODE" if known else f"WANDB_MODE={wanted} is no mode of wandb's"
+
+
+def known_id(folder: Path) -> str | None:
+    """The id of the run in `folder`: that of wandb/run.json or, where this cannot be read, of wandb's own files."""
+    try:
+        return json.loads((folder / "wandb" / "run.json").read_text())["id"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return next((file.stem.removeprefix("run-") for file in folder.glob("wandb/*/run-*.wandb")), None)
+
+
+def stored_steps(folder: Path, run_id: str) -> set[int]:
+    """The steps of that run in wandb's files in `folder`, as far as these can be read. They are logs in LevelDB's
+    format: a header of 7 bytes, then blocks of 32 KiB with chunks of records; a chunk is a checksum (4 bytes), a length
+    (2), a kind (1: a whole record, 2, 3, 4: its first, middle and last part) and the data."""
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+
+    steps = set()
+    for file in folder.glob(f"wandb/*/run-{run_id}.wandb"):
+        content, at, record = file.read_bytes(), 7, b""
+        while at + 7 <= len(content):
+            left = 32768 - at % 32768
+            length, kind = struct.unpack_from("<HB", content, at + 4)
+            if left < 7 or not kind:  # the rest of the block is padding
+                at += left
+                continue
+            record = (record if kind in (3, 4) else b"") + content[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4) and at <= len(content):
+                with contextlib.suppress(Exception):  # torn by a kill
+                    parsed = Record.FromString(record)
+                    steps |= {parsed.history.step.num} if parsed.HasField("history") else set()
+    return steps
 
 
 def wandb_run(folder: Path) -> tuple[str, Config]:
     """The id and the config of the run that trained the checkpoint in `folder`; UserError where there is none, or where
     wandb is disabled."""
-    state = folder / "wandb" / "run.json"
-    if not state.exists():
+    if (run_id := known_id(folder)) is None:
         raise UserError(f"--wandb: {folder} has no wandb/run.json, so its run on wandb is not known; leave --wandb out")
     config = load_config([str(folder / "config.yaml")])
     if wandb_mode(config.tracking)[0] == "disabled":
         raise UserError(f"--wandb: {folder}/config.yaml or WANDB_MODE disables wandb; leave --wandb out")
-    return json.loads(state.read_text())["id"], config
+    return run_id, config
 
 
 def log_diagnostic(folder: Path, name: str, summary: Mapping[str, float | None], picture: Path) -> None:
     """Add a diagnostic's summary and picture to the wandb run that trained the checkpoint in `folder`."""
     run_id, config = wandb_run(folder)
+    latest = folder / "wandb" / "latest-run"
+    training = os.readlink(latest) if latest.is_symlink() else None
     run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
+    if run is None:
+        return
     import wandb
 
     finite = {key: value for key, value in summary.items() if value is not None and math.isfinite(value)}
     run.summary.update({f"{name}/{key}": value for key, value in finite.items()})
     run.summary[f"{name}/picture"] = wandb.Image(str(picture))
     run.finish()
+    if training:  # what `wandb leet` opens: the curves, not this part of the run, which has none
+        latest.unlink(missing_ok=True)
+        latest.symlink_to(training)
+
+
+def watched(batches: Sequence | np.ndarray, what: str, shown: bool = True) -> Iterator:
+    """Each of the batches, under a bar of their own on a terminal; elsewhere with a line every 10 seconds."""
+    bar = shown and sys.stderr.isatty()
+    last = perf_counter()
+    for done, batch in enumerate(tqdm(batches, desc=what, unit="batch", leave=False, disable=not bar)):
+        if shown and not bar and perf_counter() - last > 10:
+            print(f"{what}: {done} of {len(batches)} batches", flush=True)
+            last = perf_counter()
+        yield batch
 
 
 class Progress:

@@ -44,15 +44,20 @@ def _is_hopper(device: torch.device) -> bool:
 TRITON = importlib.util.find_spec("triton") is not None
 
 
-def one_pass(backend, D: int, dropout_p: float) -> bool:
-    """Whether kernels/triton.py computes the `diagonal` gradients, and dV for `ste`, in one pass over the scores, where
-    PyTorch's kernels would take two or more. If so, its operators are registered in torch.ops.offbyone."""
-    fused = backend in ("cuda_flash", "cuda_cudnn")
-    if not fused or D > 128 or dropout_p or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
+def with_triton(backend: str) -> bool:
+    """Whether kernels/triton.py completes this backend's backward. If so, its operators are registered in
+    torch.ops.offbyone."""
+    if backend not in ("cuda_flash", "cuda_cudnn") or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
         return False
     from kernels import triton  # noqa: F401
 
     return True
+
+
+def one_pass(backend: str, D: int, dropout_p: float) -> bool:
+    """Whether kernels/triton.py computes the `diagonal` gradients, and dV for `ste`, in one pass over the scores, where
+    PyTorch's kernels would take two or more."""
+    return D <= 128 and not dropout_p and with_triton(backend)
 
 
 # At most so many queries (one, when a key/value cache is in use) are materialized against a longer context: a matrix of
@@ -62,9 +67,9 @@ SHORT = 64
 
 def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, fused: bool = True) -> str:
     """The kernel that computes attention on such q and k: "cpu_native" (kernels/cpu.py), PyTorch's "cpu_flash",
-    "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". Except on the first two it is "stock"
-    for the variant that PyTorch itself offers (`stock`): PyTorch's own function, which chooses a kernel by itself. A
-    normalizer without a fused form (`fused` False) is always materialized.
+    "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". In place of the two CUDA kernels in
+    the middle it is "stock" for the variant that PyTorch itself offers (`stock`): PyTorch's own function, which chooses
+    a kernel by itself. A normalizer without a fused form (`fused` False) is always materialized.
     """
     if _backend_in_use is not None:
         return _backend_in_use
@@ -78,12 +83,12 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = _is_ampere(q.device)
         if half and ampere and q.size(-1) <= _flash_head_size(q.device):
-            if stock:
-                return "stock"
             # Dropout stays with flash, since the Triton kernels that complete cuDNN's backward have none. And cuDNN
-            # takes no sequence of one token.
-            cudnn = _is_hopper(q.device) and q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1
-            return "cuda_cudnn" if cudnn else "cuda_flash"
+            # takes no sequence of one token. There PyTorch's own function would choose cuDNN too, and give a wrong
+            # gradient where one process runs it both compiled and not: see kernel_backward in fused.py.
+            if _is_hopper(q.device) and q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1:
+                return "cuda_cudnn"
+            return "stock" if stock else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):
             return "stock" if stock else "cuda_efficient"
         warnings.warn(f"no fused attention for {q.dtype} on {q.device}: O(T²) memory", stacklevel=3)

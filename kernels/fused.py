@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.backends import one_pass
+from kernels.backends import one_pass, with_triton
 
 
 def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str) -> Tensor:
@@ -74,8 +74,11 @@ class FusedAttention(torch.autograd.Function):
             return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
 
         wants_null = null_logit is not None and ctx.needs_input_grad[3]
-        # Computed before dQ, dK and dV exist, so that this float32 product does not add to the peak of memory.
-        if wants_null and backend != "cpu_native":
+        # delta = rowsum(g∘out), for the null logit. PyTorch writes the product out in float32: before dQ, dK and dV
+        # exist, so that it does not add to the peak of memory.
+        if wants_null and with_triton(backend):
+            delta = torch.ops.offbyone.row_products(grad, out)
+        elif wants_null and backend != "cpu_native":
             delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
         rows_lse = lse.reshape(*lse.shape[:2], -1)[:, :, : q.size(-2)]  # (B, H, T): the kernels' shapes differ
         in_one_pass = backward != "full" and one_pass(backend, q.size(-1), dropout_p)
@@ -298,6 +301,7 @@ class SlopedProduct(torch.autograd.Function):
         if not torch.is_grad_enabled():
             rest = (None,) * (2 + len(parameters))
             return slope * grad_weights, weights.to(v.dtype).mT @ grad, grad_weights, *rest
+        parameters = [p.view_as(p) for p in parameters]  # apart from what the scores may have been made of
         weights, slope = ctx.weights_and_slope(scores, *parameters)
         grads = [
             torch.autograd.grad(weights, p, grad_weights, create_graph=True)[0] if p.requires_grad else None

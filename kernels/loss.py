@@ -44,6 +44,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight, targets, count, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():  # a graph of the gradients is asked for: from all the logits
+            x, weight = x.view_as(x), weight.view_as(weight)  # apart: x itself is made of the weight where it is tied
             inputs = [own for own, wants in zip((x, weight), ctx.wanted, strict=True) if wants]
             with torch.autocast(x.device.type, enabled=False):
                 loss = cross_entropy(F.linear(x, weight.to(x.dtype)), targets)

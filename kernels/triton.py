@@ -1,4 +1,4 @@
-"""The backward pass of attention's `diagonal` and `ste` in one pass over the scores, for NVIDIA GPUs, in Triton.
+"""What PyTorch's kernels for NVIDIA GPUs lack, in Triton: above all `diagonal` and `ste` in one pass over the scores.
 
 PyTorch's fused kernels need two calls for the diagonal backward (see FusedAttention in fused.py), and for STE they
 compute a dQ and dK that nobody uses. Here, from the rows' logsumexp, with `S = scale·QKᵀ` (causal),
@@ -6,10 +6,11 @@ compute a dQ and dK that nobody uses. Here, from the rows' logsumexp, with `S = 
 
     score_backward:  dS = P∘(1 − P)∘dP (diagonal) or dP (ste),   dQ = scale·dS K,   dK = scale·dSᵀ Q,   dV = Pᵀ g
     value_gradient:  dV = Pᵀ g
+    row_products:    rowsum(g∘out), for the gradient of a null logit
 
-as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel computes dK and dV, a block of
-keys at a time, another dQ, a block of queries at a time. So nothing is added atomically, and the result is the same
-every time.
+The first two are as in FlashAttention-2 (Dao 2023): no T × T matrix in memory, sums in float32. One kernel computes dK
+and dV, a block of keys at a time, another dQ, a block of queries at a time. So nothing is added atomically, and the
+result is the same every time.
 
 A null logit (softmax1, a sink) needs no code here: it is part of `lse`, which the caller gives.
 """
@@ -156,6 +157,18 @@ def _queries_kernel(
     _store_rows(dq, out_strides, batch, head, queries, T, D, BLOCK_D, scale * dq_block)
 
 
+@triton.jit
+def _row_products_kernel(
+    a, b, sums, a_strides, b_strides, T, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    a_block = _load_rows(a, a_strides, batch, head, rows, T, D, BLOCK_D).to(tl.float32)
+    b_block = _load_rows(b, b_strides, batch, head, rows, T, D, BLOCK_D).to(tl.float32)
+    place = sums + (batch * tl.num_programs(1) + head) * T + rows
+    tl.store(place, tl.sum(a_block * b_block, axis=1), mask=rows < T)
+
+
 # --- operators ------------------------------------------------------------------------------------------------------
 # torch.compile takes each for one opaque operator: its graph does not break, and it generates no code for the kernels.
 
@@ -194,6 +207,21 @@ def value_gradient(grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float
     return dv
 
 
+@torch.library.custom_op("offbyone::row_products", mutates_args=())
+def row_products(a: Tensor, b: Tensor) -> Tensor:
+    """`rowsum(a∘b)` in float32, (B, H, T), of a and b (B, H, T, D) of any strides, each read once. PyTorch would first
+    write a, b and their product in float32: for half types, six times what is read here."""
+    B, H, T, D = a.shape
+    sums = a.new_empty(B, H, T, dtype=torch.float32)
+    block_d = triton.next_power_of_2(D)
+    rows = max(1, 4096 // block_d)  # 32 numbers a thread
+    with torch.cuda.device_of(a):
+        _row_products_kernel[triton.cdiv(T, rows), H, B](
+            a, b, sums, a.stride(), b.stride(), T, D=D, BLOCK_D=block_d, ROWS=rows, num_warps=4
+        )
+    return sums
+
+
 @score_backward.register_fake
 def _(grad, q, k, v, lse, scale, slope):
     return _empty_gradients(q, 3)
@@ -202,6 +230,11 @@ def _(grad, q, k, v, lse, scale, slope):
 @value_gradient.register_fake
 def _(grad, q, k, lse, scale):
     return _empty_gradients(q, 1)[0]
+
+
+@row_products.register_fake
+def _(a, b):
+    return a.new_empty(a.shape[:-1], dtype=torch.float32)
 
 
 def _empty_gradients(q: Tensor, count: int) -> tuple[Tensor, ...]:

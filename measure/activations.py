@@ -5,6 +5,7 @@ few numbers a channel and a sequence.
 """
 
 import math
+from collections.abc import Collection
 from itertools import repeat
 from typing import Any
 
@@ -12,22 +13,26 @@ import torch
 from torch import Tensor
 
 from measure.moments import CHUNK_ACCELERATOR, Moments, RowMoments, float64
-from measure.probe import watch
+from measure.probe import TENSORS, kind_of, watch
 from model import GPT, attention_rows, find_normalizer
 
 OUTLIER_RMS = 6.0
 """A channel is an outlier where its root mean square exceeds this many times the median channel's."""
 SINK = 0.3
 """A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
+EARLY = 8
+"""So many queries of a sequence are early. They see so few keys that their weights are large whatever the head attends
+to, unless a null slot takes them: where attention is even, the first 8 queries hold 99 % of all Σ_ij P_ij⁴."""
 QUERIES = 64
 """So many rows of a layer's T × T attention are in memory at once."""
 
 
 class Activations:
-    """Statistics of everything on the way through `model`, over all the batches given to `update`."""
+    """Statistics of the attention and of everything on the way through `model`, over all the batches given to `update`;
+    with `kinds`, keys of TENSORS, of these tensors alone."""
 
-    def __init__(self, model: GPT):
-        self.model = model
+    def __init__(self, model: GPT, kinds: Collection[str] = tuple(TENSORS)):
+        self.model, self.kinds = model, kinds
         self.tensors: dict[str, TensorStatistics] = {}
         self.attention: dict[int, AttentionStatistics] = {}
 
@@ -39,7 +44,8 @@ class Activations:
         return self
 
     def _see_tensor(self, name: str, x: Tensor) -> None:
-        self.tensors.setdefault(name, TensorStatistics()).update(x)
+        if kind_of(name) in self.kinds:
+            self.tensors.setdefault(name, TensorStatistics()).update(x)
 
     def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor) -> None:
         self.attention.setdefault(layer, AttentionStatistics()).update(q, k, **attn.arguments())
@@ -180,11 +186,12 @@ class AttentionStatistics:
     """Statistics of one layer's attention probabilities P (B, H, T, T), computed a few rows of a sequence at a time.
 
     `visible` holds the probabilities on and below the diagonal, `all` the zeros above it too: the quantity that
-    quietGPT logs. The figures of a head are (H,) float64.
+    quietGPT logs. `late` is `all` without the first `EARLY` queries, whose large weights a null slot takes away by its
+    definition. The figures of a head are (H,) float64.
     """
 
     def __init__(self):
-        self.all, self.visible = SequenceStatistics(), SequenceStatistics()
+        self.all, self.visible, self.late = SequenceStatistics(), SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
         self._row_mass = self._entropy = self._sinks = torch.zeros((), dtype=torch.float64)
 
@@ -216,15 +223,18 @@ class AttentionStatistics:
             self._row_mass = self._row_mass + row_mass.sum(-1) / T
             first_key += P[:, :, 0].double().sum(-1)
             entropy += row_entropy(P, null, normalizer).double().sum(-1)
-        rows = RowMoments(*(torch.cat(field, dim=-1).flatten() for field in zip(*blocks, strict=True)))
+        rows = RowMoments(*(torch.cat(field, dim=-1) for field in zip(*blocks, strict=True)))  # (H, T)
         self._entropy = self._entropy + entropy / T
         # NaN stays NaN: a comparison would give False, and so claim that the head does not sink.
         sinks = torch.where(first_key.isnan(), math.nan, (first_key / T > SINK).double())
         self._sinks = self._sinks + sinks
         self.sequences += 1
-        sequence = RowMoments(*(field.unsqueeze(0) for field in rows.pooled()))
+        sequence = RowMoments(*(field.reshape(1, -1) for field in rows)).pooled()
         self.visible.add_sequences(sequence)
         self.all.add_sequences(sequence.with_zeros(H * T * (T - 1) // 2))
+        if (n := T - EARLY) > 0:
+            late = RowMoments(*(field[:, EARLY:].reshape(1, -1) for field in rows)).pooled()
+            self.late.add_sequences(late.with_zeros(H * n * (n - 1) // 2))
 
     @property
     def sink_rate(self) -> Tensor:

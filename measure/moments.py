@@ -9,7 +9,9 @@ import math
 import sys
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 # How many elements are read at once, about ten times each. On a CPU they should stay in the cache, and be enough to be
@@ -41,7 +43,7 @@ class Moments:
 
     A statistic that does not exist is None: all of them where `count` is 0; skewness, excess_kurtosis and
     max_abs_over_std where the variance is 0, or so small or large (σ beyond 1e-77 … 1e77, which only float64 input
-    reaches) that its powers leave the range of float64.
+    reaches) that its powers leave the range of float64; beyond 1e154, variance and std as well.
     """
 
     def __init__(self):
@@ -54,8 +56,13 @@ class Moments:
         self._m2 = self._m3 = self._m4 = 0.0  # Σ (x − mean)^k
 
     @torch.no_grad()
-    def update(self, tensor: torch.Tensor) -> "Moments":
-        """Add all elements of a real tensor of any shape, dtype and device (copied to float64 chunk by chunk)."""
+    def update(self, tensor: torch.Tensor | ArrayLike) -> "Moments":
+        """Add all elements of a real tensor of any shape, dtype and device (copied to float64 chunk by chunk), or of
+        what NumPy takes for an array. TypeError for complex numbers."""
+        if not torch.is_tensor(tensor):
+            tensor = torch.from_numpy(np.array(tensor, order="C"))
+        if tensor.is_complex():
+            raise TypeError(f"{tensor.dtype} has no moments here: give real and imaginary parts apart")
         chunk_size = CHUNK_CPU if tensor.device.type == "cpu" else CHUNK_ACCELERATOR
         for chunk in tensor.detach().reshape(-1).split(chunk_size):
             self.merge(_moments_of_chunk(chunk))
@@ -91,11 +98,11 @@ class Moments:
 
     @property
     def variance(self) -> float | None:
-        return self._variance if self.count else None
+        return self._variance if self.count and math.isfinite(self._m2) else None
 
     @property
     def std(self) -> float | None:
-        return self._std if self.count else None
+        return self._std if self.count and math.isfinite(self._m2) else None
 
     @property
     def skewness(self) -> float | None:
@@ -137,8 +144,8 @@ class Moments:
         return max(-self._low, self._high)
 
 
-def excess_kurtosis(tensor: torch.Tensor) -> float | None:
-    """Excess kurtosis of all finite elements of `tensor`; None where they are none or all equal."""
+def excess_kurtosis(tensor: torch.Tensor | ArrayLike) -> float | None:
+    """Excess kurtosis of all finite elements of a tensor or an array; None where they are none or all equal."""
     return Moments().update(tensor).excess_kurtosis
 
 

@@ -4,12 +4,12 @@
 `heads` have `layer`, `head`, `sink_rate`, `row_mass` and `entropy`. A figure that does not exist is None.
 """
 
-import re
-
 import numpy as np
+from torch import Tensor
 
 from measure.activations import Activations
-from measure.probe import TENSORS
+from measure.probe import TENSORS, kind_of
+from model import GPT
 
 SPIKE = 6.0
 """The first token spikes where its largest |x| exceeds that of all other tokens this many times."""
@@ -18,30 +18,46 @@ BONDARENKO = ("transformer.h", "attn.c_proj", "mlp.c_proj", "ln_1", "ln_2", "tra
 
 
 def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
-    """A value is None where one that goes into it does not exist: nothing is averaged away."""
-
-    def over(how, values: list[float | None]) -> float | None:
-        return None if None in values else float(how(values))
-
-    theirs = [row for row in rows if "[" not in row["name"] and kind_of(row["name"]) in BONDARENKO]
+    """A value is None where one that goes into it does not exist."""
+    theirs = of_their_tensors(rows)
     summary = {
         "avg kurtosis": over(np.mean, [row["per_sequence_kurtosis"] for row in theirs]),
         "max kurtosis": over(max, [row["per_sequence_kurtosis"] for row in theirs]),
         "max infinity norm": over(max, [row["per_sequence_max_abs"] for row in theirs]),
     }
-    for name, suffix in (("attention kurtosis", "probabilities"), ("attention kurtosis (visible)", "[visible]")):
-        summary[name] = over(np.mean, [row["excess_kurtosis"] for row in rows if row["name"].endswith(suffix)])
+    for which in ("", " [visible]", " [late]"):
+        kurtosis = [row["excess_kurtosis"] for row in rows if row["name"].endswith(f"attn.probabilities{which}")]
+        summary[f"kurtosis of attention probabilities{which}"] = over(np.mean, kurtosis)
     return summary | {
         name: over(np.mean, [head[name] for head in heads]) for name in ("sink_rate", "row_mass", "entropy")
     }
 
 
-def kind_of(name: str) -> str:
-    """transformer.h.3.attn.q → attn.q, and transformer.h.3 → transformer.h: a key of TENSORS."""
-    layer = re.match(r"transformer\.h\.\d+(\.)?", name)
-    if layer is None:
-        return name
-    return name[layer.end() :] if layer[1] else "transformer.h" + name[layer.end() :]
+def of_their_tensors(rows: list[dict]) -> list[dict]:
+    """The rows that Bondarenko et al.'s figures are over."""
+    return [row for row in rows if "[" not in row["name"] and kind_of(row["name"]) in BONDARENKO]
+
+
+def activation_metrics(model: GPT, idx: Tensor) -> dict[str, float | None]:
+    """What training logs of the activations on idx (B, T), int64: means over layers, and over heads of what a head has;
+    of the largest |x|, that of all layers. None where a layer has no value."""
+    activations = Activations(model, kinds=("transformer.h",)).update(idx)
+    attention, residual = activations.attention.values(), [x.all.moments for x in activations.tensors.values()]
+    figures: dict[str, list[float | None]] = {
+        "activation_kurtosis/attention_probabilities": [layer.all.moments.excess_kurtosis for layer in attention],
+        "activation_kurtosis/attention_probabilities_late": [layer.late.moments.excess_kurtosis for layer in attention],
+        "activation_kurtosis/residual_stream": [moments.excess_kurtosis for moments in residual],
+        "sink_rate": [layer.sink_rate.mean().item() for layer in attention],
+        "row_mass": [layer.row_mass.mean().item() for layer in attention],
+    }
+    return {name: over(np.mean, values) for name, values in figures.items()} | {
+        "activation_max_abs/residual_stream": over(max, [moments.max_abs for moments in residual])
+    }
+
+
+def over(how, values: list[float | None]) -> float | None:
+    """None where one of the values does not exist: nothing is averaged away."""
+    return None if None in values else float(how(values))
 
 
 # --- findings, in words -----------------------------------------------------------------------------------------------
@@ -54,6 +70,17 @@ def nonfinite(rows: list[dict]) -> list[str]:
         for row in rows
         if row["nonfinite"] and "[" not in row["name"]
     ]
+
+
+def where_largest(rows: list[dict]) -> list[str]:
+    """The tensors that the summary's maxima are of."""
+    found = []
+    for name, column in (("max kurtosis", "per_sequence_kurtosis"), ("max infinity norm", "per_sequence_max_abs")):
+        theirs = of_their_tensors(rows)
+        if theirs and None not in [row[column] for row in theirs]:
+            row = max(theirs, key=lambda row: row[column])
+            found.append(f"{name}: {row[column]:.4g}, of {row['name']}")
+    return found
 
 
 def constant(rows: list[dict]) -> list[str]:

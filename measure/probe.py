@@ -1,14 +1,14 @@
 """Look inside a model: statistics of its weights and of what flows through it."""
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-import torch
 from torch import Tensor, nn
 
-from measure.moments import Moments, excess_kurtosis
-from model import GPT, CausalSelfAttention, attention_rows
+from measure.moments import excess_kurtosis
+from model import GPT, CausalSelfAttention
 
 # The tensors that `watch` sees, without the layer's number, and what they are.
 TENSORS = {
@@ -28,6 +28,14 @@ TENSORS = {
 }
 
 
+def kind_of(name: str) -> str:
+    """transformer.h.3.attn.q → attn.q, and transformer.h.3 → transformer.h: a key of TENSORS."""
+    layer = re.match(r"transformer\.h\.\d+(\.)?", name)
+    if layer is None:
+        return name
+    return name[layer.end() :] if layer[1] else "transformer.h" + name[layer.end() :]
+
+
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
     """The excess kurtosis of every weight matrix, by parameter name; None where its variance is zero."""
     return {name: excess_kurtosis(p) for name, p in model.named_parameters() if p.dim() >= 2}
@@ -36,24 +44,6 @@ def weight_kurtosis(model: GPT) -> dict[str, float | None]:
 def rows_of_c_attn(x: Tensor, n_head: int) -> dict[str, Tensor]:
     """x (3 C, …), the weight or bias of c_attn or its gradient: the rows that make q, k and v, (H, D, …) each."""
     return {part: rows.unflatten(0, (n_head, -1)) for part, rows in zip("qkv", x.chunk(3), strict=True)}
-
-
-@torch.no_grad()
-def attention_kurtosis(model: GPT, idx: Tensor) -> float | None:
-    """The excess kurtosis of the attention probabilities on idx (B, T), each layer's over all its (B, H, T, T) entries,
-    the causal zeros included; averaged over layers. None where one layer has none. This is the activation kurtosis that
-    quietGPT logs."""
-    kurtoses: list[float] = []
-    with capture_qk(model) as captured:
-        model(idx)
-    for attn, q, k in captured:
-        moments = Moments()
-        for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):  # one sequence's T × T maps at a time
-            moments.update(attention_rows(q_1, k_1, **attn.arguments())[0])
-        if moments.excess_kurtosis is None:
-            return None
-        kurtoses.append(moments.excess_kurtosis)
-    return sum(kurtoses) / len(kurtoses)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ rounds' own ratios; materialized, forward+backward of (b) over the variant's own
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -21,9 +20,10 @@ import torch
 
 from harness.bench_attention import bench_length, draw, names, peak_of
 from harness.device import choose_device, keep_freed_memory, processor_name
+from harness.diagnostics import write_json
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import write_text
+from harness.files import check_folder
 from model import attention_backend
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -51,6 +51,7 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.T + args.memory + [args.B, args.H, args.D]) < 1 or args.seconds <= 0:
         raise UserError("--T, --B, --H, --D, --memory and --seconds must be positive")
+    check_folder(args.out)
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does
     rows = [row for T in args.T for row in bench_length(T, args, device)]
@@ -59,18 +60,18 @@ def main() -> None:
         row["MiB"] = peaks.pop((row["variant"], row["T"]), None)
     rows += [{"T": T, "variant": name, "MiB": peak} for (name, T), peak in peaks.items()]
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
-    title = f"{where}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}, {args.dtype}, "
+    threads = torch.get_num_threads()
+    title = f"{where}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__}, {args.dtype}, "
     title += f"B {args.B}, H {args.H}, D {args.D}; by "
     shapes = [torch.empty(args.B, args.H, T, args.D, device=device, dtype=getattr(torch, args.dtype)) for T in args.T]
     title += " and ".join(sorted({attention_backend(q, q, stock=stock) for q in shapes for stock in (False, True)}))
     print(title)
     print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
-    args.out.mkdir(parents=True, exist_ok=True)
     stem = args.out / f"bench_attention_{device.type}_{args.dtype}"
-    write_text(
-        stem.with_suffix(".json"), json.dumps({"script": "bench_attention", "title": title, "rows": rows}, indent=1)
-    )
-    print(f"\nwritten: {stem}.json, {draw(rows, title, stem.with_suffix('.png'))}")
+    arguments = {name: value for name, value in vars(args).items() if name != "out"} | {"title": title}
+    found = {"script": "bench_attention", "title": title, "arguments": arguments, "rows": rows}
+    written = write_json(stem.with_suffix(".json"), [found])
+    print(f"\nwritten: {written}, {draw(rows, title, stem.with_suffix('.png'))}")
 
 
 if __name__ == "__main__":

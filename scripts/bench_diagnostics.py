@@ -26,7 +26,7 @@ from harness.config import load_config
 from harness.device import choose_device, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import write_text
+from harness.files import check_file, make_folder, write_text
 from model import GPTConfig
 
 GPT2_VOCABULARY = 50257
@@ -48,6 +48,8 @@ def main() -> None:
     for name in ("sequences", "repeat"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    if args.out:
+        check_file(args.out)
     choose_device(args.device)
     config = shape(args.config, overrides)
 
@@ -65,6 +67,7 @@ def main() -> None:
     print_table(rows, list(rows[0]))
     if args.out:
         content = {"script": "bench_diagnostics", "config": vars(config), "rows": rows}
+        make_folder(args.out.parent)
         write_text(args.out, json.dumps(content, indent=1))
 
 

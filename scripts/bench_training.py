@@ -24,7 +24,7 @@ from harness.corpus import Corpus
 from harness.device import processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import write_text
+from harness.files import check_file, make_folder, write_text
 from harness.stepping import PHASES, Stepper
 from harness.timing import median
 from harness.workers import Worker
@@ -41,12 +41,14 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     if args.steps < 2:
         raise UserError(f"--steps {args.steps}: at least 2")
+    if args.out:
+        check_file(args.out)
 
     configs = [(load_config([path, *overrides]), False) for path in args.configs]
     if args.baseline:
         configs.insert(0, (configs[0][0], True))
     for config, _ in configs:
-        Corpus(config.data.corpus, verify=False)  # a mistake shows here, in one line
+        Corpus(config.data.corpus, (), config.model.vocab_size)  # a mistake shows here, in one line
     workers = [Worker(Stepper, config, nanogpt) for config, nanogpt in configs]
     steps = [[seconds for worker in workers for seconds in worker.ask("run", 1)] for _ in range(WARMUP + args.steps)]
     rows = [
@@ -58,6 +60,7 @@ def main() -> None:
     print(f"{processor_name()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}")
     print_table(rows, list(rows[0]))
     if args.out:
+        make_folder(args.out.parent)
         write_text(args.out, json.dumps({"script": "bench_training", "rows": rows}, indent=1))
 
 

@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from harness.comparison import draw, headlines
+from harness.comparison import config_of, draw, headlines, without_losses_of_few_windows
+from harness.curves import variants
 from harness.diagnostics import (
     Diagnostic,
     Subject,
@@ -22,6 +23,7 @@ from harness.diagnostics import (
     check_files,
     entry,
     labels,
+    name_in_run,
     write_json,
 )
 from harness.errors import UserError, run_cli
@@ -46,7 +48,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.epilog = textwrap.fill(
         "The table has a line a value and a column a checkpoint; – where a value does not exist. The JSON has, under "
         "rows, a row a checkpoint, and under checkpoints what each script would have written. The picture has a few "
-        "headline values of each diagnostic, without those that are the same for all checkpoints.",
+        "headline values of each diagnostic, without those that are the same for all checkpoints; in it, runs of one "
+        "config but for the seed are one line. Beside perplexity, the losses that other diagnostics found on their few "
+        "windows are in the JSON alone.",
         100,
     )
     args = parser.parse_args(argv)
@@ -58,25 +62,27 @@ def main(argv: list[str] | None = None) -> None:
     folder = check_files(NAME, args)
 
     rows: list[dict[str, Any]] = [{"checkpoint": name} for name in names]
-    entries = []
+    entries, configs = [], {}
     pairs = [(c, d) for c in range(len(rows)) for d in range(len(diagnostics))]
     for c, d in tqdm(pairs, desc="comparing", leave=False, disable=None):
         subject = Subject(args.checkpoints[c], arguments[d])
-        found = entry(diagnostics[d].name, subject, diagnostics[d].measure(subject))
+        found = entry(diagnostics[d].name, subject, diagnostics[d].result(subject))
         rows[c]["step"] = subject.step
+        configs[names[c]] = config_of(subject)
         rows[c] |= {f"{diagnostics[d].name}/{name}": value for name, value in found["summary"].items()}
         entries.append(found)
 
     values = [name for name in dict.fromkeys(name for row in rows for name in row) if name != "checkpoint"]
-    print_table([{"value": v} | {row["checkpoint"]: row.get(v) for row in rows} for v in values], ["value", *names])
+    shown = without_losses_of_few_windows(values)
+    print_table([{"value": v} | {row["checkpoint"]: row.get(v) for row in rows} for v in shown], ["value", *names])
     if notes := sum(len(found["notes"]) for found in entries):
         print(f"\n{notes} notes are in the JSON")
     written = [
         write_json(folder / f"{NAME}.json", [{"script": NAME, "rows": rows, "checkpoints": entries}]),
-        save_figure(draw(rows, headlines(values, diagnostics)), folder / f"{NAME}.png"),
+        save_figure(draw(rows, headlines(shown, diagnostics), variants(configs)), folder / f"{NAME}.png"),
     ]
     for path, row in zip(args.checkpoints, rows, strict=True) if args.wandb else ():
-        log_diagnostic(Path(path).parent, NAME, {v: row.get(v) for v in values}, written[-1])
+        log_diagnostic(Path(path).parent, name_in_run(NAME, path), {v: row.get(v) for v in values}, written[-1])
     print("\nwritten: " + ", ".join(map(str, written)))
 
 

@@ -30,8 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from harness.errors import UserError, run_cli
-from harness.figures import make_folder
-from harness.files import write_text
+from harness.files import make_folder, write_text
 from harness.gpu_report.document import markdown, print_section, wrong_rows
 from harness.gpu_report.plan import SECTIONS
 from harness.gpu_report.process import ROOT, run_section

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from harness.diagnostics import Result, entry, write_json
 from harness.errors import run_cli
 from harness.figures import save_figure
+from harness.files import check_folder
 from harness.theory_pictures import PANELS
 from measure import theory
 from measure.theory.checks import line, outcomes
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("out/kl_theory"), metavar="DIR", help="default: %(default)s")
     args = parser.parse_args(argv)
+    check_folder(args.out)
     rows = []
     for section, check_section in enumerate(theory.SECTIONS, 1):
         print(f"\n§{section} {check_section.__doc__}")

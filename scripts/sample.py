@@ -14,7 +14,8 @@ from harness.corpus import Corpus
 from harness.device import choose_device
 from harness.errors import UserError, run_cli
 from harness.generation import generate
-from harness.tokenizer import from_meta
+from harness.tokenizer import Ids, Tokenizer, from_meta
+from measure.perplexity import nonfinite
 
 
 def main() -> None:
@@ -32,31 +33,31 @@ def main() -> None:
     parser.add_argument("--data", metavar="DIR", help="the corpus with the tokenizer, where the checkpoint lacks it")
     args = parser.parse_args()
     for name, least in (("max_new_tokens", 0), ("temperature", 0), ("num_samples", 1), ("top_k", 1)):
-        if (value := getattr(args, name)) is not None and value < least:
+        if (value := getattr(args, name)) is not None and not value >= least:  # NaN is not
             raise UserError(f"--{name} {value}: at least {least}")
     if args.top_p is not None and not 0 < args.top_p <= 1:
         raise UserError(f"--top_p {args.top_p}: above 0 and at most 1")
+    if not 0 <= args.seed < 2**64:
+        raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
 
     device = choose_device(args.device)
     model, info = load_model(args.checkpoint, device)
-    tokenizer = find_tokenizer(args, info)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise UserError(
-            f"{args.checkpoint} has {model.config.vocab_size} token ids, the tokenizer '{tokenizer.name}' "
-            f"{tokenizer.vocab_size}: give the corpus it was trained on with --data"
-        )
-
+    tokenizer = find_tokenizer(args, info, model.config.vocab_size)
     separator = tokenizer.separator
-    prompt = tokenizer.encode(args.prompt) if args.prompt else [0 if separator is None else separator]
+    prompt_text = (args.prompt or "").encode(errors="surrogateescape")  # any bytes, as they were typed
+    prompt = tokenizer.encode(prompt_text) if prompt_text else [0 if separator is None else separator]
+    idx = torch.tensor([list(map(int, prompt))], device=device)
+    if findings := nonfinite(model, idx[:, -model.config.block_size :]):
+        raise UserError(f"{args.checkpoint} predicts no distribution to draw from: {'; '.join(findings)}")
     generator = torch.Generator(device).manual_seed(args.seed)
     for number in range(args.num_samples):
         if number:
             print("\n" + "-" * 80)
-        print(args.prompt or "", end="", flush=True)
         text = codecs.getincrementaldecoder("utf-8")("replace")  # a character may need several tokens
+        print(text.decode(prompt_text), end="", flush=True)
         for token in generate(
             model,
-            torch.tensor([list(map(int, prompt))], device=device),
+            idx,
             args.max_new_tokens,
             temperature=args.temperature,
             top_k=args.top_k,
@@ -69,15 +70,28 @@ def main() -> None:
         print(text.decode(b"", final=True))
 
 
-def find_tokenizer(args, info: dict):
-    """The checkpoint's own tokenizer; GPT-2's for a Hugging Face checkpoint; else that of the corpus in --data."""
+def find_tokenizer(args, info: dict, vocab_size: int) -> Tokenizer:
+    """That of the corpus in --data; else the checkpoint's own, or bare ids where only their number is known; for a
+    Hugging Face checkpoint without one, GPT-2's. UserError where the checkpoint was trained with another."""
     if args.data:
-        return Corpus(args.data, verify=False).tokenizer
-    if str(args.checkpoint).startswith("hf:"):
-        return from_meta({"tokenizer": "gpt2"})
-    if "corpus" not in info:
+        corpus = Corpus(args.data, (), vocab_size)
+        corpus.check_fits(args.checkpoint, info, vocab_size)
+        if corpus.note:
+            print(f"note: {corpus.note}", file=sys.stderr)
+        return corpus.tokenizer
+    described = info.get("corpus") or ({"tokenizer": "gpt2"} if args.checkpoint.startswith("hf:") else None)
+    if described is None:
         raise UserError(f"{args.checkpoint} does not say how its text was tokenized: name its corpus with --data DIR")
-    return from_meta(info["corpus"])
+    if str(described["tokenizer"]).startswith("of its own"):
+        print(f"note: {args.checkpoint} has a tokenizer {described['tokenizer']}: these are its ids", file=sys.stderr)
+        return Ids(vocab_size)
+    tokenizer = from_meta(described)
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{args.checkpoint} has {vocab_size} token ids, the tokenizer '{tokenizer.name}' "
+            f"{tokenizer.vocab_size}: give the corpus it was trained on with --data"
+        )
+    return tokenizer
 
 
 if __name__ == "__main__":

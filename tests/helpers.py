@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
@@ -295,7 +297,7 @@ def curve_record(step: int) -> dict:
         "weight_kurtosis/b": step / 10,
         "weight_kurtosis/c": 0.3,
         "weight_kurtosis/constant": None,
-        "activation_kurtosis/val/h.0": -0.5 + step,
+        "activation_kurtosis/val/attention_probabilities_late": -0.5 + step,
     }
 
 
@@ -341,3 +343,21 @@ def telling_gpt(config: GPTConfig = TELLING, seed: int = 2) -> GPT:
 
 def tokens(*shape: int, vocab_size: int = TELLING.vocab_size) -> torch.Tensor:
     return random_ids(*shape, vocab_size=vocab_size, seed=1)
+
+
+# --- pictures ---------------------------------------------------------------------------------------------------------
+
+
+def covered(figure: Figure) -> list[str]:
+    """The titles, texts and curves of a figure that a legend in the same axes lies on."""
+    figure.canvas.draw()
+    found = []
+    for axes in figure.axes:
+        if legend := axes.get_legend():
+            box = legend.get_window_extent()
+            texts = [child for child in axes.get_children() if isinstance(child, Text) and child.get_text()]
+            found += [text.get_text() for text in texts if box.overlaps(text.get_window_extent())]
+            for line in axes.lines:
+                points = line.get_transform().transform(line.get_xydata())
+                found += [str(line.get_label())] * bool(box.count_contains(points))
+    return found

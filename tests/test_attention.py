@@ -268,6 +268,20 @@ def test_second_derivatives_are_those_of_the_first_gradients(variant, backward, 
 
 @every_backward
 @both_forms
+def test_a_graph_of_the_gradients_changes_none_of_them(backward, form):
+    """Not even where q is made of the null logit, too: its gradient as a null logit is then only one part."""
+    q, k, v = qkv(4, 4)
+    b = VARIANTS["sink"][1].clone().requires_grad_()
+    with form():
+        out = attention(q * b.view(1, H, 1, 1), k, v, normalizer="sink", null_logit=b, backward=backward).square().sum()
+        without = torch.autograd.grad(out, (q, k, v, b), retain_graph=True)
+        gradients = torch.autograd.grad(out, (q, k, v, b), create_graph=True)
+    for a, b in zip(gradients, without, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+@every_backward
+@both_forms
 def test_forward_mode_is_the_derivative_or_refused(backward, form):
     """The forward pass does not depend on `backward`, so neither may its derivative in forward mode."""
     inputs = tuple(x.detach() for x in qkv(4, 4))

@@ -318,7 +318,8 @@ def test_the_training_run_logs_the_kurtosis_of_its_own_attention(measured):
     layers = weights_of_layers(model.double(), name, windows_of(tokens, offsets)[0])
     last = json.loads(Path("out/run/metrics.jsonl").read_text().splitlines()[-1])
     expected = np.mean([stats.kurtosis(P.ravel()) for P in layers])
-    assert last["activation_kurtosis/val/attention"] == pytest.approx(expected, rel=1e-4)  # of float32 weights
+    logged = last["activation_kurtosis/val/attention_probabilities"]
+    assert logged == pytest.approx(expected, rel=1e-4)  # of float32 weights
 
 
 def test_activations_are_of_its_own_weights(measured):

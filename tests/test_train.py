@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
 from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, refused, run_on_two_ranks
+from train import describe
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -55,7 +57,7 @@ def test_two_ranks_train_as_one(normalizer, backward):
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(7))
-    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention"):
+    for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention_probabilities"):
         ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
@@ -84,7 +86,7 @@ def watched(self, idx, targets=None):
 GPT.forward = watched
 GPT.state_dict = noted("state of the model", GPT.state_dict)
 torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
-train.kurtosis_metrics = noted("kurtosis", train.kurtosis_metrics)
+train.outlier_metrics = noted("outliers", train.outlier_metrics)
 writes = []
 save = train.save_checkpoint
 train.save_checkpoint = lambda path, checkpoint: (writes.append(path.name), save(path, checkpoint))
@@ -106,9 +108,9 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     assert done.returncode == 0, done.stderr
     first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]
-    assert first["seen"].count("kurtosis") == first["seen"].count("state of the model") == 3
+    assert first["seen"].count("outliers") == first["seen"].count("state of the model") == 3
     assert first["seen"].count(["forward", [4, 16]]) == 3 * 4 + 32  # 32 windows, thrice, and all 251 in the end
-    assert "ckpt.pt" in first["writes"]
+    assert first["writes"][:2] == ["best.pt", "ckpt.pt"]  # a kill in between leaves no best.pt that is behind
     assert second["writes"] == []
     one = finished("one", "--training.max_steps", "2", "--evaluation.interval", "1")
     lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
@@ -146,6 +148,7 @@ def test_a_finished_run_says_so_and_does_nothing():
     before = {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")}
     again = finished("run")
     assert "out/run is finished: step 24 of 24" in again.output()
+    assert "run.seed 1337 → 2" in refused("run", "--run.seed", "2")  # it does not answer for another run
     assert {p: p.read_bytes() for p in Path("out/run").glob("[!.]*.*")} == before
 
 
@@ -156,6 +159,7 @@ def test_a_finished_run_goes_on_when_it_is_given_more_steps():
     assert "resuming out/run from step 24" in more.output()
     assert "changed since the checkpoint: training.max_steps 24 → 30" in more.output()
     assert [line["step"] for line in more.metrics()] == list(range(31))
+    assert [line["step"] for line in more.metrics() if "val_full/loss" in line] == [24, 30]
 
 
 @pytest.mark.slow
@@ -176,8 +180,10 @@ def test_starting_afresh_never_destroys_a_run_unasked():
 def test_the_last_evaluation_is_of_the_whole_validation_set():
     sampled = finished("sampled", "--evaluation.batches", "1")
     whole = finished("whole", "--evaluation.batches", "full")
-    assert sampled.metrics()[-1]["val/loss"] == whole.metrics()[-1]["val/loss"]
-    assert sampled.metrics()[0]["val/loss"] != whole.metrics()[0]["val/loss"]
+    for metric in ("loss", "perplexity", "bits_per_byte"):
+        expected = whole.metrics()[-1][f"val/{metric}"]
+        assert sampled.metrics()[-1][f"val_full/{metric}"] == whole.metrics()[-1][f"val_full/{metric}"] == expected
+        assert sampled.metrics()[-1][f"val/{metric}"] != expected  # of the same windows as before
     only = finished("sampled", "--evaluation.only", "true")
     assert f"val loss {whole.metrics()[-1]['val/loss']:.4f}" in only.output()
 
@@ -195,9 +201,21 @@ def test_the_validation_loss_is_that_of_every_target_once():
         with torch.no_grad():
             total += model(x[:, : y.size(1)], y)[1].item() * y.numel()
     last = run.metrics()[-1]
-    np.testing.assert_allclose(last["val/loss"], total / (len(tokens) - 1), rtol=1e-6)
-    np.testing.assert_allclose(last["val/bits_per_byte"], last["val/loss"] / np.log(2), rtol=1e-12)  # a byte a token
-    np.testing.assert_allclose(last["val/perplexity"], np.exp(last["val/loss"]), rtol=1e-12)
+    np.testing.assert_allclose(last["val_full/loss"], total / (len(tokens) - 1), rtol=1e-6)
+    bits = last["val_full/loss"] / np.log(2)
+    np.testing.assert_allclose(last["val_full/bits_per_byte"], bits, rtol=1e-12)  # a byte a token
+    np.testing.assert_allclose(last["val_full/perplexity"], np.exp(last["val_full/loss"]), rtol=1e-12)
+
+
+def test_ids_whose_text_is_not_known_train_without_bits_per_byte():
+    Path("foreign").mkdir()
+    for split in ("train", "val"):
+        np.random.default_rng(0).integers(0, 300, 400).astype(np.uint16).tofile(f"foreign/{split}.bin")
+    run = finished("run", "--data.corpus", "foreign", "--model.vocab_size", "300", "--training.max_steps", "2")
+    assert "note: what text the 300 token ids in foreign stand for is not known: no bits per byte" in run.output()
+    assert "val/bits_per_byte" not in run.metrics()[-1]
+    assert run.metrics()[-1]["val/loss"] < np.log(300) + 1
+    assert run.checkpoint()["corpus"]["vocab_size"] == 300
 
 
 def test_the_best_checkpoint_is_the_best_evaluation():
@@ -207,11 +225,37 @@ def test_the_best_checkpoint_is_the_best_evaluation():
     assert (best["best_val_loss"], best["step"]) == min(evaluated)
 
 
-def test_kurtosis_is_logged_at_every_evaluation():
-    run = finished("run")
-    names = {k for line in run.metrics() if "val/loss" in line for k in line if "kurtosis" in k}
-    assert {"activation_kurtosis/train/attention", "activation_kurtosis/val/attention"} < names
-    assert "weight_kurtosis/transformer.h.0.attn.c_attn.weight" in names
+@pytest.mark.slow
+def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
+    run = finished("run", "--training.max_steps", "6")
+    torch.save(run.checkpoint("best.pt") | {"best_val_loss": math.inf, "step": 0}, run.folder / "best.pt")
+    worse = ("--optimizer.lr", "30", "--optimizer.min_lr", "30", "--optimizer.grad_clip", "0")
+    finished("run", *worse, "--training.max_steps", "12")
+    assert run.checkpoint("best.pt")["step"] == 12  # not the one of a ckpt.pt that speaks of a better one
+    other = finished("run", *worse, "--evaluation.batches", "2", "--training.max_steps", "18")
+    assert "best.pt starts anew with the next evaluation: it is of 32 validation windows, not of 16" in other.output()
+    best, last = other.checkpoint("best.pt"), other.metrics()[-1]
+    assert (best["step"], best["best_val_loss"]) == (18, last["val/loss"])
+
+
+def test_what_shows_outliers_is_logged_at_every_evaluation():
+    run = finished("run", "--model.normalizer", "sink")
+    evaluations = [line for line in run.metrics() if "val/loss" in line]
+    for split in ("train", "val"):
+        kurtosis = f"activation_kurtosis/{split}"
+        for name in (
+            f"{kurtosis}/attention_probabilities",
+            f"{kurtosis}/attention_probabilities_late",
+            f"{kurtosis}/residual_stream",
+            f"activation_max_abs/{split}/residual_stream",
+            f"sink_rate/{split}",
+            f"row_mass/{split}",
+            "weight_kurtosis/transformer.h.0.attn.c_attn.weight",
+            "normalizer/transformer.h.0.attn.sink",
+        ):
+            assert all(isinstance(line[name], float) for line in evaluations), name
+    sink = run.checkpoint()["model"]["transformer.h.0.attn.sink"].mean().item()
+    assert evaluations[-1]["normalizer/transformer.h.0.attn.sink"] == pytest.approx(sink)
 
 
 @pytest.mark.slow
@@ -341,3 +385,8 @@ def test_a_checkpoint_that_is_none_is_named():
 def test_a_read_only_out_folder_is_named():
     Path("out").write_text("in the way")  # even root cannot make a folder here
     assert "cannot write to the run's folder out/run" in refused("run")
+
+
+def test_a_model_that_diverges_does_not_print_hundreds_of_digits():
+    said = describe({"val/loss": 700.25, "val/perplexity": math.exp(700), "val/bits_per_byte": math.nan, "other": 1.0})
+    assert said == "val loss 700.2500, perplexity 1.014e+304, bits per byte nan"

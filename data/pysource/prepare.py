@@ -12,7 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from harness.corpus_writing import argument_parser, find_files, fraction, positive, split_files, write_corpus
+from harness.corpus_writing import (
+    argument_parser,
+    find_files,
+    fraction,
+    positive,
+    split_files,
+    text_fault,
+    write_corpus,
+)
 from harness.errors import UserError, run_cli
 from harness.tokenizer import GPT2
 
@@ -25,9 +33,12 @@ def main():
     parser.add_argument("--val-fraction", type=fraction, default=0.01, metavar="F", help="default: 0.01")
     parser.add_argument("--max-tokens", type=positive, metavar="N", help="of both splits together; default: all")
     args = parser.parse_args()
-    files: dict[str, Path] = {}
+    files: dict[Path, str] = {}
     for root in (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages()):
-        files |= find_files(Path(root), "*.py", WITHOUT)
+        files = find_files(Path(root), ["*.py"], WITHOUT) | files
+    if binary := [path for path in files if text_fault(path.read_bytes())]:
+        print(f"left out, no UTF-8 text: {len(binary)} file(s), the first {binary[0]}")
+        files = {path: key for path, key in files.items() if path not in binary}
     if len(files) < 2:
         raise UserError("no Python source found in the folders of installed packages: use data/text")
     write_corpus(
@@ -36,7 +47,7 @@ def main():
         GPT2(),
         source=f"packages installed for Python {platform.python_version()}",
         threads=args.threads,
-        total_bytes=sum(path.stat().st_size for path in files.values()),
+        total_bytes=sum(path.stat().st_size for path in files),
         max_tokens=args.max_tokens,
         extra={"python_version": platform.python_version()},
     )

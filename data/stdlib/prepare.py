@@ -21,8 +21,8 @@ VAL_FRACTION = 0.05
 def main():
     args = argument_parser(__file__, __doc__).parse_args()
     root = Path(sysconfig.get_path("stdlib"))
-    files = find_files(root, "*.py", WITHOUT)
-    files = {key: path for key, path in files.items() if not path.name.startswith("_sysconfigdata")}
+    files = find_files(root, ["*.py"], WITHOUT)
+    files = {path: key for path, key in files.items() if not Path(key).name.startswith("_sysconfigdata")}
     if len(files) < 2:
         raise UserError(f"no standard library as source files in {root}: use a Python that has one, or data/text")
     write_corpus(
@@ -31,7 +31,7 @@ def main():
         Bytes(),
         source=f"standard library of Python {platform.python_version()}",
         threads=args.threads,
-        total_bytes=sum(path.stat().st_size for path in files.values()),
+        total_bytes=sum(path.stat().st_size for path in files),
         extra={"python_version": platform.python_version()},
     )
 

@@ -8,10 +8,12 @@ script's command line. The maths is in measure/.
 import argparse
 import json
 import math
+import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from hashlib import sha256
 from pathlib import Path
 
 from matplotlib.figure import Figure
@@ -23,9 +25,8 @@ from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device
 from harness.errors import UserError
-from harness.figures import check_folder, make_folder, print_table, save_figure
-from harness.files import write_text
-from harness.tokenizer import different_tokenizers
+from harness.figures import print_table, save_figure, share_scales
+from harness.files import check_folder, make_folder, write_text
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
@@ -64,12 +65,19 @@ class Diagnostic:
     """raises UserError before anything is loaded, and changes nothing"""
     takes_reference: bool = False
     """whether the first checkpoint is what the others are compared with: `args.reference`, and not among them"""
-    headlines: tuple[str, ...] = ()
-    """the values of the summary that compare_checkpoints draws; without any, the first few"""
+    headlines: Mapping[str, str] = field(default_factory=dict)
+    """the values of the summary that compare_checkpoints draws → their unit, and which way is better, if one is;
+    without any, the first few"""
     batches: int | None = 8
     """default of --batches; None is the whole split"""
     batch_size: int = 4
     """default of --batch-size"""
+
+    def result(self, subject: "Subject") -> Result:
+        """What it measures, with what is to be said about the corpus among the notes."""
+        result = self.measure(subject)
+        result.notes += subject.corpus_notes
+        return result
 
 
 class Subject:
@@ -104,23 +112,26 @@ class Subject:
             raise UserError(f"{self.path} does not say which corpus it was trained on: name one with --data DIR")
         if not self.args.data and not Path(folder).is_dir():
             raise UserError(f"{folder}, the corpus that {self.path} was trained on, is not here: name one with --data")
-        corpus = Corpus(folder, verify=False)
-        if corpus.vocab_size > self.model.config.vocab_size:
-            raise UserError(
-                f"{folder} has {corpus.vocab_size} token ids, {self.path} only {self.model.config.vocab_size}: "
-                "give the corpus it was trained on with --data"
-            )
-        if differ := different_tokenizers(self.info.get("corpus", {}), corpus.meta):
-            theirs, ours = differ
-            raise UserError(
-                f"{self.path} was trained with tokenizer {theirs}, {folder} has {ours}: "
-                "give a corpus of the same tokens with --data"
-            )
+        vocab_size = self.model.config.vocab_size
+        corpus = Corpus(folder, [self.args.split], vocab_size)
+        corpus.check_fits(self.path, self.info, vocab_size)
         return corpus
+
+    @property
+    def corpus_notes(self) -> list[str]:
+        """What was assumed about the corpus, and if it has been prepared anew since the training; nothing of a corpus
+        that was not opened."""
+        if "corpus" not in vars(self):
+            return []
+        notes, trained_on = [self.corpus.note] if self.corpus.note else [], self.info.get("corpus", {}).get("sha256")
+        if not self.args.data and trained_on not in (None, self.corpus.sha256):
+            notes.append(f"{self.corpus.folder} holds other text now than {self.path} was trained on")
+        return notes
 
     def offsets(self, split: str | None = None, count: int | None = None):
         """Where windows of block_size start in a split (default: --split): all of them, or `count`, spread evenly."""
         split, block_size = split or self.args.split, self.model.config.block_size
+        self.corpus.verify(split)
         tokens = len(self.corpus.tokens[split])
         if tokens <= block_size:
             raise UserError(
@@ -153,17 +164,19 @@ def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
     results, entries = {}, []
     for path, label in zip(args.checkpoints, labels(args.checkpoints), strict=True):
         subject = Subject(path, args)  # one model in memory at a time
-        results[label] = diagnostic.measure(subject)
+        results[label] = diagnostic.result(subject)
         entries.append(entry(diagnostic.name, subject, results[label]))
         print(f"{label}, step {subject.step}" if subject.step is not None else label)
         print_result(diagnostic, results[label])
     written = [write_json(folder / f"{diagnostic.name}.json", entries)]
-    for path, (label, result) in zip(args.checkpoints, results.items(), strict=True):
-        suffix = f"_{label.replace('/', '_')}" if len(results) > 1 else ""
-        figure = diagnostic.draw(result, label)
-        written.append(save_figure(figure, folder / f"{diagnostic.name}{suffix}.png"))
+    figures = [diagnostic.draw(result, label) for label, result in results.items()]
+    share_scales(figures)
+    for path, result, figure, picture in zip(
+        args.checkpoints, results.values(), figures, pictures(written[0], args.checkpoints), strict=True
+    ):
+        written.append(save_figure(figure, picture))
         if args.wandb:
-            log_diagnostic(Path(path).parent, diagnostic.name, result.summary, written[-1])
+            log_diagnostic(Path(path).parent, name_in_run(diagnostic.name, path), result.summary, picture)
     print("\nwritten: " + ", ".join(map(str, written)))
 
 
@@ -182,7 +195,11 @@ def argument_parser(
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="default: diagnostics/ beside the checkpoint; of several, out/NAME/"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="default: diagnostics/ beside a ckpt.pt, diagnostics/best/ beside a best.pt; of several, out/NAME/. "
+        "Results that are there and answer another question are kept, in its folder earlier/",
     )
     parser.add_argument("--wandb", action="store_true", help="log summary and picture to the checkpoint's own run")
     return parser
@@ -240,8 +257,23 @@ def output_folder(name: str, args: argparse.Namespace) -> Path:
     if args.out:
         return args.out
     if len(args.checkpoints) == 1 and not args.checkpoints[0].startswith("hf:"):
-        return Path(args.checkpoints[0]).parent / "diagnostics"
+        return Path(args.checkpoints[0]).parent / name_in_run("diagnostics", args.checkpoints[0])
     return Path("out") / name
+
+
+def name_in_run(name: str, path: str) -> str:
+    """What the name stands for in the run of a checkpoint: of ckpt.pt the name itself, of best.pt `name/best`."""
+    return name if Path(path).stem == "ckpt" else f"{name}/{Path(path).stem}"
+
+
+def pictures(json_path: Path, checkpoints: list[str]) -> list[Path]:
+    """Beside the JSON a picture of each checkpoint: NAME.png of one, NAME_LABEL.png of several."""
+    if len(checkpoints) == 1:
+        return [json_path.with_suffix(".png")]
+    names = [label.replace("/", "_") for label in labels(checkpoints)]
+    if len(set(names)) < len(names):  # a/best and a_best
+        names = [f"{number}_{name}" for number, name in enumerate(names, 1)]
+    return [json_path.with_name(f"{json_path.stem}_{name}.png") for name in names]
 
 
 def help_of_columns(diagnostic: Diagnostic) -> str:
@@ -304,8 +336,39 @@ def _finite(value, where: str, notes: list[str]):
 
 
 def write_json(path: Path, entries: list[dict]) -> Path:
-    """One checkpoint's object, or {"checkpoints": [several]}; whole or not at all. Returns the path."""
+    """One checkpoint's object, or {"checkpoints": [several]}; whole or not at all. Results that are there and answer
+    another question are kept. Returns the path."""
     content = entries[0] if len(entries) == 1 else {"checkpoints": entries}
     make_folder(path.parent)
+    if path.exists():
+        keep_results(path, content)
     write_text(path, json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False))
     return path
+
+
+def keep_results(path: Path, content: dict) -> None:
+    """Move the JSON at `path` and its pictures to a folder in earlier/, unless `content` answers the same question: the
+    same scripts, of the same checkpoints at the same steps, with the same arguments. What is none of our results is
+    kept too."""
+    now = _questions(content)
+    try:
+        before = _questions(json.loads(path.read_bytes()))
+    except (ValueError, AttributeError):
+        before = [{"checkpoint": None, "foreign": sha256(path.read_bytes()).hexdigest()}]
+    asked, asking = (json.dumps(questions, sort_keys=True) for questions in (before, now))
+    if asked == asking:
+        return
+    found = (question["checkpoint"] for question in before)
+    checkpoints = list(dict.fromkeys(checkpoint for checkpoint in found if isinstance(checkpoint, str)))
+    names = "+".join(re.sub(r"[^\w.-]", "_", label) for label in labels(checkpoints))
+    folder = path.parent / "earlier" / f"{names[:100]}-{sha256(asked.encode()).hexdigest()[:8]}".lstrip("-")
+    make_folder(folder)
+    for file in {path, path.with_suffix(".png"), *pictures(path, checkpoints)}:
+        if file.exists():
+            file.replace(folder / file.name)
+    print(f"\nearlier results in {path.parent}, which answer another question, are now in {folder}")
+
+
+def _questions(content: dict) -> list[dict]:
+    entries = content.get("checkpoints", [content])
+    return [{key: e.get(key) for key in ("script", "checkpoint", "step", "arguments")} for e in entries]

@@ -8,18 +8,18 @@ from matplotlib.figure import Figure
 
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.figures import RUN_STYLES, draw_heads, integer_ticks, new_figure, scale_tails
-from measure.activations import OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
+from measure.activations import EARLY, OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
 from measure.moments import COLUMNS
 from measure.outliers import (
     constant,
     first_token_spikes,
-    kind_of,
     nonfinite,
     outlier_channels,
     sink_heads,
     summarize,
+    where_largest,
 )
-from measure.probe import TENSORS
+from measure.probe import TENSORS, kind_of
 
 
 def measure(subject: Subject) -> Result:
@@ -42,6 +42,7 @@ def measure(subject: Subject) -> Result:
             where = name.removesuffix("v") + "probabilities"
             add(where, attention.all)
             add(f"{where} [visible]", attention.visible)
+            add(f"{where} [late]", attention.late)
 
     figures = ("sink_rate", "row_mass", "entropy")
     heads = [
@@ -52,8 +53,10 @@ def measure(subject: Subject) -> Result:
     sequences = activations.attention[0].sequences
     notes = [f"{sequences} sequences of T = {T} tokens, from {subject.corpus.folder}, {subject.args.split}"]
     notes += no_distribution(subject.model)
+    notes += [] if T > EARLY else [f"[late] has no value: no query comes after the first {EARLY}"]
     notes += (
-        nonfinite(rows)
+        where_largest(rows)
+        + nonfinite(rows)
         + constant(rows)
         + first_token_spikes(activations)
         + outlier_channels(activations)
@@ -78,20 +81,20 @@ def draw(result: Result, title: str) -> Figure:
             panel.plot(range(len(values)), [np.nan if v is None else v for v in values], label=label, **style)
 
     parts = {
-        "transformer.h": "block",
-        "attn.output": "attention",
+        "transformer.h": "block's output",
+        "attn.output": "heads' output",
         "attn.c_proj": "its projection",
         "mlp.gelu": "MLP, hidden",
         "mlp.c_proj": "MLP, output",
     }
-    lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "probabilities"})
+    lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "attention weights"})
     panels[0].set(title="All elements pooled", ylabel="excess kurtosis")
     lines(panels[1], "channel_rms_kurtosis", parts)
     panels[1].set(title="Outlier channels", ylabel="kurtosis of channels' RMS")
     lines(
         panels[2], "max_abs", {"transformer.h [first token]": "first token", "transformer.h [other tokens]": "others"}
     )
-    panels[2].set(title="Residual stream after the block", ylabel="largest |x|")
+    panels[2].set(title="Residual stream after the block", ylabel="largest |x| of an element")
     panels[2].legend()
     for panel in panels[:3]:
         scale_tails(panel)
@@ -105,7 +108,7 @@ def draw(result: Result, title: str) -> Figure:
     draw_heads(panels[5], heads, "entropy", "nats", 0)
     panels[5].set(title="Entropy")
     lines_of = panels[0].get_legend_handles_labels()
-    figure.legend(*lines_of, loc="outside lower center", ncols=6, title="left and middle, above")
+    figure.legend(*lines_of, loc="outside lower center", ncols=6, title="above, left and middle:")
     figure.suptitle(f"{title}: activations")
     return figure
 
@@ -117,7 +120,8 @@ DIAGNOSTIC = Diagnostic(
         "name": "the tensor, by the module it comes out of. "
         + "; ".join(f"{part}: {meaning}" for part, meaning in TENSORS.items())
         + "; attn.probabilities: the attention weights, causal zeros included (what quietGPT logs), [visible]: "
-        "without them. [first token], [other tokens]: the same, apart (in the JSON)",
+        f"without them, [late]: without the first {EARLY} queries, whose weights are large by definition unless a null "
+        "slot takes them. [first token], [other tokens]: the same, apart (in the JSON)",
         **COLUMNS,
         "per_token_kurtosis": "excess kurtosis over the channels of a token, averaged over tokens (Kaul et al. 2025)",
         "channel_rms_kurtosis": "E[s⁴]/E[s²]² over the channels' root mean squares s: 1 where all channels are alike, "
@@ -129,7 +133,12 @@ DIAGNOSTIC = Diagnostic(
     },
     measure=measure,
     draw=draw,
-    headlines=("avg kurtosis", "max infinity norm", "sink_rate", "row_mass"),
+    headlines={
+        "avg kurtosis": "a Gaussian's is 3; lower: fewer outliers",
+        "max infinity norm": "|x|; lower: fewer outliers",
+        "sink_rate": "share of sequences; lower: fewer sinks",
+        "row_mass": "attention given to keys",
+    },
     shown=lambda row: not row["name"].endswith(" token]") and not row["name"].endswith(" tokens]"),
     tables={
         "heads": {
@@ -147,5 +156,7 @@ DIAGNOSTIC = Diagnostic(
     "large in all tokens; if per_token_kurtosis is far above 0, tokens have channels far out; if the first token's "
     "max_abs is far above the others', it is a spike of that token, mostly where heads sink into it. The summary's avg "
     "kurtosis, max kurtosis and max infinity norm are over block outputs, attention projections, MLP outputs and layer "
-    "norms, as in Bondarenko et al.; attention kurtosis is the mean over layers, as quietGPT logs it.",
+    "norms, as in Bondarenko et al.; the kurtosis of attention probabilities is the mean over layers, as quietGPT logs "
+    "it. It is mostly that of the first queries, which see few keys: compare normalizers by [late], without the first "
+    f"{EARLY}.",
 )

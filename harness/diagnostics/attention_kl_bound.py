@@ -178,11 +178,11 @@ def draw(result: Result, title: str) -> Figure:
     kl.set(title="KL and its quadratic model", ylabel="nats, median over rows")
     bounds = {f"{what}_{way}": f"{what} {way}" for way in ("forward", "reverse") for what in ("remainder", "bound")}
     lines(remainder, bounds)
-    remainder.set(title="what the model leaves, and its bound", ylabel="nats, median over rows")
+    remainder.set(title="What the model leaves, and its bound", ylabel="nats, median over rows")
 
     in_radii = [{**row, "log10": math.log10(tau / row["radius"]) if row["radius"] else None} for row in result.rows]
-    draw_heads(heat, in_radii, "log10", "0: the step is at the radius")
-    heat.set_title("log₁₀ of τ over the radius π/Δ")
+    draw_heads(heat, in_radii, "log10", "log₁₀ τΔ/π; 0: at the radius")
+    heat.set_title("τ over the radius π/Δ")
     return figure
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from harness.diagnostics import Result, entry, write_json
 from harness.diagnostics.attention_kl_bound import DIAGNOSTIC
 from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
+from harness.files import check_folder
 from measure.divergence import kl_along_ray
 from measure.rays import TIGHTNESS
 
@@ -33,6 +34,7 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--demo", action="store_true", required=True, help="this one, which takes no checkpoint")
     parser.add_argument("--out", type=Path, default=Path("out") / DIAGNOSTIC.name, metavar="DIR", help="%(default)s")
     args = parser.parse_args(argv)
+    check_folder(args.out)
 
     three_way = float64(1, 2, 0.5).softmax(-1), float64(0.3, -0.5, 0.8)
     share = (3 + math.sqrt(3)) / 6
@@ -60,8 +62,9 @@ def demo(argv: list[str]) -> None:
     reading = "tightness: |remainder| / bound; it reaches 1 as τ → 0 in the last table, and nothing exceeds it."
     print("\n" + reading)
     result = Result(rows, summary, [reading], {"random_cases": cases, "bernoulli": coin})
+    demo_entry = entry(DIAGNOSTIC.name, None, result) | {"arguments": {"demo": True}}
     written = [
-        write_json(args.out / f"{DIAGNOSTIC.name}.json", [entry(DIAGNOSTIC.name, None, result)]),
+        write_json(args.out / f"{DIAGNOSTIC.name}.json", [demo_entry]),
         save_figure(draw_demo(three_way, extremum, cases), args.out / f"{DIAGNOSTIC.name}.png"),
     ]
     print("\nwritten: " + ", ".join(map(str, written)))
@@ -124,10 +127,11 @@ def draw_demo(three_way: tuple[Tensor, Tensor], extremum: tuple[Tensor, Tensor],
         grid = torch.logspace(-8, 0, 200, dtype=torch.float64)
         tightness = getattr(kl_along_ray(*extremum, grid), f"tightness_{way}")
         coin.semilogx(grid, tightness, label=way, **style | {"marker": ""})
-    random.set_title("100 random rows")
-    coin.set_title("two keys, shares (3 ± √3)/6")
+    random.set(title="100 random rows", ylim=(-0.05, 1.3))  # the legend stands above the points
+    coin.set(title="two keys, shares (3 ± √3)/6")
     for ax in (random, coin):
         ax.axhline(1, color="#777777", linewidth=0.8)
         ax.set(xlabel="τ", ylabel="|remainder| / bound")
-        ax.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=2)  # beside the title, clear of the points
+    random.legend(loc="upper right", ncols=2)
+    coin.legend(loc="lower left")
     return figure

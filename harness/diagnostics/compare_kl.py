@@ -11,12 +11,11 @@ import math
 
 import torch
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
 from torch import Tensor
 
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
-from harness.figures import RUN_STYLES, new_figure
+from harness.figures import RUN_STYLES, integer_ticks, new_figure
 from harness.tokenizer import Tokenizer, different_tokenizers
 from measure.divergence import AGGREGATES
 from measure.perplexity import nonfinite
@@ -96,8 +95,10 @@ def measure(other: Subject) -> Result:
     check_vocabularies(reference, other)
     # Both models read windows of the shorter of their contexts. The corpus is that of the one that names a corpus.
     shorter = min((reference, other), key=lambda s: s.model.config.block_size)
-    knows = other if "corpus" in other.info or args.data else reference
+    knows = other if other.corpus_folder else reference
     corpus, block_size = knows.corpus, shorter.model.config.block_size
+    for subject in (reference, other):
+        corpus.check_fits(subject.path, subject.info, subject.model.config.vocab_size)
     shorter.corpus = corpus
     offsets = shorter.offsets(count=args.batches * args.batch_size)
 
@@ -163,23 +164,29 @@ def draw(result: Result, title: str) -> Figure:
     figure, (left, right) = new_figure(1, 2)
     figure.suptitle(f"{title}: divergence from the reference", x=0.01, ha="left")
     bins = result.tables["histogram"]
-    for name, style in zip(("kl_forward", "kl_reverse"), RUN_STYLES, strict=False):
-        edges = [b["from"] for b in bins] + [bins[-1]["to"]]
-        left.stairs([b[name] for b in bins], edges, label=name, color=style["color"], linestyle=style["linestyle"])
-    left.set(title="positions by their KL", xscale="log", xlabel="nats", ylabel="positions")
-    left.legend()
+    edges = [b["from"] for b in bins] + [bins[-1]["to"]]
+    names = {"kl_forward": "KL(reference‖other)", "kl_reverse": "KL(other‖reference)"}
+    for (name, label), style in zip(names.items(), RUN_STYLES, strict=False):
+        left.stairs([b[name] for b in bins], edges, label=label, color=style["color"], linestyle=style["linestyle"])
+    filled = [b for b in bins if any(b[name] for name in names)]
+    left.set(title="Positions by their KL", xscale="log", xlabel="KL, nats", ylabel="number of positions")
+    left.set(xlim=(filled[0]["from"] / 2, 2 * filled[-1]["to"]))
+    integer_ticks(left.yaxis)
+    left.set_ylim(0, 1.4 * left.get_ylim()[1])  # the legends stand above the curves
+    left.legend(loc="upper center")
     positions = [row for row in result.tables["by_position"] if row["divergence"] == "kl_reverse"]
     for how, style in zip(AGGREGATES, RUN_STYLES, strict=False):
         values = [row[how] for row in positions]
         right.plot([row["position"] for row in positions], values, label=how, **style | {"marker": ""})
     if (tau := result.summary.get("tau")) is not None:
         right.axhline(tau, color="#777777", linewidth=0.8, label="τ")
-    right.set(title="KL(other‖reference) by position", xlabel="position in the window", ylabel="nats")
+    right.set(title="KL(other‖reference) by position", xlabel="position in the window, from 0", ylabel="KL, nats")
     if any(row["max"] for row in positions):
         right.set_yscale("log")
-    for formatter in (right.yaxis.set_major_formatter, right.yaxis.set_minor_formatter):
-        formatter(LogFormatter())
-    right.legend(ncols=2)
+        low, high = right.get_ylim()
+        right.set_ylim(low, high * (high / low) ** 0.4)
+    integer_ticks(right.xaxis)
+    right.legend(loc="upper center", ncols=3)
     return figure
 
 

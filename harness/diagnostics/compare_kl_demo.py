@@ -11,6 +11,7 @@ from torch import Tensor
 from harness.diagnostics import Result, entry, write_json
 from harness.diagnostics.compare_kl import DIAGNOSTIC, check_tau
 from harness.figures import RUN_STYLES, new_figure, print_table, save_figure
+from harness.files import check_folder
 from measure.divergence import AGGREGATES
 from measure.predictions import DIVERGENCES, aggregates, divergences, hinge, hinge_sentence
 
@@ -22,6 +23,7 @@ def demo(argv: list[str]) -> None:
     parser.add_argument("--tau", type=float, default=0.5, metavar="T", help="where the hinge stands; default: 0.5")
     parser.add_argument("--out", type=Path, default=Path("out") / DIAGNOSTIC.name, metavar="DIR", help="%(default)s")
     args = parser.parse_args(argv)
+    check_folder(args.out)
     check_tau(args.tau)
     teacher, students = demo_logits()
     values = {name: divergences(teacher, logits, order=0.5)[0] for name, logits in students.items()}
@@ -44,8 +46,9 @@ def demo(argv: list[str]) -> None:
         "hinge": [{"student": name, **row} for name, table in of_student.items() for row in hinge(table, args.tau)],
     }
     result = Result(rows, {"tau": args.tau, "positions": len(teacher)}, sentences, tables)
+    demo_entry = entry(DIAGNOSTIC.name, None, result) | {"arguments": {"demo": True, "tau": args.tau}}
     written = [
-        write_json(args.out / f"{DIAGNOSTIC.name}.json", [entry(DIAGNOSTIC.name, None, result)]),
+        write_json(args.out / f"{DIAGNOSTIC.name}.json", [demo_entry]),
         save_figure(draw_demo(reverse, of_student, args.tau), args.out / f"{DIAGNOSTIC.name}.png"),
     ]
     print("\nwritten: " + ", ".join(map(str, written)))
@@ -68,11 +71,11 @@ def draw_demo(reverse: dict[str, Tensor], of_student: dict[str, list[dict]], tau
         left.plot(values, label=name, **style | {"marker": ""})
         row = next(r for r in of_student[name] if r["divergence"] == "kl_reverse")
         right.plot(AGGREGATES, [row[how] for how in AGGREGATES], label=name, **style | {"linestyle": ""})
-    left.set(title="two students, by position", xlabel="position", ylabel="KL(student‖teacher), nats")
+    left.set(title="two students, by position", xlabel="position, from 0", ylabel="KL(student‖teacher), nats")
     left.set_yscale("symlog", linthresh=1e-3)  # not "log": the looping student's KL is 0 elsewhere
     right.axhline(tau, color="#777777", linewidth=0.8)
     right.text(-0.4, tau, f"τ = {tau:g}", va="bottom", fontsize=7.5, color="#444444")
-    right.set(title="the mean is blind", yscale="log", ylabel="nats", xlim=(-0.5, 3.5))
+    right.set(title="the mean is blind", yscale="log", ylabel="KL(student‖teacher), nats", xlim=(-0.5, 3.5))
     for ax in (left, right):
         ax.legend()
     return figure

@@ -99,7 +99,12 @@ DIAGNOSTIC = Diagnostic(
     columns={"layer": "from 0", "head": "from 0", **SPLIT},
     measure=measure,
     draw=draw,
-    headlines=("r_diag", "cos_diag", "gradient_cos_diagonal", "gradient_cos_ste"),
+    headlines={
+        "r_diag": "diagonal over full energy",
+        "cos_diag": "of the scores' gradient; 1: as the full one",
+        "gradient_cos_diagonal": "of all parameters'; 1: as the full one",
+        "gradient_cos_ste": "of all parameters'; 1: as the full one",
+    },
     reading=(
         "How to read it: cos_diag near 1 says that the diagonal of the softmax Jacobian alone points where the full "
         "gradient does, so the lateral sum is not needed there; far below 1 says that it is critical. r_diag, "

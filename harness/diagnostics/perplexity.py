@@ -69,11 +69,11 @@ def measure(subject: Subject) -> Result:
         window = scores.targets[first : first + 1] - scores.positions[first]  # where the one that scored it starts
         x, _ = next(subject.batches(window))
         notes += nonfinite(subject.model, x)
-    loss = float(scores.losses.mean())
+    loss, bytes_per_token = float(scores.losses.mean()), subject.corpus.bytes_per_token[args.split]
     summary = {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss / math.log(2) / subject.corpus.bytes_per_token[args.split],
+        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
         "standard_error": standard_error(scores.losses, stretches(scores, block_size)),
         "tokens": len(scores.losses),
     }
@@ -101,7 +101,11 @@ def draw(result: Result, title: str) -> Figure:
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, 1.1 * rows[-1]["up_to"])
     axes.xaxis.set_major_formatter("{x:g}")
-    axes.set(title=title, xlabel="position: tokens the prediction could see", ylabel="loss (nats a token)")
+    axes.set(
+        title=f"{title}: loss by position",
+        xlabel="position: tokens the prediction could see",
+        ylabel="loss, nats a token",
+    )
     axes.legend()
     return figure
 
@@ -129,7 +133,7 @@ DIAGNOSTIC = Diagnostic(
     columns=COLUMNS,
     measure=measure,
     draw=draw,
-    headlines=("loss", "bits_per_byte"),
+    headlines={"loss": "nats a token; lower is better", "bits_per_byte": "bits a byte; lower is better"},
     reading="How to read it: the loss falls along the context as far as the model makes use of what it sees; where it "
     "is level, more context is of no use to it. Losses on different texts differ if they lie more than two or three "
     "standard errors apart. Two models on the same text meet the same easy and hard blocks, so a smaller difference "

@@ -24,12 +24,14 @@ The summary: the float model's loss and perplexity, and the perplexity_rise of e
 """
 
 import argparse
+import math
 
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
+from matplotlib.ticker import FixedLocator
 from tqdm import tqdm
 
 from harness.batches import gather, training_offsets
@@ -44,7 +46,7 @@ COLUMNS = {
     "scheme": "how the model is quantized, see above; the first row is the unquantized model",
     "loss": "in nats a token; the mean over the calibration draws, as all that follows",
     "perplexity": "e^loss",
-    "perplexity_rise": "over the unquantized model on the same windows",
+    "perplexity_rise": "over the unquantized model on the same windows; – where that of the latter is beyond float64",
     "spread": "standard deviation of that rise over the calibration draws; – without calibration, or with one draw",
     "loss_rise": "of the loss over the unquantized model's, in nats a token",
     "standard_error": "of loss_rise, over stretches of the text as in perplexity.py; both models see the same tokens",
@@ -91,15 +93,18 @@ def measure(subject: Subject) -> Result:
     base = perplexity(loss)
     rows: list[dict] = [{"scheme": FLOAT, "loss": loss, "perplexity": base, "perplexity_rise": 0.0, "loss_rise": 0.0}]
     for scheme, losses in found.items():
-        perplexities = [perplexity(float(draw.mean())) for draw in losses]
+        perplexities = np.array([perplexity(float(draw.mean())) for draw in losses])
+        largest = perplexities.max()  # divided by it, not even the squares of e^700 overflow
+        mean = float(largest * (perplexities / largest).mean()) if np.isfinite(largest) else math.inf
+        known = len(perplexities) > 1 and math.isfinite(mean)
         rise = np.mean(losses, axis=0) - before.losses
         rows.append(
             {
                 "scheme": scheme.name,
                 "loss": float(np.mean(losses)),
-                "perplexity": float(np.mean(perplexities)),
-                "perplexity_rise": float(np.mean(perplexities)) - base,
-                "spread": float(np.std(perplexities, ddof=1)) if len(perplexities) > 1 else None,
+                "perplexity": mean,
+                "perplexity_rise": mean - base if math.isfinite(base) else None,
+                "spread": float(largest * (perplexities / largest).std(ddof=1)) if known else None,
                 "loss_rise": float(rise.mean()),
                 "standard_error": standard_error(rise, stretches(before, T)),
             }
@@ -123,7 +128,7 @@ def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
 
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
     notes = []
-    for bits in (8, 6):
+    for bits in (8, 6) if math.isfinite(rows[0]["perplexity"]) else ():
         worst = max(
             (row for row in rows if row["scheme"].startswith(f"A{bits} only")), key=lambda r: r["perplexity_rise"]
         )
@@ -137,28 +142,32 @@ def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
 
 def draw(result: Result, title: str) -> Figure:
     figure, (upper_left, upper_right, lower_left, lower_right) = new_figure(2, 2)
-    figure.set_size_inches(9.5, 6.2)
+    figure.set_size_inches(9.5, 6.8)
+    figure.suptitle(f"{title}: quantization")
     base, rows = result.rows[0]["perplexity"], result.rows[1:]  # base is None only where there are no rows
     layers = result.tables.get("layers", [])
     draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
     draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
-    by_bits = dict(zip(*reversed(upper_right.get_legend_handles_labels()), strict=True))  # one entry each
-    upper_right.legend(by_bits.values(), by_bits.keys(), loc="upper left", bbox_to_anchor=(1, 1))
-    upper_left.set_title(title)
+    both = [axes.get_legend_handles_labels() for axes in (upper_left, upper_right)]
+    by_bits = {label: handle for found in both for handle, label in zip(*found, strict=True)}  # one entry each
+    labels = sorted(by_bits, reverse=True)
+    figure.legend([by_bits[label] for label in labels], labels, loc="outside lower center", ncols=3, title="above:")
+    upper_left.set_title("weights, and with activations")
     upper_right.set_title("activations alone, min-max")
     decibels = [row[name] for row in layers for name in (WORST_FIRST, WITHOUT_OUTLIERS) if row[name] is not None]
     for axes, name in ((lower_left, WORST_FIRST), (lower_right, WITHOUT_OUTLIERS)):
         axes.set_title(name)
         image = draw_layers(axes, layers, name, min(decibels, default=0), max(decibels, default=1))
     lower_right.set_yticklabels([])
-    figure.colorbar(image, ax=[lower_left, lower_right], label="signal to noise (dB)")
+    figure.colorbar(image, ax=[lower_left, lower_right], label="signal to noise, dB")
     return figure
 
 
 def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     """A line for each label, from top to bottom, with the rises of its schemes in percent of the perplexity `base`."""
-    for y, row in ((y, row) for y, found in enumerate(rows.values()) for row in found):
+    drawn = ((y, row) for y, found in enumerate(rows.values()) for row in found if row["perplexity_rise"] is not None)
+    for y, row in drawn:
         bits = row["scheme"][1]
         style = RUN_STYLES["864".index(bits)]
         axes.errorbar(
@@ -176,12 +185,12 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)  # linear around 0, since a rise may be negative
     axes.set_xlim(min(axes.get_xlim()[0], -0.02), max(2 * axes.get_xlim()[1], 1))
-    axes.set_xticks(
-        [tick for tick in (-10, -1, 0, 0.1, 1, 10, 100, 1000) if axes.get_xlim()[0] < tick <= axes.get_xlim()[1]]
-    )
-    axes.xaxis.set_major_formatter("{x:g}")
+    ticks = [10.0**n for n in range(-1, 10)]
+    axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.grid(False, axis="y")
-    axes.set_xlabel("rise in perplexity (%) ± spread over calibrations")
+    spread = any(row["spread"] is not None for found in rows.values() for row in found)
+    axes.set_xlabel("rise in perplexity, %" + (" ± spread over calibrations" if spread else ""))
 
 
 def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: float) -> AxesImage:
@@ -234,11 +243,10 @@ DIAGNOSTIC = Diagnostic(
     tables={"layers": LAYERS},
     measure=measure,
     draw=draw,
-    headlines=(
-        "perplexity_rise W8 per channel",
-        "perplexity_rise W4 per channel",
-        "perplexity_rise W8A8 min-max",
-    ),
+    headlines={
+        f"perplexity_rise {scheme}": "perplexity a token; lower is better"
+        for scheme in ("W4 per channel", "W8A8 min-max", "W6A6 min-max")
+    },
     reading="How to read it: min-max far above percentile or per token means that a few extreme values stretch the "
     "range and take the resolution from all others: outliers (of the probabilities, whose range is fixed: that most "
     "are small). The 'only' rows say which kind of activation suffers, the layers (worst first; 6 dB are one bit) "

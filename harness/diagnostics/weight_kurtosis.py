@@ -37,14 +37,17 @@ def measure(subject: Subject) -> Result:
 def draw(result: Result, title: str) -> Figure:
     rows = {row["name"]: row for row in result.rows}
     figure, panels = new_figure(1, 2)
-    labels = {"excess_kurtosis": "Excess kurtosis", "max_abs_over_std": "Largest |w| in units of σ"}
+    labels = {
+        "excess_kurtosis": {"title": "Tails of the weights", "ylabel": "excess kurtosis"},
+        "max_abs_over_std": {"title": "The largest weight", "ylabel": "|w| in units of σ"},
+    }
     for panel, (statistic, label) in zip(panels, labels.items(), strict=True):
         for part, style in zip(DRAWN, RUN_STYLES, strict=False):
             values = [row[statistic] for name, row in rows.items() if name.endswith(part)]
             panel.plot(range(len(values)), [float("nan") if v is None else v for v in values], label=part, **style)
-        panel.set(xlabel="layer", title=label)
+        panel.set(xlabel="layer", **label)
         integer_ticks(panel.xaxis)
-    scale_tails(panels[0])
+        scale_tails(panel)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     figure.suptitle(f"{title}: weights")
     return figure
@@ -60,7 +63,11 @@ DIAGNOSTIC = Diagnostic(
     },
     measure=measure,
     draw=draw,
-    headlines=("excess_kurtosis/attention qkv", "excess_kurtosis/MLP", "max_abs_over_std/MLP"),
+    headlines={
+        "excess_kurtosis/attention qkv": "a Gaussian's is 0; lower: lighter tails",
+        "excess_kurtosis/MLP": "a Gaussian's is 0; lower: lighter tails",
+        "max_abs_over_std/MLP": "|w| in σ; lower: lighter tails",
+    },
     shown=lambda row: ", head " not in row["name"],
     tables={"kinds": {"name": "all parameters of a kind pooled, biases too; and `all` of the model", **COLUMNS}},
     reading="How to read it: an excess kurtosis near 0 and a largest |w| of 4 to 6 σ are what a Gaussian of this size "

@@ -15,12 +15,12 @@ from harness.gpu_report import Section, Table, Task
 from harness.gpu_report.steps import CONFIG, corpus_of, overrides
 
 NORMALIZERS = ("softmax", "softmax1")
-CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte")
+CURVES = ("train/loss", "train/grad_norm", "val/loss", "val/bits_per_byte", "val_full/loss", "val_full/bits_per_byte")
 DIAGNOSTICS = {
     "activation_kurtosis": ["--batches", "2", "--batch-size", "4"],
     "quantization": ["--batches", "2", "--batch-size", "4", "--seeds", "1"],
 }
-AROUND = 95.0  # seconds besides training: starting, compiling, evaluating, diagnosing
+AROUND = 120.0  # seconds besides training: starting, compiling, evaluating, diagnosing
 
 
 def run(task: Task) -> Iterator[dict]:
@@ -100,7 +100,7 @@ def present(rows: list[dict]) -> list[Table]:
     for row in rows:
         if row["what"] == "curve" and "val/loss" in row:
             line = lines.setdefault(row["step"], {"step": str(row["step"])})
-            line |= {f"{row['normalizer']}, {k}": f"{row[k]:.4f}" for k in ("val/loss", "val/bits_per_byte")}
+            line |= {f"{row['normalizer']}, {k}": f"{row[k]:.4f}" for k in CURVES if k.startswith("val") and k in row}
         if row["what"] == "summary":
             for name, value in row["summary"].items():
                 shown = "–" if value is None else f"{value:.4g}" if isinstance(value, int | float) else str(value)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import pickle
+import subprocess
 import sys
 import sysconfig
 from pathlib import Path
@@ -120,14 +121,59 @@ def test_text(tmp_path):
     for i in range(3):
         (tmp_path / "folder").mkdir(exist_ok=True)
         (tmp_path / "folder" / f"{i}.md").write_text(f"document {i}")
-    prepare("text", "folder", "one.txt", "--glob", "*.md", "--tokenizer", "bytes", "--out", "many", cwd=tmp_path)
+    (tmp_path / "folder" / "4.tex").write_text("document 4")
+    arguments = ("folder", "one.txt", "--glob", "*.md", "--glob", "*.tex", "--val-fraction", "0.5")
+    prepare("text", *arguments, "--tokenizer", "bytes", "--out", "many", cwd=tmp_path)
     corpus = Corpus(tmp_path / "many")
-    counts = corpus.meta["splits"]
-    assert counts["train"]["documents"] + counts["val"]["documents"] == 4
+    assert documents_of(corpus) == sorted([*(f"document {i}" for i in (0, 1, 2, 4)), "é" * 50])
     assert corpus.meta["source"] == "folder, one.txt"
 
     assert "no such file or folder: no.txt" in prepare("text", "no.txt", cwd=tmp_path, status=2)
     assert "no file matches '*.txt' in folder" in prepare("text", "folder", cwd=tmp_path, status=2)
+    assert "--glob '' matches no file" in prepare("text", "folder", "--glob", "", cwd=tmp_path, status=2)
+
+
+def documents_of(corpus) -> list[str]:
+    """Of both splits of a corpus in bytes."""
+    return sorted(text for ids in corpus.tokens.values() for text in bytes(ids.astype(np.uint8)).decode().split("\0"))
+
+
+def test_text_takes_every_file_once_whatever_leads_to_it(tmp_path):
+    for name in ("a/book.txt", "b/book.txt", "c/src/t.txt", "d/src/t.txt", "e/sub/x.txt", "e/y.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(f"the text of {name}")
+    (tmp_path / "e" / "link.txt").symlink_to("y.txt")
+    paths = ("a/book.txt", "b/book.txt", "c/src", "d/src", "e", "e/sub", "e/y.txt", "e/link.txt", "out")
+    (tmp_path / "out").mkdir()
+    arguments = (*paths, "--glob", "*.txt", "--glob", "*.bin", "--val-fraction", "0.4", "--tokenizer", "bytes")
+    for _ in range(2):  # the second time, what the first has written lies among the texts
+        prepare("text", *arguments, "--out", "out", cwd=tmp_path)
+    expected = ["a/book.txt", "b/book.txt", "c/src/t.txt", "d/src/t.txt", "e/sub/x.txt", "e/y.txt"]
+    assert documents_of(Corpus(tmp_path / "out")) == [f"the text of {name}" for name in expected]
+
+
+@pytest.mark.parametrize(("files", "share"), [(1, 0.1), (3, 0.1), (40, 0.25)])
+def test_text_gives_validation_the_share_that_was_asked_for(tmp_path, files, share):
+    for i in range(files):
+        (tmp_path / f"{i}.txt").write_text(f"{i:02} " + "words " * 200)
+    arguments = (".", "--val-fraction", str(share), "--tokenizer", "bytes", "--out", "out")
+    printed = prepare("text", *arguments, cwd=tmp_path)
+    train, val = (len(ids) for ids in Corpus(tmp_path / "out").tokens.values())
+    whole = files == 40  # of so many, the files that a hash chooses are about the share
+    assert val / (train + val) == pytest.approx(share, rel=0.5 if whole else 0.02)
+    assert ("validation: it gets the end of each, 10.0%" in printed) == (files == 3)
+
+
+def test_text_reads_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    content = "".join(f"line {i}\n" for i in range(50_000))  # more than a pipe holds
+    feeding = f"i=0; while [ $i -lt 50000 ]; do echo line $i; i=$((i+1)); done > {tmp_path / 'fifo'}"
+    feeder = subprocess.Popen(["sh", "-c", feeding])
+    prepare("text", "fifo", "--tokenizer", "chars", "--val-fraction", "0.1", "--out", "out", cwd=tmp_path)
+    assert feeder.wait() == 0
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.tokenizer.decode(np.concatenate([*corpus.tokens.values()])) == content
+    assert len(corpus.tokens["val"]) == pytest.approx(len(content) / 10, abs=1)
 
 
 def test_hf_local_json_lines(tmp_path):

@@ -106,7 +106,7 @@ def test_targets_past_the_end_are_minus_1():
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
 def test_ids_of_every_storage_type_keep_their_value(dtype):
     largest = np.iinfo(dtype).max
-    _, y = gather(np.array([0, 1, largest], dtype=dtype), np.array([0]), 2, CPU)
+    _, y = gather(np.array([0, 1, largest], dtype=dtype), np.array([0]), 2, "cpu")
     assert y.tolist() == [[1, largest]]
 
 

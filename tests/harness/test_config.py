@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,17 @@ def test_yaml_merge_keys_work():
     assert (model.n_layer, model.n_head) == (2, 4)
 
 
+def test_a_tilde_is_the_users_home_in_every_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = config_of("run: {out_dir: ~/out, name: ~}\ntraining: {init_from: 'hf:~/gpt2'}", "--data.corpus=~/corpus")
+    assert (config.run.out_dir, config.run.name, config.data.corpus) == (
+        "/home/me/out",
+        "experiment",
+        "/home/me/corpus",
+    )
+    assert (config.training.init_from, config.kl.reference) == ("hf:/home/me/gpt2", None)
+
+
 # --- extends --------------------------------------------------------------------------------------------------------
 
 
@@ -160,15 +172,21 @@ def test_a_mistake_in_the_base_is_blamed_on_the_base():
         ("optimizer: {lr: .nan}", ("optimizer.lr", "a number ≥ 0", "nan")),
         ("optimizer: {lr: true}", ("optimizer.lr", "a number ≥ 0", "True")),
         ("optimizer: {lr: [1]}", ("optimizer.lr", "a number ≥ 0", "[1]")),
-        ("optimizer: {beta1: 1.5}", ("optimizer.beta1", "[0, 1]", "1.5")),
+        ("optimizer: {beta1: 1}", ("optimizer.beta1", "[0, 1)", "1")),
+        ("optimizer: {beta2: 1.0}", ("optimizer.beta2", "[0, 1)", "1.0")),
         ("model: {n_layer: 1.5}", ("model.n_layer", "an int", "1.5")),
         ("model: {n_layer: null}", ("model.n_layer", "an int", "nothing")),
         ("model: {bias: maybe}", ("model.bias", "true or false", "'maybe'")),
         ("model: {normalizer: softmax2}", ("model.normalizer", "softmax or softmax1 or sink", "'softmax2'")),
         ("model: {normalizer: }", ("model.normalizer", "softmax or softmax1 or sink", "nothing")),
         ("model: {n_embd: 10, n_head: 3}", ("model", "n_embd (10)", "n_head (3)")),
-        ("model: {n_layer: 0}", ("model", "n_layer", "0", "at least 1")),
+        ("model: {n_layer: 0}", ("model", "n_layer", "0", "an integer and at least 1")),
         ("model: {dropout: 1}", ("model", "dropout", "1.0", "[0, 1)")),
+        ("model: {n_head: 4.0}", ("model.n_head", "an int", "4.0")),
+        ("run: {name: ..}", ("run.name", "'..'", "run.out_dir may be a path")),
+        ("run: {name: a/b}", ("run.name", "'a/b'", "run.out_dir may be a path")),
+        ('run: {name: "a\\0"}', ("run.name", "plain name")),
+        ("tracking: {project: team/project}", ("tracking.project", "'team/project'", "'/'", "WANDB_ENTITY")),
         ("run: {seed: -1}", ("run.seed", "≥ 0", "-1")),
         ("run: {seed: 99999999999999999999}", ("run.seed", "99999999999999999999")),  # more than the generators take
         ("evaluation: {batches: all}", ("evaluation.batches", "a positive int or", "full", "'all'")),
@@ -215,6 +233,7 @@ def test_bytes_that_are_no_text_are_named_with_the_file(content):
         (["--optimizer.lr", "null"], ("optimizer.lr", "a number ≥ 0", "null")),
         (["--optimizer.lr"], ("--optimizer.lr", "no value")),
         (["--model.n_layer", "2", "--optimizer.lr"], ("--optimizer.lr", "no value")),
+        (["--optimizer.lr", "--model.n_layer", "2"], ("--optimizer.lr", "no value")),
         (["--optimizer.rate", "1"], ("rate", "optimizer", "lr, min_lr")),
         (["--optimiser.lr", "1"], ("optimiser", "optimizer, training")),
         (["--lr", "1"], ("'--lr'", "--section.key value", "--help")),
@@ -275,7 +294,8 @@ def test_any_value_is_taken_as_it_is_or_refused_by_name(key, value):
         if isinstance(value, str) and not isinstance(found, str):  # text is taken for what it spells, as "0" or "False"
             spelled = yaml.safe_load(value)
             value = float(spelled) if isinstance(spelled, str) else spelled  # YAML reads 1e-3 as text
-        assert found == value or (key == "run.name" and not value)
+        home = os.path.expanduser(value) if isinstance(value, str) else value
+        assert found in (value, home) or (key == "run.name" and not value)
         assert load_config([write("again.yaml", config.to_yaml())]).to_dict() == config.to_dict()
 
 

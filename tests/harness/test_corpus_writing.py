@@ -1,6 +1,7 @@
 """What is written can be read, and nothing half-made is ever left."""
 
 import errno
+import gzip
 import hashlib
 import os
 import signal
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from harness import corpus_writing
 from harness.corpus import Corpus
-from harness.corpus_writing import TextFile, find_files, pieces, position, split_files, write_corpus
+from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files, write_corpus
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Bytes, Chars
 from tests.helpers import ROOT
@@ -233,7 +234,7 @@ def test_a_prepare_killed_between_its_renames_is_noticed(tmp_path, monkeypatch, 
 
 
 def test_split_depends_on_each_path_alone(tmp_path):
-    paths = {f"folder/{i}.py": tmp_path / f"{i}" for i in range(200)}
+    paths = {tmp_path / f"{i}": f"folder/{i}.py" for i in range(200)}
     documents = split_files(paths, 0.2)
     assert 0 < sum(split == "val" for split, _ in documents) < 80
     backwards = split_files(dict(reversed(paths.items())), 0.2)
@@ -242,6 +243,8 @@ def test_split_depends_on_each_path_alone(tmp_path):
     kept = set(fewer)
     assert sum(document in kept for document in documents) >= 149  # all but, perhaps, the first
     assert [split for split, _ in split_files(dict(list(paths.items())[:2]), 0.001)] == ["val", "train"]
+    same = split_files({tmp_path / folder / "t.txt": "t.txt" for folder in "ab"}, 0.5)
+    assert [document.path.parent.name for _, document in same] == ["a", "b"]  # of one key, and neither is lost
 
 
 @given(st.binary())
@@ -250,7 +253,62 @@ def test_position_is_a_share(key):
 
 
 def test_find_files(tmp_path):
-    for name in ("a.py", "b.txt", "sub/c.py", "tests/d.py", "sub/tests/e.py"):
+    for name in ("a.py", "b.txt", "c.md", "sub/c.py", "tests/d.py", "sub/tests/e.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).touch()
-    assert set(find_files(tmp_path, "*.py", ["tests"])) == {"a.py", "sub/c.py"}
+    (tmp_path / "Link.py").symlink_to("a.py")  # before its target in any order of names
+    (tmp_path / "broken.py").symlink_to("nowhere.py")
+    found = find_files(tmp_path, ["*.py", "*.md"], ["tests"])
+    assert found == {tmp_path / name: name for name in ("a.py", "c.md", "sub/c.py")}
+
+
+# ------------------------------------------------------------------------------------------------ what is no text
+
+LATIN = "Él dijo: «¿Qué más?» — así fue.\n".replace("—", "-").encode("latin-1") * 200
+
+
+@pytest.mark.parametrize("name", ["gpt2", "chars"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        (LATIN, r"is not UTF-8 in [\d,]+ places"),
+        (LATIN[:30], "is no UTF-8 text, as 1 of the files are not"),  # too few places in one piece to tell
+        ("text".encode("utf-16") * 9, "holds NUL bytes"),
+        (gzip.compress(bytes(range(256)) * 99, mtime=0), "holds NUL bytes"),
+    ],
+)
+def test_what_is_no_utf8_text_is_refused_and_bytes_keep_it(tmp_path, gpt2, name, content, expected):
+    write(tmp_path / "out")
+    former = Corpus(tmp_path / "out").sha256
+    (tmp_path / "x.txt").write_bytes(content)
+    documents = [("train", TextFile(tmp_path / "x.txt")), ("val", "x")]
+    tokenizer = gpt2 if name == "gpt2" else Chars(characters_of(documents))
+    with pytest.raises(UserError, match=rf"x\.txt {expected}.*--tokenizer bytes"):
+        write(tmp_path / "out", documents, tokenizer)
+    assert Corpus(tmp_path / "out").sha256 == former
+    write(tmp_path / "out", documents)
+    assert bytes(Corpus(tmp_path / "out").tokens["train"].astype(np.uint8)) == content
+
+
+def test_a_few_wrong_places_are_counted_said_and_count_as_the_bytes_that_they_are(tmp_path, gpt2, capsys):
+    content = b"caf\xe9 and so on, in English\n" + b"words in UTF-8\n" * 500
+    for name in ("x.txt", "y.txt"):
+        (tmp_path / name).write_bytes(content)
+    documents = [("train", TextFile(tmp_path / name)) for name in ("x.txt", "y.txt")]
+    write(tmp_path / "out", [*documents, ("val", "x")], gpt2)
+    assert f"2 places that are not UTF-8 became U+FFFD, in {tmp_path / 'x.txt'} and 1 file" in capsys.readouterr().out
+    corpus = Corpus(tmp_path / "out")
+    assert corpus.meta["splits"]["train"]["bytes"] == 2 * len(content)
+    assert corpus.tokenizer.decode(corpus.tokens["train"]).count("\ufffd") == 2
+
+
+def test_the_characters_of_a_large_file_take_little_memory(tmp_path):
+    (tmp_path / "big.txt").write_bytes(b"some words in a line, and a long one\n" * 400_000)  # 15 MB
+    tracemalloc.start()
+    try:
+        characters = characters_of([("train", TextFile(tmp_path / "big.txt"))])
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert characters == "".join(sorted(set("some words in a line, and a long one\n")))
+    assert peak < 8 * corpus_writing.PIECE

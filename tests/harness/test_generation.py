@@ -85,6 +85,10 @@ LOGITS = torch.log(torch.tensor([0.15, 0.5, 0.05, 0.3]))
         ({"top_k": 2, "top_p": 0.6}, [0, 1, 0, 0]),  # of the two kept the first alone holds 5/8
         ({"temperature": 0.5}, [0.0225 / 0.365, 0.25 / 0.365, 0.0025 / 0.365, 0.09 / 0.365]),  # squared
         ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0]),  # nothing overflows
+        ({"temperature": 1e-300}, [0, 1, 0, 0]),
+        ({"temperature": math.inf}, [0.25, 0.25, 0.25, 0.25]),
+        ({"top_p": 1e-60}, [0, 1, 0, 0]),  # 0 in float32
     ],
 )
 def test_tokens_are_drawn_with_the_probability_that_the_knobs_leave(knobs, expected):

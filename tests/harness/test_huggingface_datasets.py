@@ -1,5 +1,6 @@
 """Text out of files, through Hugging Face's datasets, and one line where there is none."""
 
+import gzip
 import json
 
 import pytest
@@ -18,6 +19,18 @@ def stream(tmp_path, monkeypatch):
 
 def test_missing_and_empty_texts_are_left_out(stream):
     assert list(texts(stream, "body")) == ["one", "漢"]
+
+
+def test_a_compressed_file_is_what_its_name_says_beneath(stream, tmp_path):
+    plain = (tmp_path / "texts.jsonl").read_bytes()
+    (tmp_path / "v1.0.jsonl.gz").write_bytes(gzip.compress(plain))
+    assert list(texts(load(str(tmp_path / "v1.0.jsonl.gz"), "train", streaming=True), "body")) == ["one", "漢"]
+
+
+def test_what_is_not_utf8_is_one_line(tmp_path):
+    (tmp_path / "texts.jsonl").write_bytes(b'{"text": "caf\xe9"}\n')
+    with pytest.raises(UserError, match="the dataset holds text that is not UTF-8"):
+        list(texts(load(str(tmp_path / "texts.jsonl"), "train", streaming=True), "text"))
 
 
 @pytest.mark.parametrize(

@@ -254,6 +254,10 @@ def test_a_reference_that_cannot_be_read_is_refused_by_key():
     assert refusal(path="nowhere.pt") == "command line: kl.reference: no checkpoint nowhere.pt"
     Path("broken.pt").write_bytes(b"PK\x03\x04")
     assert "kl.reference: broken.pt is truncated or not a checkpoint" in refusal(path="broken.pt")
+    model = new_model(1)
+    model.transformer.ln_f.weight.data[0] = float("inf")
+    save_model(model)
+    assert "kl.reference: reference.pt holds NaN or infinite weights, in transformer.ln_f.weight" in refusal()
 
 
 # --- training -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,8 @@
 """The two commands, as a user types them."""
 
+import os
+import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -7,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from harness.config import load_config
+from harness.launch import as_typed, next_steps
 from tests.helpers import ROOT, run_python
 
 TINY = """
@@ -79,11 +84,37 @@ def test_a_stopped_run_passes_its_status_on_and_continues(config):
     assert "the same command continues" in output
 
 
+def test_paths_on_the_command_line_are_relative_to_where_the_user_stands(tmp_path, monkeypatch, capsys):
+    here, clone = tmp_path / "here", tmp_path / "clone"
+    for folder in (here / "mine", here / "gpt2", here / "both", clone / "both", clone / "data"):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(clone)
+
+    def typed(*arguments):
+        return as_typed(["config.yaml", *arguments], here)[1:]
+
+    assert typed("--data.corpus", "mine") == ["--data.corpus", f"{here}/mine"]
+    assert typed("--data.corpus=both", "--help") == [f"--data.corpus={here}/both", "--help"]
+    assert typed("--run.out_dir", "new", "--kl.reference", "hf:gpt2") == [
+        "--run.out_dir", f"{here}/new", "--kl.reference", f"hf:{here}/gpt2"
+    ]  # fmt: skip
+    as_they_are = ["--training.init_from", "scratch", "--kl.reference", "hf:gpt2-xl", "--run.name", "mine"]
+    assert typed(*as_they_are) == as_they_are
+    assert typed("--data.corpus", "/absolute") == ["--data.corpus", "/absolute"]
+    assert typed("--data.corpus", "nowhere") == ["--data.corpus", f"{here}/nowhere"]
+    assert typed("--data.corpus") == ["--data.corpus"]  # which has an error of its own
+    assert not capsys.readouterr().out
+    assert typed("--data.corpus", "data") == ["--data.corpus", "data"]
+    assert f"--data.corpus data: it is not in {here}, so that in {clone} is taken" in capsys.readouterr().out
+    assert as_typed(["config.yaml", "--data.corpus", "data"], clone) == ["config.yaml", "--data.corpus", "data"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
         (("nowhere.yaml",), "error: no config file nowhere.yaml"),
+        (("/dev/null",), "error: /dev/null is no file, as a config has to be: it is read more than once"),
         (("--optimizer.lr", "x"), "error: command line: optimizer.lr takes a number ≥ 0, not 'x'"),
         (
             ("--data.corpus", "nowhere"),
@@ -103,6 +134,50 @@ def test_help_and_print_config_need_no_corpus(config):
     assert shown.returncode == 0
     assert "--optimizer.warmup_steps" in shown.stdout
     assert run_training(str(config), "--print_config").stdout.startswith("run:\n  name: tiny\n")
+
+
+def commands(config: Path, *changes: str) -> list[str]:
+    """What is proposed after a run."""
+    arguments = [str(config), *changes]
+    return [line.strip() for line in next_steps(load_config(arguments), arguments).partition("next:")[2].splitlines()]
+
+
+@pytest.mark.parametrize(
+    ("changes", "proposed", "at"),
+    [
+        ((), ["--training.max_steps", "6", "--optimizer.decay_steps", "3"], "at min_lr"),  # not up again
+        (("--optimizer.decay_steps", "2"), ["--optimizer.decay_steps", "2", "--training.max_steps", "6"], "at min_lr"),
+        (("--optimizer.decay_steps", "5000",), ["--optimizer.decay_steps", "5000", "--training.max_steps", "6"],
+         "while the learning rate falls to min_lr at step 5000"),
+    ],
+)  # fmt: skip
+def test_training_on_is_proposed_with_what_the_learning_rate_does_then(config, changes, proposed, at):
+    command, _, comment = commands(config, *changes)[-1].partition("    # ")
+    assert shlex.split(command)[2:] == proposed
+    assert comment.startswith(f"train on, {at}")
+
+
+def test_the_commands_that_are_proposed_may_be_pasted_whatever_the_names_are(config):
+    folder = config.parent / "out of $HOME's way" / "tiny"
+    for command in commands(config, "--run.out_dir", str(folder.parent))[2:]:
+        words = shlex.split(command, comments=True)
+        if words and "run_training.sh" not in words[0]:
+            assert words[2].startswith(str(folder)), command
+
+
+def test_an_environment_of_an_old_python_is_not_used_nor_removed(tmp_path):
+    (tmp_path / "harness").mkdir()
+    for name in ("run_training.sh", "harness/environment.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 1;; esac\nexit 0\n')
+    python.chmod(0o755)
+    environment = {k: v for k, v in os.environ.items() if k not in ("VIRTUAL_ENV", "CONDA_PREFIX")}
+    done = subprocess.run([str(tmp_path / "run_training.sh")], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: {tmp_path}/.venv is of a Python older than 3.11" in done.stderr
+    assert python.exists()
 
 
 def test_no_recent_python_is_said_in_one_line(tmp_path):

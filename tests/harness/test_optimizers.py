@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from harness.config import OptimizerConfig
-from harness.optimizers import make_optimizer
+from harness.config import OptimizerConfig, load_config
+from harness.optimizers import make_optimizer, schedule_note
 from tests.helpers import ROOT, tiny_gpt
 
 
@@ -21,3 +21,22 @@ def test_it_is_built_in_one_place():
     files = [*ROOT.glob("*.py"), *ROOT.glob("harness/**/*.py"), *ROOT.glob("scripts/*.py")]
     builders = [file.name for file in files if "AdamW(" in file.read_text(encoding="utf-8")]
     assert builders == ["optimizers.py"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ((), None),
+        (("--optimizer.decay_steps", "24"), None),
+        (("--optimizer.decay_steps", "5"), None),
+        (("--optimizer.decay_steps", "5000"), "ends at 0.01 and not at min_lr, 0.001: training.max_steps is 24, "
+         "optimizer.decay_steps 5000 and warmup_steps 2"),
+        (("--optimizer.warmup_steps", "47"), "ends at 0.005 and not at min_lr, 0.001: training.max_steps is 24, "
+         "optimizer.decay_steps 24 and warmup_steps 47"),
+        (("--optimizer.decay_steps", "5000", "--optimizer.min_lr", "1e-2"), None),  # a constant rate
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("training_folder")
+def test_a_schedule_that_does_not_come_to_its_end_is_said(arguments, expected):
+    note = schedule_note(load_config(["config.yaml", *arguments]))
+    assert note == (expected and f"note: the learning rate {expected}")

@@ -196,6 +196,8 @@ def test_weights_in_several_files(tmp_path):
     assert torch.equal(load_gpt2(str(tmp_path / "parts"))(IDX)[0], load_gpt2(str(tmp_path))(IDX)[0])
     next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
     assert "which is not there" in refusal(tmp_path / "parts")
+    (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
+    assert "the weights lack" in refusal(tmp_path / "parts")
 
 
 @pytest.mark.parametrize(
@@ -252,6 +254,8 @@ def test_code_in_weights_is_never_run_and_damage_is_seen(tmp_path):
     assert "nothing in it was run" in refusal(tmp_path)
     weights.write_bytes(b"")
     assert "pytorch_model.bin is truncated" in refusal(tmp_path)
+    torch.save([1, 2], weights)
+    assert "not tensors by their names" in refusal(tmp_path)
     assert not (tmp_path / "victim").exists()
 
 

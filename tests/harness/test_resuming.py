@@ -1,5 +1,6 @@
 """What a run starts from: its own checkpoint, another's weights, or nothing, and never by mistake."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ from harness.config import load_config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.optimizers import make_optimizer
-from harness.resuming import checkpoint_to_resume, initial_model, restore_optimizer
-from tests.helpers import random_ids, save_model, tiny_gpt
+from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
+from tests.helpers import random_ids, save_model, tiny_corpus, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 SHAPE = {"block_size": 16, "n_embd": 32, "bias": False, "normalizer": "softmax1"}  # of the folder's config
@@ -63,6 +64,77 @@ def test_weights_of_another_run_are_taken_and_a_shorter_context_crops_them():
     assert torch.equal(model.eval()(idx)[0], other(idx)[0])
     path = str(save_model(tiny_gpt(**SHAPE, n_layer=3), "deeper.pt"))
     with pytest.raises(UserError, match=r"n_layer is 2 in the config and 3 in the checkpoint"):
+        initial_model(config("--training.init_from", path), Corpus("corpus"), None)
+
+
+def finished_run(step: int = 24) -> tuple[dict, Corpus]:
+    """A checkpoint at that step of 24, and its corpus."""
+    corpus = Corpus("corpus")
+    entry = {"folder": "corpus", "sha256": corpus.sha256}
+    whole("out/run/ckpt.pt", step=step, config=config().to_dict(), corpus=entry, best_val_loss=2.5)
+    return read_checkpoint("out/run/ckpt.pt"), corpus
+
+
+@pytest.mark.parametrize(
+    ("changes", "keys"),
+    [
+        ((), None),
+        (("--evaluation.interval", "3", "--tracking.project", "mine", "--training.checkpoint_interval", "9"), None),
+        (("--training.max_steps", "9", "--training.micro_batch_size", "2", "--training.compile", "false"), None),
+        (("--run.seed", "2"), "run.seed 1337 → 2"),
+        (("--optimizer.lr", "3e-3", "--tracking.project", "mine", "--training.batch_size", "4"),
+         "optimizer.lr 0.01 → 0.003, training.batch_size 8 → 4"),
+        (("--kl.mode", "distill"), "kl.mode barrier → distill"),
+    ],
+)  # fmt: skip
+def test_a_finished_run_answers_for_its_own_config_alone(changes, keys):
+    said, (checkpoint, corpus) = [], finished_run()
+    if keys is None:
+        check_resume(config(*changes), checkpoint, corpus, None, {}, said.append)
+        assert "out/run is finished: step 24 of " in said[0]
+        return
+    with pytest.raises(UserError) as error:
+        check_resume(config(*changes), checkpoint, corpus, None, {}, said.append)
+    assert f"out/run is finished, step 24 of 24, and is of another config: {keys}. Give another run.name" in str(
+        error.value
+    )
+    assert str(error.value).startswith(f"command line: {keys.split()[0]}: ")
+    assert not said
+
+
+def test_an_unfinished_run_goes_on_with_what_has_changed():
+    said, (checkpoint, corpus) = [], finished_run(step=20)
+    check_resume(config("--run.seed", "2"), checkpoint, corpus, None, {}, said.append)
+    assert said == ["resuming out/run from step 20", "changed since the checkpoint: run.seed 1337 → 2"]
+
+
+def test_the_best_so_far_is_what_best_says_of_the_same_windows():
+    said, (checkpoint, _) = [], finished_run()
+    assert best_so_far(config(), checkpoint, 251, said.append) == math.inf
+    assert "best.pt starts anew with the next evaluation: no checkpoint out/run/best.pt" in said.pop()
+    whole("out/run/best.pt", best_val_loss=3.0, config=config().to_dict())  # behind ckpt.pt, which speaks of 2.5
+    assert best_so_far(config(), checkpoint, 251, said.append) == 3.0
+    assert best_so_far(config("--training.batch_size", "4", "--evaluation.batches", "8"), checkpoint, 251, print) == 3.0
+    assert best_so_far(config("--evaluation.batches", "full"), checkpoint, 32, said.append) == 3.0  # there are no more
+    assert not said
+    for batches in ("5", "full"):
+        assert best_so_far(config("--evaluation.batches", batches), checkpoint, 251, said.append) == math.inf
+        assert f"it is of 32 validation windows, not of {40 if batches == '5' else 251}" in said.pop()
+
+
+@pytest.mark.parametrize("only", ["false", "true"])
+def test_weights_that_are_not_finite_start_nothing(only):
+    model = tiny_gpt(**SHAPE)
+    model.transformer.h[1].mlp.c_fc.weight.data[3, 3] = math.nan
+    path = str(save_model(model, "nan.pt"))
+    with pytest.raises(UserError, match=r"nan\.pt holds NaN or infinite weights, in transformer\.h\.1\.mlp\.c_fc"):
+        initial_model(config("--training.init_from", path, "--evaluation.only", only), Corpus("corpus"), None)
+
+
+def test_weights_of_a_run_on_other_tokens_are_refused():
+    """Bytes here; the same ids stood for other text there."""
+    path = str(save_model(tiny_gpt(**SHAPE), "other.pt", tiny_corpus(Path("letters"))))
+    with pytest.raises(UserError, match=r"init_from: other\.pt was trained with tokenizer chars, corpus has bytes"):
         initial_model(config("--training.init_from", path), Corpus("corpus"), None)
 
 

@@ -1,5 +1,6 @@
 """A run's folder: one process at a time, nothing left of a run that wrote nothing, nothing removed but the run."""
 
+import errno
 import os
 import signal
 import subprocess
@@ -78,3 +79,14 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run.*run\.out_dir"):
         RunFolder(tmp_path / "file" / "run")
+
+
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with RunFolder(tmp_path / "run") as folder:
+        (folder.path / "metrics.jsonl").touch()
+    assert (tmp_path / "run" / "metrics.jsonl").exists()
+    assert f"{tmp_path / 'run'} is on a file system without locks" in capsys.readouterr().out

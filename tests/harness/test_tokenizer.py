@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness.errors import UserError
-from harness.tokenizer import GPT2, Bytes, Chars, different_tokenizers, from_meta
+from harness.tokenizer import GPT2, Bytes, Chars, Ids, different_tokenizers, from_meta
 from tests.helpers import run_python
 
 # What GPT-2's pattern treats differently: spaces of every kind, letters, digits, contractions, marks, emoji.
@@ -81,7 +81,7 @@ def test_half_a_character_decodes_to_the_replacement():
     assert Bytes().decode(list("é".encode())[:1]) == "\ufffd"
 
 
-@pytest.mark.parametrize("tokenizer", [Bytes(), Chars("ab"), GPT2()], ids=lambda t: t.name)
+@pytest.mark.parametrize("tokenizer", [Bytes(), Chars("ab"), GPT2(), Ids(9)], ids=lambda t: t.name)
 @pytest.mark.parametrize("outside", [-1, 60_000])
 def test_id_outside_the_vocabulary(tokenizer, outside):
     with pytest.raises(UserError, match=f"token id {outside} is outside the {tokenizer.name} vocabulary"):
@@ -91,8 +91,16 @@ def test_id_outside_the_vocabulary(tokenizer, outside):
 def test_from_meta():
     assert from_meta({"tokenizer": "bytes"}).vocab_size == 256
     assert from_meta({"tokenizer": "gpt2"}).vocab_size == 50257
+    assert from_meta({"tokenizer": "ids", "vocab_size": 7}).encode(" 6 0").tolist() == [6, 0]
     assert from_meta({"tokenizer": "chars", "vocabulary": "abc"}).decode([2, 0]) == "ca"
-    for meta in ({}, {"tokenizer": "chars"}, {"tokenizer": "word"}, {"tokenizer": ["bytes"]}):
+    for meta in (
+        {},
+        {"tokenizer": "chars"},
+        {"tokenizer": "ids"},
+        {"tokenizer": "ids", "vocab_size": 0},
+        {"tokenizer": "word"},
+        {"tokenizer": ["bytes"]},
+    ):
         with pytest.raises(UserError, match="is not known"):
             from_meta(meta)
 
@@ -116,4 +124,5 @@ def test_which_corpora_have_different_tokenizers():
     assert different_tokenizers(in_bytes, {"tokenizer": "bytes"}) is None
     assert different_tokenizers({}, letters) is different_tokenizers(letters, {}) is None
     assert different_tokenizers(in_bytes, letters) == ("bytes", "chars")
+    assert different_tokenizers({"tokenizer": "ids", "vocab_size": 3}, letters) is None  # not known to differ
     assert different_tokenizers(letters, others) == ("chars", "chars with other characters")

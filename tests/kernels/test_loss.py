@@ -60,6 +60,14 @@ def test_second_derivatives():
     torch.autograd.gradgradcheck(lambda x, weight: linear_cross_entropy(x, weight, targets), (x, weight))
 
 
+def test_a_graph_of_the_gradients_changes_none_of_them():
+    """x is made of the weight too, as in a model whose embedding and head are one."""
+    model, idx = tiny_gpt(std=0.4).double(), random_ids(2, 12)
+    loss, parameters = model(idx, idx.roll(-1, 1), with_logits=False)[1], list(model.parameters())
+    without = torch.autograd.grad(loss, parameters, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, parameters, create_graph=True), without)
+
+
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_what_needs_no_gradient_gets_none(frozen):
     arguments = inputs()

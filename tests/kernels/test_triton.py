@@ -19,7 +19,7 @@ with pytest.MonkeyPatch.context() as _environment:
     from triton import language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
-    from kernels.triton import score_backward, value_gradient
+    from kernels.triton import row_products, score_backward, value_gradient
 
 # T on either side of a block, head sizes that fill their power of two and one that does not; in pairs, to be quick.
 SHAPES = [(1, 16), (2, 80), (63, 64), (64, 16), (65, 80), (130, 64)]
@@ -36,7 +36,8 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
-    """Triton's interpreter, which multiplies the bits of bfloat16 numbers and truncates to them, mended."""
+    """Triton's interpreter, mended: it multiplies the bits of bfloat16 numbers and truncates to them, and cannot call
+    tl.sum, a compiled function itself, where it was switched on after triton was imported."""
     if DEVICE == "cuda":
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -55,6 +56,7 @@ def interpreter(monkeypatch):
     for name in ("cast_impl", "create_fp_trunc"):
         monkeypatch.setattr(InterpreterBuilder, name, rounding_cast)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", float_dot)
+    monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
 
 
 def inputs(H: int, T: int, D: int, dtype, B: int = 1) -> list[torch.Tensor]:
@@ -105,6 +107,16 @@ def test_value_gradient_is_that_of_the_materialized_form(T, D, dtype):
     null_logit, scale = torch.tensor([-math.inf, 0.0], device=DEVICE), 1 / math.sqrt(D)
     lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale)
     check({"dv": value_gradient(g, q, k, lse.float(), scale)}, expected, magnitudes, TOLERANCE[dtype], dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize(("T", "D"), [(1, 8), (65, 80), (130, 256)])
+def test_row_products_are_summed_in_float32(T, D, dtype):
+    a, _, b, _ = inputs(2, T, D, dtype, B=2)
+    found, a, b = row_products(a, b.contiguous()), a.double(), b.double()
+    assert found.dtype == torch.float32
+    # the products of half types are exact; each of D float32 sums rounds by 2⁻²⁴ of what is summed
+    assert ((found - (a * b).sum(-1)).abs() <= (D + 1) * 2**-24 * (a * b).abs().sum(-1)).all()
 
 
 @every_dtype
@@ -167,6 +179,7 @@ def test_operators_keep_what_pytorch_asks_of_them():
     lse = torch.full((1, 1, 2), 2.0, device=DEVICE)
     torch.library.opcheck(score_backward, (g, q, k, v, lse, 0.25, "ste"))
     torch.library.opcheck(value_gradient, (g, q, k, lse, 0.25))
+    torch.library.opcheck(row_products, (g, v))
 
 
 HOPPER = """
@@ -187,6 +200,7 @@ x, lse = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100
 for slope in ("diagonal", "ste"):
     model_triton.score_backward(x, x, x, x, lse, 0.125, slope)
 model_triton.value_gradient(x, x, x, lse, 0.125)
+model_triton.row_products(x, x)
 for kernel in compiled:
     ptx = kernel.asm["ptx"]
     print(kernel.name, "wgmma" in ptx, "cp.async.cg.shared.global" in ptx, "min.NaN.f32" in ptx)
@@ -207,7 +221,8 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "_queries_kernel True True True",
         "_queries_kernel True True False",
     )
-    assert done.stdout.splitlines() == [keys, queries, keys, ste_queries, keys]
+    products = "_row_products_kernel False False False"
+    assert done.stdout.splitlines() == [keys, queries, keys, ste_queries, keys, products]
 
 
 # --- in attention ---------------------------------------------------------------------------------------------------
@@ -253,6 +268,15 @@ def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, mon
         assert (one_pass - two_calls).norm() < 8 * 2**-11 * exact.norm()
 
 
+def test_a_sinks_full_gradient_is_summed_in_float32(flash, monkeypatch):
+    q, k, v, g = inputs(2, 33, 16, torch.bfloat16)
+    sink = torch.tensor([-1.0, 0.5], device=DEVICE)
+    *_, found = attention_gradients(q, k, v, g, sink, "full")
+    monkeypatch.setenv("OFFBYONE_TRITON", "0")
+    *_, expected = attention_gradients(q, k, v, g, sink, "full")
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # the same output of the kernel, in bfloat16
+
+
 @pytest.mark.parametrize("backward", ["diagonal", "ste"])
 def test_the_limits_of_the_null_logit_are_softmax_and_nothing(backward, flash):
     """As in tests/test_attention.py, in one pass."""
@@ -282,6 +306,8 @@ def test_what_one_pass_is_for(monkeypatch):
     assert not backends.one_pass("cuda_flash", 64, 0.1)
     assert backends.one_pass("cuda_cudnn", 64, 0.0)
     assert not backends.one_pass("cuda_efficient", 64, 0.0)
+    assert not backends.with_triton("cuda_efficient")  # also that of cards older than Triton's
+    assert backends.with_triton("cuda_flash")
     monkeypatch.setattr(backends, "TRITON", False)
     assert not backends.one_pass("cuda_flash", 64, 0.0)
 

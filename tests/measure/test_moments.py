@@ -195,6 +195,22 @@ def test_beyond_the_range_of_the_powers_there_is_no_shape(scale):
     assert (moments.skewness, moments.excess_kurtosis, moments.max_abs_over_std) == (None, None, None)
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+def test_beyond_the_range_of_the_squares_there_is_no_deviation(sign):
+    moments = Moments().update(torch.tensor([sign * 1e200, -sign * 1e200], dtype=torch.float64))
+    assert (moments.variance, moments.std, moments.max_abs) == (None, None, 1e200)
+
+
+def test_arrays_and_lists_count_as_tensors():
+    x = np.random.default_rng(0).standard_t(5, (3, 40))
+    expected = pytest.approx(stats.kurtosis(x, axis=None), rel=1e-12)
+    for same in (x, x.tolist(), x[::-1, ::-1], torch.from_numpy(x)):
+        assert excess_kurtosis(same) == expected
+    assert excess_kurtosis(np.float32(3)) is None
+    with pytest.raises(TypeError, match="complex128"):
+        excess_kurtosis(1j * x)
+
+
 @pytest.mark.gpu
 def test_a_gpu_gives_the_same():
     x = torch.from_numpy(heavy_tailed(100_000))

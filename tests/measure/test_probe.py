@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from scipy import stats
 
 from measure.activations import Activations
 from measure.jacobian import backpropagate, jacobian_energy, pool
-from measure.probe import attention_kurtosis, capture_attention, capture_qk, rows_of_c_attn, watch
+from measure.outliers import activation_metrics
+from measure.probe import capture_attention, capture_qk, rows_of_c_attn, watch
 from measure.quantize import PROBABILITIES, sites, visiting
 from measure.slopes import attention_slopes, float64_copy, random_direction
 from model import GPT, CausalSelfAttention, attention
@@ -103,7 +103,8 @@ def test_the_attention_measured_is_that_of_the_rotated(model, idx):
         d = keys - keys.mean()
         kurtoses.append((d**4).mean() / (d**2).mean() ** 2 - 3)
         assert found.all.moments.excess_kurtosis == pytest.approx(kurtoses[-1].item(), rel=1e-9)
-    assert attention_kurtosis(model, idx) == pytest.approx(sum(kurtoses).item() / 2, rel=1e-9)
+    logged = activation_metrics(model, idx)["activation_kurtosis/attention_probabilities"]
+    assert logged == pytest.approx(sum(kurtoses).item() / 2, rel=1e-9)
 
 
 def test_the_gradient_split_is_that_of_the_rotated(model, idx):
@@ -205,35 +206,16 @@ def probed_gpt(normalizer: str = "softmax") -> GPT:
     return tiny_gpt(std=0.7, block_size=10, vocab_size=13, normalizer=normalizer).double()
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
-def test_attention_kurtosis_is_scipys_of_the_materialised_probabilities(normalizer):
-    model, idx = probed_gpt(normalizer), torch.randint(13, (3, 10), generator=torch.Generator().manual_seed(0))
-    kurtoses = []
-    with torch.no_grad():
-        x = model.transformer.wte(idx) + model.transformer.wpe.weight
-        for block in model.transformer.h:
-            q, k, _ = block.attn.c_attn(block.ln_1(x)).split(8, dim=-1)
-            q, k = (z.view(3, 10, 2, 4).transpose(1, 2) for z in (q, k))
-            scores = (q @ k.mT / 2).masked_fill(torch.ones(10, 10).triu(1).bool(), -math.inf)
-            if normalizer != "softmax":
-                null = block.attn.sink if normalizer == "sink" else torch.zeros(2)
-                scores = torch.cat((scores, null.double().view(1, 2, 1, 1).expand(3, 2, 10, 1)), dim=-1)
-            probabilities = torch.softmax(scores, dim=-1)[..., :10]  # the causal zeros included
-            kurtoses.append(stats.kurtosis(probabilities.flatten().numpy()))
-            x = block(x)
-    # Both in float64: some 600 summands' rounding, of moments that are a few times the variance's square
-    assert attention_kurtosis(model, idx) == pytest.approx(sum(kurtoses) / 2, rel=1e-11)
-
-
 @pytest.mark.parametrize("fails", [False, True])
 def test_probing_leaves_no_hook_and_no_gradient_behind(fails):
     model = probed_gpt()
     idx = torch.zeros(1, 11 if fails else 10, dtype=torch.long)  # 11 are more than block_size
     if fails:
-        with pytest.raises(ValueError, match="block_size"):
-            attention_kurtosis(model, idx)
+        with pytest.raises(ValueError, match="block_size"), capture_qk(model):
+            model(idx)
     else:
-        attention_kurtosis(model, idx)
+        with capture_qk(model):
+            model(idx)
     assert not any(module._forward_hooks for module in model.modules())
     assert all(p.grad is None for p in model.parameters())
     assert torch.is_grad_enabled()

@@ -79,7 +79,7 @@ def test_without_names_it_is_all_of_them(checkpoints):
 
 def test_the_picture_has_a_few_values_that_the_diagnostics_do_write(checkpoints, monkeypatch):
     drawn = []
-    monkeypatch.setattr(compare_checkpoints, "draw", lambda rows, values: drawn.extend(values) or new_figure()[0])
+    monkeypatch.setattr(compare_checkpoints, "draw", lambda rows, values, _: drawn.extend(values) or new_figure()[0])
     row = compare(*checkpoints[:2], "--batches", "1", "--batch-size", "2")["rows"][0]
     diagnostics = [find_diagnostic(name) for name in DIAGNOSTICS]
     expected = {f"{diagnostic.name}/{value}" for diagnostic in diagnostics for value in diagnostic.headlines}
@@ -90,7 +90,7 @@ def test_the_picture_has_a_few_values_that_the_diagnostics_do_write(checkpoints,
 def test_a_diagnostic_without_headlines_has_its_first_values_in_the_picture():
     values = ["step", "perplexity/tokens", "perplexity/loss", *(f"other/{i}" for i in range(9))]
     diagnostics = [find_diagnostic("perplexity")]
-    assert comparison.headlines(values, diagnostics) == [
+    assert list(comparison.headlines(values, diagnostics)) == [
         "perplexity/loss",
         "other/0",
         "other/1",

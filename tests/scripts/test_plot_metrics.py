@@ -61,8 +61,8 @@ def test_one_run(plot, tmp_path, monkeypatch):
         "Learning rate",
         "Gradient norm",
         "Throughput",
-        "Weight kurtosis",
-        "Activation kurtosis, validation set",
+        "Weights",
+        "Attention probabilities, validation",
     ]
     table = dict(line.rsplit(None, 1) for line in stdout.split("\n\n")[0].splitlines())
     assert table["step"] == "290"
@@ -75,8 +75,35 @@ def test_several_runs_go_to_a_folder_of_their_own(plot, tmp_path):
     runs = [write_curves(tmp_path / "out" / name) for name in ("softmax", "softmax1")]
     status, stdout, _ = plot(runs[0], runs[1] + "/metrics.jsonl", runs[0])
     assert status == 0
-    assert (tmp_path / "out/plot_metrics/curves.png").read_bytes().startswith(PNG)
+    (picture,) = (tmp_path / "out/plot_metrics").iterdir()
+    assert picture.read_bytes().startswith(PNG)
+    assert picture.name.startswith("softmax+softmax1-")
     assert stdout.splitlines()[0].split() == ["last", "value", "softmax", "softmax1"]
+
+
+def test_every_choice_of_runs_and_metrics_has_a_picture_of_its_own(plot, tmp_path):
+    a, b, c = (write_curves(tmp_path / name / "run") for name in "abc")
+    for _ in range(2):  # the same question again replaces its own picture
+        for arguments in ((a, b), (a, c), (a, b, "--metrics", "train/l"), (a,), (a, "--metrics", "train/l")):
+            assert plot(*arguments)[0] == 0
+    assert len(list((tmp_path / "out/plot_metrics").iterdir())) == 4
+    assert len(list((tmp_path / "a/run").iterdir())) == 2
+
+
+def test_what_is_no_run_is_passed_over_with_a_line(plot, tmp_path):
+    run = write_curves(tmp_path / "out" / "run")
+    (tmp_path / "out/compare_kl").mkdir()
+    (tmp_path / "out/run.log").write_text("step 10")
+    (tmp_path / "out/fresh").mkdir()
+    (tmp_path / "out/fresh/metrics.jsonl").touch()
+    status, stdout, _ = plot(*(f"out/{name}" for name in ("compare_kl", "fresh", "run", "run.log")))
+    assert status == 0
+    assert stdout.splitlines()[:3] == [
+        "passed over: out/compare_kl/metrics.jsonl: no such file",
+        "passed over: out/fresh/metrics.jsonl: no metrics in it yet",
+        "passed over: out/run.log: no metrics.jsonl",
+    ]
+    assert Path(run, "curves.png").exists()
 
 
 def test_perplexity_stands_in_for_bits_per_byte(plot, tmp_path, monkeypatch):

@@ -66,12 +66,15 @@ def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
     panels = {panel.get_title(loc="left"): panel for panel in DIAGNOSTIC.draw(result, "broken").axes}
     assert {"All elements pooled", "Sink rate", "Row mass", "Entropy"} <= set(panels)
     assert [text.get_text() for text in panels["Entropy"].texts].count("×") == 1
+    labels = panels["All elements pooled"].get_legend_handles_labels()[1]
+    assert "heads' output" in labels  # the attention itself is another line
+    assert "attention weights" in labels
 
 
 def test_nothing_is_found_in_a_gaussian_model(corpus):
     result = measured(probed_gpt(std=0.1), corpus)
-    assert len(result["notes"]) == 1
-    assert "20 sequences of T = 10 tokens" in result["notes"][0]
+    (protocol,) = (note for note in result["notes"] if not note.startswith("max "))  # where the maxima are, no finding
+    assert "20 sequences of T = 10 tokens" in protocol
     assert (result["summary"]["T"], result["summary"]["sequences"]) == (10, 20)
 
 
@@ -133,7 +136,7 @@ def test_what_is_not_finite_is_named_and_not_averaged_away(corpus):
     assert rows["transformer.h.1.mlp.c_proj"]["per_sequence_max_abs"] is None
     for name in ("avg kurtosis", "max kurtosis", "max infinity norm"):
         assert result["summary"][name] is None
-    assert result["summary"]["attention kurtosis"] is not None
+    assert result["summary"]["kurtosis of attention probabilities"] is not None
 
 
 def test_a_kurtosis_that_does_not_exist_has_a_note(corpus):
@@ -177,7 +180,7 @@ def test_checkpoints_of_every_format_are_measured_as_what_they_are(corpus, tmp_p
         torch.save({"model": state, "model_args": args, "iter_num": 3}, path)
     arguments = ("--device", "cpu", "--data", str(corpus), "--batch-size", "20", "--out", str(tmp_path))
     run(NO_PICTURE, [str(path), *arguments])
-    val = Corpus(corpus, verify=False).tokens["val"]
+    val = Corpus(corpus, verify=()).tokens["val"]
     expected = Activations(model).update(gather(val, T * np.arange(20), T, torch.device("cpu"))[0])
     rows = {row["name"]: row for row in json.loads((tmp_path / "activation_kurtosis.json").read_text())["rows"]}
     for name, tensor in expected.tensors.items():
@@ -189,7 +192,7 @@ def test_the_batches_are_those_of_the_split_and_the_count(corpus):
     """Whole windows alone, spread evenly: of the 20 of val, 4."""
     model = probed_gpt()
     result = measured(model, corpus, "--batches", "2", "--batch-size", "2")
-    val = Corpus(corpus, verify=False).tokens["val"]
+    val = Corpus(corpus, verify=()).tokens["val"]
     idx = gather(val, T * np.array([0, 6, 12, 19]), T, torch.device("cpu"))[0]
     rows = {row["name"]: row for row in result["rows"]}
     expected = Activations(model).update(idx).tensors["lm_head"].all.moments.excess_kurtosis

@@ -5,7 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tests.helpers import run_python
+from harness.diagnostics.attention_kl_bound_demo import draw_demo, float64, random_cases
+from tests.helpers import covered, run_python
 
 
 @pytest.mark.slow
@@ -33,3 +34,9 @@ def test_the_demonstration_needs_no_checkpoint(tmp_path):
     assert coin[0.3]["tightness_reverse"] == pytest.approx(0.990386945, abs=1e-9)
     assert coin[1e-8]["tightness_reverse"] == pytest.approx(1, abs=20 * np.finfo(float).eps)
     assert (tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.png").stat().st_size > 0
+
+
+def test_no_legend_of_its_picture_lies_on_a_title_or_a_curve():
+    share = (3 + 3**0.5) / 6
+    two_keys = float64(share, 1 - share), float64(0, 1)
+    assert not covered(draw_demo(two_keys, two_keys, random_cases()))

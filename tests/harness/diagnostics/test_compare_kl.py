@@ -10,12 +10,12 @@ import torch
 from torch.nn import functional as F
 
 from harness.corpus_writing import write_corpus
-from harness.diagnostics import compare_kl, run
+from harness.diagnostics import Result, compare_kl, run
 from harness.errors import UserError
 from harness.tokenizer import Bytes, Chars
 from measure import predictions
 from model import GPT
-from tests.helpers import save_model, tiny_gpt
+from tests.helpers import covered, save_model, tiny_gpt
 
 TEXT = bytes(np.random.default_rng(0).integers(32, 127, 4000).tolist())
 
@@ -55,6 +55,26 @@ def compare(folder: Path, *names: str, options: tuple = ()) -> dict:
 @pytest.fixture(scope="module")
 def plain(folder, models) -> dict:
     return compare(folder, "base", "near")
+
+
+@pytest.mark.parametrize("tau", [None, 0.5])
+@pytest.mark.parametrize("largest", [0.0, 9.0])
+def test_no_legend_of_the_picture_lies_on_a_curve(tau, largest):
+    """A histogram and curves that fill their panels; and two models that are the same."""
+    bins = [
+        {"from": 10.0**n, "to": 10.0 ** (n + 1), "kl_forward": 100 * (n == 0), "kl_reverse": 100} for n in range(-3, 1)
+    ]
+    values = dict.fromkeys(("mean", "rmse", "p95"), largest / 90) | {"max": largest}
+    curve = [{"position": t, "divergence": "kl_reverse", **values} for t in range(12)]
+    tables = {"histogram": bins, "by_position": curve}
+    figure = compare_kl.draw(Result([], {} if tau is None else {"tau": tau}, [], tables), "other")
+    if largest:
+        assert not covered(figure)
+    left, right = figure.axes
+    top = left.transData.transform([(1, 100)])[0, 1]
+    assert left.get_legend().get_window_extent().y0 > top
+    assert [panel.get_ylabel() for panel in figure.axes] == ["number of positions", "KL, nats"]
+    assert all(tick == int(tick) for tick in right.get_xticks())
 
 
 def expected_divergences(reference: GPT, other: GPT, T: int) -> dict[str, np.ndarray]:

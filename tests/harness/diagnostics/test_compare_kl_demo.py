@@ -5,7 +5,9 @@ import json
 import pytest
 
 from harness.diagnostics import compare_kl_demo
-from tests.helpers import run_python
+from harness.diagnostics.compare_kl_demo import demo_logits, draw_demo
+from measure.predictions import DIVERGENCES, aggregates, divergences
+from tests.helpers import covered, run_python
 
 
 def test_the_demonstration_shows_that_the_mean_is_blind(tmp_path, monkeypatch, capsys):
@@ -31,6 +33,13 @@ def test_the_demonstration_shows_that_the_mean_is_blind(tmp_path, monkeypatch, c
     assert loop[12:16] == pytest.approx((3.729396, 6.231040, 4.682172, 8.081302), abs=5.1e-7)
     assert not any(loop[:12] + loop[16:])
     assert (tmp_path / "out" / "compare_kl" / "compare_kl.png").stat().st_size > 0
+
+
+def test_no_legend_of_its_picture_lies_on_a_title_or_a_curve():
+    teacher, students = demo_logits()
+    values = {name: divergences(teacher, logits, order=0.5)[0] for name, logits in students.items()}
+    reverse = {name: found[list(DIVERGENCES).index("kl_reverse")] for name, found in values.items()}
+    assert not covered(draw_demo(reverse, {name: aggregates(found) for name, found in values.items()}, 0.5))
 
 
 @pytest.mark.slow

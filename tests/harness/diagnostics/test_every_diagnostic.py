@@ -112,6 +112,21 @@ def test_help_explains_every_column_that_is_written(name, place, capsys):
             assert unsaid <= UNEXPLAINED.get(name, set()), title
 
 
+# --- a corpus that has changed ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in NO_DATA])
+def test_a_flipped_byte_in_the_corpus_is_found(name, place, capsys):
+    path = Path("corpus/val.bin")
+    whole = path.read_bytes()
+    try:
+        path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+        error = refusal(capsys, name, *command(name, "ckpt.pt", out=place / "out"))
+    finally:
+        path.write_bytes(whole)
+    assert "val.bin is not the file that meta.json describes" in error
+
+
 # --- weights that are not finite --------------------------------------------------------------------------------------
 
 FOUND = {  # in the error of those that have nothing to measure, in a note of the others

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,13 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from harness import diagnostics
+from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, Result, Subject, entry, labels, run, write_json
 from harness.errors import UserError, run_cli
-from harness.figures import new_figure
+from harness.figures import draw_heads, new_figure
 from harness.tokenizer import Chars
 from harness.tracking import log_diagnostic
-from model import GPTConfig
+from model import GPT, GPTConfig
 from tests.helpers import LETTERS, read_json, save_model, tiny_corpus, tiny_gpt
 
 CONFIG = GPTConfig(block_size=10, vocab_size=13, n_layer=1, n_head=2, n_embd=8)
@@ -118,6 +120,80 @@ def test_several_checkpoints_are_a_list_and_a_picture_each(path, corpus, tmp_pat
     assert [entry["checkpoint"] for entry in written] == [str(path), str(other)]
     names = sorted(p.name for p in (tmp_path / "out" / "counting").iterdir())
     assert names == ["counting.json", "counting_run.png", "counting_run_best.png"]
+
+
+def test_pictures_of_several_checkpoints_never_share_a_file(tmp_path, corpus):
+    """a/best and a_best are the same once / may not stand in a name."""
+    paths = [checkpoint(tmp_path / "a" / "best.pt", corpus), checkpoint(tmp_path / "a_best" / "ckpt.pt", corpus)]
+    run(COUNTING, [*map(str, paths), "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2
+
+
+def test_the_best_checkpoint_has_a_folder_of_its_own(path, corpus):
+    """And what is of ckpt.pt stays at its place, diagnostics/NAME.json."""
+    run(COUNTING, [str(path), "--device", "cpu"])
+    folder = path.parent / "diagnostics"
+    before = (folder / "counting.json").read_bytes()
+    best = checkpoint(path.parent / "best.pt", corpus)
+    run(COUNTING, [str(best), "--device", "cpu"])
+    assert (folder / "counting.json").read_bytes() == before
+    assert read_json(folder / "best" / "counting.json")["checkpoint"] == str(best)
+    assert (folder / "best" / "counting.png").exists()
+    assert diagnostics.name_in_run("perplexity", str(path)) == "perplexity"
+    assert diagnostics.name_in_run("perplexity", str(best)) == "perplexity/best"  # on wandb
+
+
+OTHER_QUESTIONS = {  # than the checkpoint's with the defaults
+    "an argument": lambda path: [path, "--split", "train"],
+    "another checkpoint": lambda path: [path.with_name("best.pt")],
+    "several checkpoints": lambda path: [path, path.with_name("best.pt")],
+    "a later step": lambda path: [save_model(tiny_gpt(**vars(CONFIG)), path, path.parents[1] / "corpus", step=8)],
+}
+
+
+@pytest.mark.parametrize("other", OTHER_QUESTIONS.values(), ids=OTHER_QUESTIONS)
+def test_results_that_answer_another_question_are_kept(other, path, corpus, tmp_path, capsys):
+    checkpoint(path.parent / "best.pt", corpus)
+    folder = tmp_path / "results"
+
+    def ask(arguments) -> dict[str, bytes]:
+        run(COUNTING, [*map(str, arguments), "--device", "cpu", "--out", str(folder)])
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+    first = ask([path])
+    assert ask([path]) == first  # the same question replaces its own answer
+    assert not (folder / "earlier").exists()
+    assert ask(other(path)) != first
+    (kept,) = (folder / "earlier").iterdir()
+    assert {file.name: file.read_bytes() for file in kept.iterdir()} == first
+    assert kept.name.startswith("run-")
+    assert str(kept) in capsys.readouterr().out
+    ask([path])
+    ask(other(path))  # and each answer has one place
+    assert len(list((folder / "earlier").iterdir())) == (1 if other is OTHER_QUESTIONS["a later step"] else 2)
+
+
+@pytest.mark.parametrize("content", ["not JSON", "[1, 2]", '{"checkpoints": [3]}'])
+def test_what_is_in_the_way_and_not_ours_is_kept_too(content, tmp_path):
+    (tmp_path / "x.json").write_text(content)
+    write_json(tmp_path / "x.json", [{"script": "x"}])
+    (kept,) = (tmp_path / "earlier").glob("*/x.json")
+    assert kept.read_text() == content
+
+
+def test_checkpoints_of_one_call_are_drawn_on_one_scale(path, corpus, tmp_path, monkeypatch):
+    """As in measuring, one result is ten times the other."""
+    other = checkpoint(tmp_path / "other" / "ckpt.pt", corpus)
+    sizes, saved = iter((1.0, 10.0)), []
+
+    def heads(result, title):
+        figure, (panel,) = new_figure()
+        draw_heads(panel, [{"layer": 0, "head": h, "a": h * size} for size in [next(sizes)] for h in range(2)], "a", "")
+        return figure
+
+    monkeypatch.setattr(diagnostics, "save_figure", lambda figure, path: saved.append(figure) or path)
+    run(replace(COUNTING, draw=heads), [str(path), str(other), "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert [figure.axes[0].images[0].get_clim() for figure in saved] == [(0, 10), (0, 10)]
 
 
 def test_the_same_command_gives_the_same_file(path, tmp_path):
@@ -278,6 +354,21 @@ def test_a_corpus_that_does_not_fit_is_refused(tmp_path, corpus, monkeypatch, ca
     assert not (tmp_path / "long" / "diagnostics").exists()
 
 
+def test_a_corpus_that_is_another_than_in_training_is_said(tmp_path, corpus, monkeypatch, capsys):
+    own = {"tokenizer": "chars", "vocabulary": LETTERS, "folder": str(corpus), "sha256": Corpus(corpus).sha256}
+    path = save_model(GPT(CONFIG), tmp_path / "own" / "ckpt.pt", None, corpus=own)
+    arguments = [str(path), "--device", "cpu", "--batches", "1"]
+
+    def notes(*more):
+        run(COUNTING, [*arguments, *more])
+        return read_json(tmp_path / "own" / "diagnostics" / "counting.json")["notes"]
+
+    assert notes() == ["a note"]
+    tiny_corpus(corpus, 500)
+    assert notes() == ["a note", f"{corpus} holds other text now than {path} was trained on"]
+    assert notes("--data", str(corpus)) == ["a note"]  # another corpus was asked for
+
+
 def test_a_scripts_own_arguments_are_checked_before_anything_is_loaded(monkeypatch, capsys):
     def check(args):
         raise UserError(f"--stride {args.stride}: at least 1")
@@ -345,7 +436,9 @@ def test_summary_and_picture_go_to_the_runs_own_page(path, monkeypatch):
     monkeypatch.setenv("WANDB_CACHE_DIR", str(path.parent / "cache"))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     trained(path.parent, "offline")
+    (path.parent / "wandb" / "latest-run").symlink_to("run-of-the-training")
     run(COUNTING, [str(path), "--device", "cpu", "--wandb"])
+    assert os.readlink(path.parent / "wandb" / "latest-run") == "run-of-the-training"  # what `wandb leet` opens
     (folder,) = (path.parent / "wandb").glob("offline-run-*")
     command = [sys.executable, "-m", "wandb", "leet", "inspect", "--json", str(folder)]
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout

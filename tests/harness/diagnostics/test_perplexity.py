@@ -49,6 +49,19 @@ def report(folder: Path) -> dict:
     return read_json(folder / "diagnostics" / "perplexity.json")
 
 
+def test_ids_whose_text_is_not_known_have_no_bits_per_byte(tmp_path, capsys):
+    (tmp_path / "corpus").mkdir()
+    for split in ("train", "val"):
+        random_tokens(300).tofile(tmp_path / "corpus" / f"{split}.bin")
+    save(random_gpt(), tmp_path)
+    assert diagnose(DIAGNOSTIC, tmp_path / "ckpt.pt") == 0
+    written = report(tmp_path)
+    assert written["summary"]["bits_per_byte"] is None
+    assert written["summary"]["loss"] > 0
+    assert any("11 token ids" in note and "no bits per byte" in note for note in written["notes"])
+    assert "no bits per byte" in capsys.readouterr().out
+
+
 def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(folder, capsys):
     model = random_gpt(vocab_size=256)
     with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 
 from harness.batches import gather, training_offsets
 from harness.corpus_writing import write_corpus
+from harness.diagnostics import Result
 from harness.diagnostics.quantization import COLUMNS, DIAGNOSTIC, LAYERS
 from harness.generation import generate
 from harness.tokenizer import Bytes
@@ -79,6 +80,20 @@ def test_a_planted_outlier_channel_is_found_and_named(tmp_path, corpus, capsys):
     assert "How to read it" in out
 
 
+@pytest.mark.parametrize("spread", [None, 0.1])
+def test_the_pictures_legend_has_every_number_of_bits_and_a_spread_only_where_there_is_one(spread):
+    schemes_and_rises = {"float": 0.0, "W8 per channel": 0.1, "W4 per channel": 2.0, "W6A6 min-max": 1.0}
+    alone = dict.fromkeys(("A8 only residual stream", "A6 only residual stream"), 0.5)
+    rows = [
+        {"scheme": scheme, "perplexity": 10 + rise, "perplexity_rise": rise, "spread": spread}
+        for scheme, rise in (schemes_and_rises | alone).items()
+    ]
+    figure = DIAGNOSTIC.draw(Result(rows, {}), "run")
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["8 bits", "6 bits", "4 bits"]
+    assert [("±" in panel.get_xlabel()) for panel in figure.axes[:2]] == [spread is not None] * 2
+
+
 def draw_losses(model: GPT, scheme: Scheme, corpus: Path, offsets: np.ndarray) -> list[float]:
     """The mean loss over the windows at `offsets`, with the ranges of each of two calibration draws."""
     train, val = (np.fromfile(corpus / f"{split}.bin", dtype=np.uint16).astype(np.int64) for split in ("train", "val"))
@@ -143,3 +158,22 @@ def test_the_report(tmp_path, corpus):
     for row, scheme in zip(rows, schemes(), strict=True):
         if scheme.activation_bits and not scheme.weight_bits:  # those with weights have the head's in them now
             assert (row["loss"] != other[scheme.name]["loss"]) == scheme.calibrated(model)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("scale", "known"), [(350.0, True), (4e3, False)])
+def test_perplexities_of_hundreds_of_digits(tmp_path, corpus, scale, known):
+    """Those below e^709 are numbers, rise and spread included; the rise over an infinite one is not known."""
+    model = random_gpt()
+    with torch.no_grad():
+        model.transformer.ln_f.weight *= scale
+    save_model(model, tmp_path / "ckpt.pt", corpus)
+    assert diagnose(DIAGNOSTIC, tmp_path / "ckpt.pt", "--batches", 1, "--seeds", 2, "--calibration", 2) == 0
+    written = report(tmp_path)
+    quantized_rows = written["rows"][1:]
+    assert (written["rows"][0]["perplexity"] is not None) == known
+    assert all((row["perplexity_rise"] is not None) == known for row in quantized_rows)
+    if known:
+        assert written["rows"][0]["perplexity"] > 1e160
+        assert max(row["spread"] or 0 for row in quantized_rows) > 1e160
+    assert not [note for note in written["notes"] if "nan" in note]
