@@ -11,7 +11,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
 import torch
@@ -332,6 +332,8 @@ class GPTConfig:
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
             if (value := getattr(self, name)) is not None and (isinstance(value, float) or value < 1):
                 raise ValueError(f"{name} is {value}, but must be an integer and at least 1")
+        self.kv_heads, self.head_size = self.n_kv_head or self.n_head, self.head_dim or self.n_embd // self.n_head
+        self.rotated = int(self.rope_fraction * self.head_size)  # channels of a head
         find_normalizer(self.normalizer)
         _check_backward(self.backward, self.normalizer)
         for name, kind in {"activation": Activation, "position": Position, "norm": Norm, "mlp": Mlp}.items():
@@ -344,22 +346,7 @@ class GPTConfig:
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
         if self.position == "rope" and (self.rotated < 2 or self.rotated % 2 or self.rotated > self.head_size):
-            raise ValueError(
-                f"rope rotates pairs of a head's {self.head_size} channels, and cannot rotate {self.rotated}"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.n_kv_head or self.n_head
-
-    @property
-    def head_size(self) -> int:
-        return self.head_dim or self.n_embd // self.n_head
-
-    @property
-    def rotated(self) -> int:
-        """the channels of a head that rope rotates"""
-        return int(self.rope_fraction * self.head_size)
+            raise ValueError(f"rope rotates pairs of a head's {self.head_size} channels: it cannot turn {self.rotated}")
 
 
 class KVCache:
@@ -544,14 +531,6 @@ class GPT(nn.Module):
             cache.length = end
         return self.transformer.ln_f(x)
 
-    def parameter_groups(self, weight_decay: float) -> list[dict]:
-        """For the optimizer: matrices and embeddings decay; biases and layer norms (one dimension) do not."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        return [
-            {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
-        ]
-
     def normalizer_parameters(self) -> dict[str, Tensor]:
         """What the attention's normalizer learns, by the name of the parameter."""
         names, layers = NORMALIZERS[self.config.normalizer].parameters, enumerate(self.transformer.h)
@@ -569,12 +548,3 @@ class GPT(nn.Module):
         `num_parameters` and C the width of all of a layer's heads together."""
         widths = sum(m.c_proj.in_features for m in self.modules() if isinstance(m, CausalSelfAttention))
         return 6 * self.num_parameters() + 12 * widths * self.config.block_size
-
-    def crop_block_size(self, block_size: int) -> None:
-        """Shorten the context, dropping the later positions. ValueError if it would grow."""
-        if not 1 <= block_size <= self.config.block_size:
-            raise ValueError(f"cannot crop block_size {self.config.block_size} to {block_size}")
-        self.config = replace(self.config, block_size=block_size)
-        if self.config.position == "learned":
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-            self.transformer.wpe.num_embeddings = block_size

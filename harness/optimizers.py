@@ -14,12 +14,21 @@ def make_optimizer(model: GPT, config: OptimizerConfig, fused: bool = True) -> t
     """AdamW over the model's parameter groups with the learning rate, betas and weight decay of `config`; PyTorch's
     fused step, or, not `fused`, its plain loop over the parameters."""
     return torch.optim.AdamW(
-        model.parameter_groups(config.weight_decay),
+        parameter_groups(model, config.weight_decay),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         fused=fused,
         foreach=None if fused else False,
     )
+
+
+def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
+    """Matrices and embeddings decay; biases and norms (one dimension) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
 
 
 def learning_rate(step: int, config: Config) -> float:

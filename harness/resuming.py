@@ -84,7 +84,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
     free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
     differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
-        model.crop_block_size(wanted["block_size"])
+        crop_block_size(model, wanted["block_size"])
         differing.remove("block_size")
     if differing:
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
@@ -96,6 +96,16 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         weights |= rebuilt.normalizer_parameters()
     rebuilt.load_state_dict(weights)
     return rebuilt
+
+
+def crop_block_size(model: GPT, block_size: int) -> None:
+    """Shorten the context, dropping the later positions. ValueError if it would grow."""
+    if not 1 <= block_size <= model.config.block_size:
+        raise ValueError(f"cannot crop block_size {model.config.block_size} to {block_size}")
+    model.config = dataclasses.replace(model.config, block_size=block_size)
+    if model.config.position == "learned":
+        model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:block_size].clone())
+        model.transformer.wpe.num_embeddings = block_size
 
 
 def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Reference | None, machine, say) -> None:

@@ -22,6 +22,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, run
 from harness.errors import run_cli
+from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
 from model import GPT, GPTConfig, materialized_attention
 
@@ -310,7 +311,7 @@ def write_curves(folder: Path, records: list[dict] | None = None, end: str = "")
 
 
 def optimizer_of(model: GPT) -> torch.optim.AdamW:
-    return torch.optim.AdamW(model.parameter_groups(weight_decay=0.1), lr=3e-3, betas=(0.9, 0.99))
+    return torch.optim.AdamW(parameter_groups(model, weight_decay=0.1), lr=3e-3, betas=(0.9, 0.99))
 
 
 def train_by_hand(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
@@ -334,7 +335,7 @@ every_attention = pytest.mark.parametrize(
 
 def telling_gpt(config: GPTConfig = TELLING, seed: int = 2) -> GPT:
     """With matrices large enough for attention and logits that tell tokens and positions apart."""
-    model = tiny_gpt(seed, **vars(config))
+    model = tiny_gpt(seed, **asdict(config))
     for name, parameter in model.named_parameters():
         if parameter.dim() == 2 or name.endswith("sink"):
             torch.nn.init.normal_(parameter, std=2 if parameter is model.transformer.wpe.weight else 1)

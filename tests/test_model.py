@@ -8,6 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from harness.checkpoint import load_model
+from harness.optimizers import parameter_groups
+from harness.resuming import crop_block_size
 from model import GPT, GPTConfig, materialized_attention
 from tests.helpers import TELLING, every_attention, random_ids, shakespeares_nanogpt, telling_gpt, tokens
 
@@ -57,7 +59,7 @@ def test_a_sink_starts_as_softmax1_learns_and_does_not_decay():
     sink(idx, idx)[1].backward()
     for block in sink.transformer.h:
         assert block.attn.sink.grad.abs().min() > 0
-    decayed, free = (group["params"] for group in sink.parameter_groups(0.1))
+    decayed, free = (group["params"] for group in parameter_groups(sink, 0.1))
     sinks = [block.attn.sink for block in sink.transformer.h]
     assert all(any(p is s for p in free) and not any(p is s for p in decayed) for s in sinks)
 
@@ -84,7 +86,7 @@ def test_initial_weights_are_gpt2s():
 
 def test_matrices_decay_and_vectors_do_not():
     model = GPT(TELLING)
-    decayed, others = model.parameter_groups(0.3)
+    decayed, others = parameter_groups(model, 0.3)
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.3, 0.0)
     assert all(p.dim() == 2 for p in decayed["params"])
     assert all(p.dim() == 1 for p in others["params"])
@@ -272,10 +274,10 @@ def test_a_config_that_makes_no_sense_is_refused(values, named):
 def test_cropping_the_context_keeps_the_logits_of_what_still_fits():
     model, idx = telling_gpt(), tokens(2, 5)
     before = model(idx)[0]
-    model.crop_block_size(5)
+    crop_block_size(model, 5)
     assert torch.equal(model(idx)[0], before)
     assert model.state_dict()["transformer.wpe.weight"].shape == (5, 8)
-    assert any(p is model.transformer.wpe.weight for group in model.parameter_groups(0.1) for p in group["params"])
+    assert any(p is model.transformer.wpe.weight for group in parameter_groups(model, 0.1) for p in group["params"])
     with pytest.raises(ValueError, match="block_size, 5"):
         model(tokens(1, 6))
 
@@ -283,7 +285,7 @@ def test_cropping_the_context_keeps_the_logits_of_what_still_fits():
 def test_cropping_one_model_leaves_another_of_the_same_config_alone():
     config = replace(TELLING)
     model, other = GPT(config), GPT(config)
-    model.crop_block_size(5)
+    crop_block_size(model, 5)
     assert other.config.block_size == 12
     assert other(tokens(1, 12))[0].shape == (1, 12, 17)
 
@@ -291,7 +293,7 @@ def test_cropping_one_model_leaves_another_of_the_same_config_alone():
 @pytest.mark.parametrize("block_size", [0, 13])
 def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
     with pytest.raises(ValueError, match=rf"12 to {block_size}"):
-        telling_gpt().crop_block_size(block_size)
+        crop_block_size(telling_gpt(), block_size)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from harness.errors import UserError
-from harness.optimizers import saved_optimizer
+from harness.optimizers import parameter_groups, saved_optimizer
 from measure.divergence import kl_divergence
 from measure.probe import capture_qk
 from measure.slopes import (
@@ -158,7 +158,7 @@ def test_an_optimizer_state_that_is_not_there_or_does_not_fit():
     for changes in ({"n_layer": 3}, {"n_embd": 16}):
         with pytest.raises(UserError, match=r"does not fit its model.*--direction gradient"):
             next_update(float64_copy(tiny_gpt(noise=0.3, **changes)), batch, info)
-    momentum = torch.optim.SGD(model.parameter_groups(0.1), lr=0.1, momentum=0.9)
+    momentum = torch.optim.SGD(parameter_groups(model, 0.1), lr=0.1, momentum=0.9)
     train_by_hand(model, momentum, steps=1)
     with pytest.raises(UserError, match="--direction gradient"):
         next_update(float64_copy(model), batch, info_of(momentum))
