@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
             return *(next(gradients) if wants else None for wants in ctx.wanted), None
         # The factor is float32 at least: rounded to a half type it would be off by the same in all of a gradient.
-        scaled = ((grad / count * own).to(own.dtype) for own in sums)
+        scaled = ((grad / count.clamp(min=1) * own).to(own.dtype) for own in sums)
         return *(own if wants else None for own, wants in zip(scaled, ctx.wanted, strict=True)), None
 
 
@@ -104,7 +104,8 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[T
 
         return cross_entropy_(logits, targets, IGNORED, slopes), logits
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    counts, places = targets != IGNORED, targets.clamp(min=0).unsqueeze(-1)
+    counts = targets != IGNORED
+    places = targets.where(counts, 0).unsqueeze(-1)  # any other that is no row of the weight is an error
     losses = -log_p.gather(-1, places).squeeze(-1) * counts
     if slopes:
         p = log_p.exp_()
