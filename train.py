@@ -119,7 +119,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if config.evaluation.only:
         if not math.isfinite(loss := evaluate(every_window)):
             raise UserError(f"the loss on the whole validation set is {loss}: try --training.dtype float32")
-        say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
+        source = f"{config.folder}/ckpt.pt, step {start}" if resumed else c.init_from
+        say(f"{source}, the whole validation set: {describe(validation_metrics(loss, corpus))}")
         return 0
 
     if reference:

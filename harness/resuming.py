@@ -29,7 +29,7 @@ _HOW = re.compile(
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
-    """The checkpoint that this run continues from; None if it starts afresh."""
+    """The checkpoint that this run continues from, or that is evaluated; None for `init_from` or a fresh start."""
     c = config.training
     path = config.folder / "ckpt.pt"
     if c.resume == "never":
@@ -47,6 +47,9 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         if lacking := [key for key in needed if key not in checkpoint]:
             problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
             raise config.error("training.resume", problem)
+        former = checkpoint["config"].get("training", {}).get("init_from", "scratch")
+        if config.evaluation.only and c.init_from not in ("scratch", former):
+            return None  # not where this run once started from: other weights, asked for by name
         return checkpoint
     if c.resume == "must":
         raise config.error("training.resume", f"there is no {path} to resume")

@@ -34,6 +34,15 @@ def test_nothing_to_resume_is_nothing_or_an_error():
         checkpoint_to_resume(config("--training.resume", "must"))
 
 
+def test_an_evaluation_is_of_the_weights_that_are_asked_for_by_name():
+    """It was of the run's own checkpoint, whatever init_from said."""
+    whole("out/run/ckpt.pt", config={"training": {"init_from": "first.pt"}})
+    for init_from, own in (("scratch", True), ("first.pt", True), ("other.pt", False)):
+        only = config("--evaluation.only", "true", "--training.init_from", init_from)
+        assert (checkpoint_to_resume(only) is not None) == own
+    assert checkpoint_to_resume(config("--training.init_from", "other.pt")) is not None  # a resume goes on
+
+
 def test_what_is_there_is_resumed_unless_told_not_to_and_never_replaced_unasked():
     whole("out/run/ckpt.pt")
     assert checkpoint_to_resume(config())["step"] == 7
