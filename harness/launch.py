@@ -98,13 +98,15 @@ def next_steps(config: Config, arguments: list[str]) -> str:
     ]
     again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
     quoted = shlex.quote(str(folder))
+    leet = ""
+    if config.tracking.wandb != "disabled":
+        leet = f"\n  wandb leet {quoted}/wandb                    # the curves, in the terminal"
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
   source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
-  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG
-  wandb leet {quoted}/wandb                    # the curves, in the terminal
+  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG{leet}
   python scripts/sample.py {quoted}/ckpt.pt    # text from the model
   python scripts/activation_kurtosis.py {quoted}/ckpt.pt    # the outliers; the README has the other diagnostics
   {again}    # train on, {rate}"""

@@ -200,3 +200,9 @@ def test_no_recent_python_is_said_in_one_line(tmp_path):
     assert done.returncode == 2
     assert "error: no Python 3.11 or later found" in done.stderr
     assert not (tmp_path / "repo" / ".venv").exists()
+
+
+@pytest.mark.parametrize(("wandb", "proposed"), [("disabled", False), ("offline", True)])
+def test_wandbs_pictures_are_proposed_where_wandb_has_any(config, wandb, proposed):
+    lines = commands(config, "--tracking.wandb", wandb)
+    assert any(line.startswith("wandb leet") for line in lines) == proposed
