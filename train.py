@@ -141,11 +141,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
     tracker = progress = None  # like the folder, they are rank 0's
     if folder:
-        if c.resume == "never":
-            folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
-        write_text(folder.path / "config.yaml", config.to_yaml())
-        tracker = Tracker(folder.path, config, start if resumed else None)
+        with folder.cleared() if c.resume == "never" else contextlib.nullcontext():
+            write_text(folder.path / "config.yaml", config.to_yaml())
+            tracker = Tracker(folder.path, config, start if resumed else None)
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:

@@ -100,25 +100,16 @@ def next_steps(config: Config, arguments: list[str], here: Path) -> str:
     ]
     again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
     quoted = shlex.quote(str(folder))
-<<<<<<< HEAD
     leet = ""
     if config.tracking.wandb != "disabled":
         leet = f"\n  wandb leet {quoted}/wandb                    # the curves, in the terminal"
-=======
     there = "" if here.samefile(".") else f"  cd {shlex.quote(str(Path.cwd()))}\n"
->>>>>>> rv
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
-<<<<<<< HEAD
-  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
-  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG{leet}
-=======
 {there}  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
-  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG
-  wandb leet {quoted}/wandb                    # the curves, in the terminal
->>>>>>> rv
+  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG{leet}
   python scripts/sample.py {quoted}/ckpt.pt    # text from the model
   python scripts/activation_kurtosis.py {quoted}/ckpt.pt    # the outliers; the README has the other diagnostics
   {again}    # train on, {rate}"""

@@ -127,14 +127,20 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
                 changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
     step, max_steps = checkpoint["step"], config.training.max_steps
     if step >= max_steps:
-        if other := [key for key in changed if not _HOW.fullmatch(key)]:
+        other = [key for key in changed if not _HOW.fullmatch(key)]
+        if "training.max_steps" in changed and config.optimizer.decay_steps is None:
+            other.append("training.max_steps")  # the learning rate fell to its least at another step
+        if other:
             problem = (
-                f"{config.folder} is finished, step {step} of {max_steps}, and is of another config: "
+                f"{config.folder} is finished, at step {step}, and is of another config: "
                 f"{', '.join(changed[key] for key in other)}. Give another run.name, or raise --training.max_steps to "
                 "go on from there with the changed config"
             )
             raise config.error(other[0], problem)
-        say(f"{config.folder} is finished: step {step} of {max_steps}. For more, raise --training.max_steps.")
+        done = (
+            f"step {step} of {max_steps}" if step == max_steps else f"at step {step}, training.max_steps is {max_steps}"
+        )
+        say(f"{config.folder} is finished: {done}. For more, raise --training.max_steps.")
         return
     say(f"resuming {config.folder} from step {step}")
     if changed:
