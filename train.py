@@ -119,7 +119,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if config.evaluation.only:
         if not math.isfinite(loss := evaluate(every_window)):
             raise UserError(f"the loss on the whole validation set is {loss}: try --training.dtype float32")
-        say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
+        source = f"{config.folder}/ckpt.pt, step {start}" if resumed else c.init_from
+        say(f"{source}, the whole validation set: {describe(validation_metrics(loss, corpus))}")
         return 0
 
     if reference:
@@ -140,11 +141,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
     tracker = progress = None  # like the folder, they are rank 0's
     if folder:
-        if c.resume == "never":
-            folder.clear()
         config.model = ModelConfig(**dataclasses.asdict(raw_model.config))
-        write_text(folder.path / "config.yaml", config.to_yaml())
-        tracker = Tracker(folder.path, config, start if resumed else None)
+        with folder.cleared() if c.resume == "never" else contextlib.nullcontext():
+            write_text(folder.path / "config.yaml", config.to_yaml())
+            tracker = Tracker(folder.path, config, start if resumed else None)
         progress = Progress(c.max_steps, start)
 
     def save(step: int, best: bool) -> None:

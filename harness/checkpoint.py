@@ -58,9 +58,12 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
     return checkpoint
 
 
-def read_torch_file(path: Path, device: str | torch.device = "cpu") -> Any:
+OURS_ALONE = "Where it was made, write {'model': state_dict, 'model_args': {…}} alone with torch.save"
+
+
+def read_torch_file(path: Path, device: str | torch.device = "cpu", advice: str = OURS_ALONE) -> Any:
     """What torch.save has written to `path`, with the checksum of each record compared. UserError if it cannot be read,
-    is damaged, or holds anything but tensors and plain values."""
+    is damaged, or holds anything but tensors and plain values, with the advice for that case."""
     try:
         check_records(path)
         return torch.load(path, map_location=device, weights_only=True)
@@ -75,8 +78,8 @@ def read_torch_file(path: Path, device: str | torch.device = "cpu") -> Any:
         found = re.search(r"GLOBAL (\S+)", str(e))
         held = f" (such as {found[1]})" if found else ""
         raise UserError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values{held}; nothing in it was run. "
-            "Where it was made, write {'model': state_dict, 'model_args': {…}} alone with torch.save"
+            f"{path} is not a checkpoint, or holds more than tensors and plain values{held}; "
+            f"nothing in it was run. {advice}"
         ) from e
     except UserError:
         raise

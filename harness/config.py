@@ -143,7 +143,7 @@ class EvaluationConfig:
     kurtosis: bool = True
     """log what shows outliers at every evaluation: kurtosis of weights and activations, sinks, row mass"""
     only: bool = False
-    """evaluate the checkpoint or init_from on the whole validation set, and end"""
+    """evaluate the run's checkpoint, or another init_from, on the whole validation set, and end"""
 
 
 @dataclass

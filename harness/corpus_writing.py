@@ -245,15 +245,15 @@ def text_fault(text: bytes) -> str | None:
     """What says that a piece of a file is no UTF-8 text (but UTF-16, compressed, an image, in Latin-1): a NUL, or more
     than a few places that are not UTF-8."""
     if b"\0" in text:
-        return "holds NUL bytes"
+        return "holds NUL bytes, as UTF-16 and compressed files do"
     places = places_replaced(text)
     return f"is not UTF-8 in {places:,} places" if places > max(10, FEW * len(text)) else None
 
 
 def _refusal(path: Path, problem: str) -> UserError:
     return UserError(
-        f"{path} {problem}: convert it to UTF-8 (iconv -f LATIN1 -t UTF-8, say), leave it out, or keep its bytes as "
-        "they are with --tokenizer bytes"
+        f"{path} {problem}: unpack it, or convert it to UTF-8 (iconv -f LATIN1 or UTF-16 -t UTF-8), leave it out, or "
+        "keep its bytes as they are with --tokenizer bytes"
     )
 
 

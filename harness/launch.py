@@ -16,7 +16,8 @@ PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.referen
 
 
 def main() -> int:
-    arguments = as_typed(sys.argv[2:], Path(sys.argv[1]))
+    here = Path(sys.argv[1])
+    arguments = as_typed(sys.argv[2:], here)
     if arguments and Path(arguments[0]).exists() and not Path(arguments[0]).is_file():
         raise UserError(f"{arguments[0]} is no file, as a config has to be: it is read more than once")
     config = main_config(arguments)
@@ -37,7 +38,7 @@ def main() -> int:
         if checkpoint.stat().st_mtime_ns != before:
             print("\na sample:", flush=True)
             run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
-        print(next_steps(config, arguments))
+        print(next_steps(config, arguments, here))
     return status
 
 
@@ -84,7 +85,8 @@ def run(command: list[str]) -> int:
     return status if status >= 0 else 128 - status
 
 
-def next_steps(config: Config, arguments: list[str]) -> str:
+def next_steps(config: Config, arguments: list[str], here: Path) -> str:
+    """What to do after a run, in commands that may be pasted where the user stands, in the folder `here`."""
     folder, changed = config.folder, dict(parse_overrides(arguments[1:]))
     c, decay_steps = config.training, config.optimizer.decay_steps
     changed |= {"training.max_steps": 2 * c.max_steps}
@@ -98,13 +100,16 @@ def next_steps(config: Config, arguments: list[str]) -> str:
     ]
     again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
     quoted = shlex.quote(str(folder))
+    leet = ""
+    if config.tracking.wandb != "disabled":
+        leet = f"\n  wandb leet {quoted}/wandb                    # the curves, in the terminal"
+    there = "" if here.samefile(".") else f"  cd {shlex.quote(str(Path.cwd()))}\n"
     return f"""
 {folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
 
 next:
-  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
-  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG
-  wandb leet {quoted}/wandb                    # the curves, in the terminal
+{there}  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate
+  python scripts/plot_metrics.py {quoted}      # the curves, as a PNG{leet}
   python scripts/sample.py {quoted}/ckpt.pt    # text from the model
   python scripts/activation_kurtosis.py {quoted}/ckpt.pt    # the outliers; the README has the other diagnostics
   {again}    # train on, {rate}"""

@@ -29,7 +29,7 @@ _HOW = re.compile(
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
-    """The checkpoint that this run continues from; None if it starts afresh."""
+    """The checkpoint that this run continues from, or that is evaluated; None for `init_from` or a fresh start."""
     c = config.training
     path = config.folder / "ckpt.pt"
     if c.resume == "never":
@@ -47,6 +47,9 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         if lacking := [key for key in needed if key not in checkpoint]:
             problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
             raise config.error("training.resume", problem)
+        former = checkpoint["config"].get("training", {}).get("init_from", "scratch")
+        if config.evaluation.only and c.init_from not in ("scratch", former):
+            return None  # not where this run once started from: other weights, asked for by name
         return checkpoint
     if c.resume == "must":
         raise config.error("training.resume", f"there is no {path} to resume")
@@ -134,14 +137,20 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
                 changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
     step, max_steps = checkpoint["step"], config.training.max_steps
     if step >= max_steps:
-        if other := [key for key in changed if not _HOW.fullmatch(key)]:
+        other = [key for key in changed if not _HOW.fullmatch(key)]
+        if "training.max_steps" in changed and config.optimizer.decay_steps is None:
+            other.append("training.max_steps")  # the learning rate fell to its least at another step
+        if other:
             problem = (
-                f"{config.folder} is finished, step {step} of {max_steps}, and is of another config: "
+                f"{config.folder} is finished, at step {step}, and is of another config: "
                 f"{', '.join(changed[key] for key in other)}. Give another run.name, or raise --training.max_steps to "
                 "go on from there with the changed config"
             )
             raise config.error(other[0], problem)
-        say(f"{config.folder} is finished: step {step} of {max_steps}. For more, raise --training.max_steps.")
+        done = (
+            f"step {step} of {max_steps}" if step == max_steps else f"at step {step}, training.max_steps is {max_steps}"
+        )
+        say(f"{config.folder} is finished: {done}. For more, raise --training.max_steps.")
         return
     say(f"resuming {config.folder} from step {step}")
     if changed:

@@ -1,13 +1,16 @@
 """A run's folder, out/<run>: who may write there, and what it already holds."""
 
+import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError
 from harness.files import NOT_OFFERED
 
+_FORMER = ".former"
 _OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "wandb", "diagnostics")
 
 
@@ -41,12 +44,30 @@ class RunFolder:
         self._lock.flush()
         for leftover in folder.glob("*.tmp"):  # of a process killed while it wrote; only the lock's owner writes here
             leftover.unlink()
+        if (folder / _FORMER).exists():
+            self._bring_back()
 
-    def clear(self) -> None:
-        """Remove a former run, and nothing that is not ours."""
+    @contextlib.contextmanager
+    def cleared(self) -> Iterator[None]:
+        """Without the files of a former run, of which none is removed before the block has succeeded."""
+        aside = self.path / _FORMER
+        aside.mkdir()
         for name in run_files(self.path):
-            target = self.path / name
-            shutil.rmtree(target) if target.is_dir() and not target.is_symlink() else target.unlink()
+            (self.path / name).rename(aside / name)
+        try:
+            yield
+        except BaseException:
+            self._bring_back()
+            raise
+        shutil.rmtree(aside)
+
+    def _bring_back(self) -> None:
+        """Undo a `cleared` that failed or was killed, with whatever was written since."""
+        for name in run_files(self.path):
+            _remove(self.path / name)
+        for former in (self.path / _FORMER).iterdir():
+            former.rename(self.path / former.name)
+        (self.path / _FORMER).rmdir()
 
     def __enter__(self) -> "RunFolder":
         return self
@@ -55,6 +76,10 @@ class RunFolder:
         if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
             shutil.rmtree(self.path)
         self._lock.close()
+
+
+def _remove(path: Path) -> None:
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def run_files(folder: Path) -> list[str]:

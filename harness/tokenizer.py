@@ -178,6 +178,8 @@ def from_meta(meta: dict) -> Tokenizer:
         return from_name(name)
     if name == "ids" and isinstance(vocab_size, int) and vocab_size > 0:
         return Ids(vocab_size)
+    if name == "ids":
+        raise UserError(f"vocab_size is {vocab_size!r}, but must be the number of token ids, a whole number above 0")
     raise UserError(f"tokenizer {name!r} is not known, or lacks its vocabulary (known: bytes, chars, gpt2)")
 
 

@@ -132,11 +132,11 @@ def wandb_mode(tracking) -> tuple[str, str]:
     """auto, online, offline or disabled; and what says so. What wandb would stumble over in its variables is mended: a
     value without the blanks around it is what was meant, an empty one says nothing, and a mode that does not exist may
     have been meant to keep the run to itself."""
-    for name in ("WANDB_MODE", "WANDB_API_KEY"):
-        if name in os.environ and not os.environ[name].strip():
+    for name in [name for name in os.environ if name.startswith("WANDB_")]:
+        if value := os.environ[name].strip():
+            os.environ[name] = value
+        else:
             del os.environ[name]
-        elif name in os.environ:
-            os.environ[name] = os.environ[name].strip()
     if tracking.wandb != "auto" or "WANDB_MODE" not in os.environ:
         return tracking.wandb, "as configured"
     wanted = os.environ["WANDB_MODE"]

@@ -51,7 +51,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             gradients = iter(torch.autograd.grad(loss, inputs, grad, create_graph=True))
             return *(next(gradients) if wants else None for wants in ctx.wanted), None
         # The factor is float32 at least: rounded to a half type it would be off by the same in all of a gradient.
-        scaled = ((grad / count * own).to(own.dtype) for own in sums)
+        scaled = ((grad / count.clamp(min=1) * own).to(to.dtype) for own, to in zip(sums, (x, weight), strict=True))
         return *(own if wants else None for own, wants in zip(scaled, ctx.wanted, strict=True)), None
 
 
@@ -60,8 +60,8 @@ def _by_chunks(
     x: Tensor, weight: Tensor, targets: Tensor, wants_x: bool, wants_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """x (N, C), weight (V, C), targets (N) → the mean loss; the number of targets that count; the gradients of the
-    *sum* of the losses, with respect to x in its type and to weight in weight's: empty where not wanted. An operator of
-    its own, so that torch.compile need not see the loop."""
+    *sum* of the losses, with respect to x in its type and to weight in float32 at least: empty where not wanted. An
+    operator of its own, so that torch.compile need not see the loop."""
     dtype = torch.promote_types(x.dtype, torch.float32)
     sum_x, sum_weight = _empty_sums(x, weight, wants_x, wants_weight)
     sum_weight.zero_()
@@ -87,7 +87,10 @@ def _(x, weight, targets, wants_x, wants_weight):
 
 
 def _empty_sums(x: Tensor, weight: Tensor, wants_x: bool, wants_weight: bool) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x if wants_x else x[:0]), torch.empty_like(weight if wants_weight else weight[:0])
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return torch.empty_like(x if wants_x else x[:0]), torch.empty_like(
+        weight if wants_weight else weight[:0], dtype=dtype
+    )
 
 
 def _rows(x: Tensor) -> int:
@@ -104,7 +107,8 @@ def _losses_and_slopes(logits: Tensor, targets: Tensor, slopes: bool) -> tuple[T
 
         return cross_entropy_(logits, targets, IGNORED, slopes), logits
     log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
-    counts, places = targets != IGNORED, targets.clamp(min=0).unsqueeze(-1)
+    counts = targets != IGNORED
+    places = targets.where(counts, 0).unsqueeze(-1)  # any other that is no row of the weight is an error
     losses = -log_p.gather(-1, places).squeeze(-1) * counts
     if slopes:
         p = log_p.exp_()

@@ -36,7 +36,8 @@ def _cross_entropy_kernel(
                 tl.store(logits + columns, tl.full((BLOCK,), 0.0, logits.dtype.element_ty), mask=columns < V)
         return
 
-    at_target = tl.load(logits + target).to(tl.float32)
+    # What is no column makes the loss NaN: the memory beside the row would give a plausible one.
+    at_target = tl.load(logits + target, mask=(target >= 0) & (target < V), other=float("nan")).to(tl.float32)
     largest, total = float("-inf"), 0.0
     for start in range(0, V, BLOCK):
         columns = start + tl.arange(0, BLOCK)
@@ -59,7 +60,7 @@ BLOCK, WARPS = 16384, 16  # the fastest of 15 pairs on an H100, for rows of 50,3
 
 def cross_entropy_(logits: Tensor, targets: Tensor, ignore_index: int, slopes: bool) -> Tensor:
     """The losses (N), float32, of logits (N, V), contiguous, float32 or a half type, and targets (N) int64: 0 where
-    ignored. If `slopes`, the logits are overwritten by the losses' slopes."""
+    ignored, NaN where beyond V. If `slopes`, the logits are overwritten by the losses' slopes."""
     N, V = logits.shape
     losses = torch.empty(N, dtype=torch.float32, device=logits.device)
     block = min(BLOCK, triton.next_power_of_2(V))

@@ -94,6 +94,13 @@ def test_every_script_is_documented():
     assert not missing
 
 
+def test_every_module_has_a_line_in_the_architecture():
+    text = (ROOT / "docs/architecture.md").read_text()
+    modules = [path for floor in ("kernels", "measure", "harness") for path in (ROOT / floor).glob("*.py")]
+    missing = [name for path in modules if (name := str(path.relative_to(ROOT))) not in text and "__" not in name]
+    assert not missing
+
+
 def test_the_tests_of_paths_see_them():
     text = "`scripts/none.py --help`, `none.py`, `out/<run>/ckpt.pt`\n```sh\n./none.sh configs/none_*.yaml\n```\n"
     assert named_paths(text) == {"scripts/none.py", "none.py", "none.sh", "configs/none_*.yaml"}

@@ -184,8 +184,10 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)  # linear around 0, since a rise may be negative
-    axes.set_xlim(min(axes.get_xlim()[0], -0.02), max(2 * axes.get_xlim()[1], 1))
-    ticks = [10.0**n for n in range(-1, 10)]
+    left, right = axes.get_xlim()
+    axes.set_xlim(min(left, -0.02), max(1.3 * right, 0.05))
+    steps = (1, 2, 5) if right < 5 else (1,)
+    ticks = sorted(step * 10.0**n for n in range(-2 if right < 0.2 else -1, 10) for step in steps)
     axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.grid(False, axis="y")

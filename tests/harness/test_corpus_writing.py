@@ -273,8 +273,8 @@ LATIN = "Él dijo: «¿Qué más?» — así fue.\n".replace("—", "-").encode(
     [
         (LATIN, r"is not UTF-8 in [\d,]+ places"),
         (LATIN[:30], "is no UTF-8 text, as 1 of the files are not"),  # too few places in one piece to tell
-        ("text".encode("utf-16") * 9, "holds NUL bytes"),
-        (gzip.compress(bytes(range(256)) * 99, mtime=0), "holds NUL bytes"),
+        ("text".encode("utf-16") * 9, "holds NUL bytes, as UTF-16 and compressed files do"),
+        (gzip.compress(bytes(range(256)) * 99, mtime=0), "holds NUL bytes, as UTF-16 and compressed files do"),
     ],
 )
 def test_what_is_no_utf8_text_is_refused_and_bytes_keep_it(tmp_path, gpt2, name, content, expected):

@@ -136,10 +136,10 @@ def test_help_and_print_config_need_no_corpus(config):
     assert run_training(str(config), "--print_config").stdout.startswith("run:\n  name: tiny\n")
 
 
-def commands(config: Path, *changes: str) -> list[str]:
-    """What is proposed after a run."""
-    arguments = [str(config), *changes]
-    return [line.strip() for line in next_steps(load_config(arguments), arguments).partition("next:")[2].splitlines()]
+def commands(config: Path, *changes: str, here: Path = ROOT) -> list[str]:
+    """What is proposed after a run to a user who stands in `here`."""
+    proposed = next_steps(load_config([str(config), *changes]), [str(config), *changes], here)
+    return [line.strip() for line in proposed.partition("next:")[2].splitlines()]
 
 
 @pytest.mark.parametrize(
@@ -163,6 +163,12 @@ def test_the_commands_that_are_proposed_may_be_pasted_whatever_the_names_are(con
         words = shlex.split(command, comments=True)
         if words and "run_training.sh" not in words[0]:
             assert words[2].startswith(str(folder)), command
+
+
+def test_the_commands_that_are_proposed_begin_with_the_way_to_where_they_run(config, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    inside, outside = commands(config), commands(config, here=config.parent)
+    assert outside == [*inside[:1], f"cd {shlex.quote(str(ROOT))}", *inside[1:]]
 
 
 def test_an_environment_of_an_old_python_is_not_used_nor_removed(tmp_path):
@@ -200,3 +206,9 @@ def test_no_recent_python_is_said_in_one_line(tmp_path):
     assert done.returncode == 2
     assert "error: no Python 3.11 or later found" in done.stderr
     assert not (tmp_path / "repo" / ".venv").exists()
+
+
+@pytest.mark.parametrize(("wandb", "proposed"), [("disabled", False), ("offline", True)])
+def test_wandbs_pictures_are_proposed_where_wandb_has_any(config, wandb, proposed):
+    lines = commands(config, "--tracking.wandb", wandb)
+    assert any(line.startswith("wandb leet") for line in lines) == proposed

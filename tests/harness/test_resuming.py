@@ -34,6 +34,15 @@ def test_nothing_to_resume_is_nothing_or_an_error():
         checkpoint_to_resume(config("--training.resume", "must"))
 
 
+def test_an_evaluation_is_of_the_weights_that_are_asked_for_by_name():
+    """It was of the run's own checkpoint, whatever init_from said."""
+    whole("out/run/ckpt.pt", config={"training": {"init_from": "first.pt"}})
+    for init_from, own in (("scratch", True), ("first.pt", True), ("other.pt", False)):
+        only = config("--evaluation.only", "true", "--training.init_from", init_from)
+        assert (checkpoint_to_resume(only) is not None) == own
+    assert checkpoint_to_resume(config("--training.init_from", "other.pt")) is not None  # a resume goes on
+
+
 def test_what_is_there_is_resumed_unless_told_not_to_and_never_replaced_unasked():
     whole("out/run/ckpt.pt")
     assert checkpoint_to_resume(config())["step"] == 7
@@ -67,11 +76,11 @@ def test_weights_of_another_run_are_taken_and_a_shorter_context_crops_them():
         initial_model(config("--training.init_from", path), Corpus("corpus"), None)
 
 
-def finished_run(step: int = 24) -> tuple[dict, Corpus]:
+def finished_run(step: int = 24, *changes: str) -> tuple[dict, Corpus]:
     """A checkpoint at that step of 24, and its corpus."""
     corpus = Corpus("corpus")
     entry = {"folder": "corpus", "sha256": corpus.sha256}
-    whole("out/run/ckpt.pt", step=step, config=config().to_dict(), corpus=entry, best_val_loss=2.5)
+    whole("out/run/ckpt.pt", step=step, config=config(*changes).to_dict(), corpus=entry, best_val_loss=2.5)
     return read_checkpoint("out/run/ckpt.pt"), corpus
 
 
@@ -80,7 +89,8 @@ def finished_run(step: int = 24) -> tuple[dict, Corpus]:
     [
         ((), None),
         (("--evaluation.interval", "3", "--tracking.project", "mine", "--training.checkpoint_interval", "9"), None),
-        (("--training.max_steps", "9", "--training.micro_batch_size", "2", "--training.compile", "false"), None),
+        (("--training.micro_batch_size", "2", "--training.compile", "false"), None),
+        (("--training.max_steps", "9"), "training.max_steps 24 → 9"),  # decay_steps follows: another schedule
         (("--run.seed", "2"), "run.seed 1337 → 2"),
         (("--optimizer.lr", "3e-3", "--tracking.project", "mine", "--training.batch_size", "4"),
          "optimizer.lr 0.01 → 0.003, training.batch_size 8 → 4"),
@@ -95,11 +105,18 @@ def test_a_finished_run_answers_for_its_own_config_alone(changes, keys):
         return
     with pytest.raises(UserError) as error:
         check_resume(config(*changes), checkpoint, corpus, None, {}, said.append)
-    assert f"out/run is finished, step 24 of 24, and is of another config: {keys}. Give another run.name" in str(
+    assert f"out/run is finished, at step 24, and is of another config: {keys}. Give another run.name" in str(
         error.value
     )
     assert str(error.value).startswith(f"command line: {keys.split()[0]}: ")
     assert not said
+
+
+def test_a_longer_run_whose_schedule_has_its_own_end_is_finished():
+    own, said = ("--optimizer.decay_steps", "9"), []
+    checkpoint, corpus = finished_run(24, *own)
+    check_resume(config(*own, "--training.max_steps", "9"), checkpoint, corpus, None, {}, said.append)
+    assert "out/run is finished: at step 24, training.max_steps is 9" in said[0]
 
 
 def test_an_unfinished_run_goes_on_with_what_has_changed():

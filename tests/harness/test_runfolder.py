@@ -62,17 +62,51 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_clearing_removes_a_run_and_nothing_else(tmp_path):
-    with RunFolder(tmp_path) as folder:
-        assert not run_files(folder.path)
-        ours = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "wandb/run.json", "diagnostics/kurtosis.json")
-        for name in (*ours, "notes.md", "plots/mine.png"):
-            (tmp_path / name).parent.mkdir(exist_ok=True)
-            (tmp_path / name).touch()
-        assert run_files(folder.path)
-        folder.clear()
-    assert sorted(p.name for p in tmp_path.iterdir() if p.name != ".lock") == ["notes.md", "plots"]
-    assert (tmp_path / "plots" / "mine.png").exists()
+OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "wandb/run.json", "diagnostics/kurtosis.json")
+
+
+@pytest.fixture
+def former(tmp_path):
+    """A folder with a former run, and with files of somebody else's."""
+    for name in (*OURS, "notes.md", "plots/mine.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("former")
+    return tmp_path
+
+
+def names_in(folder) -> list[str]:
+    return sorted(p.name for p in folder.iterdir() if p.name != ".lock")
+
+
+def test_clearing_removes_a_run_and_nothing_else(former):
+    with RunFolder(former) as folder:
+        assert run_files(former)
+        with folder.cleared():
+            assert names_in(former) == [".former", "notes.md", "plots"]
+            (former / "config.yaml").write_text("new")
+    assert names_in(former) == ["config.yaml", "notes.md", "plots"]
+    assert (former / "config.yaml").read_text() == "new"
+    assert (former / "plots" / "mine.png").exists()
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_run_that_cannot_begin_or_is_killed_then_takes_the_place_of_none(former, monkeypatch, killed):
+    before = names_in(former)
+    if killed:  # nothing of the process's own runs then
+        monkeypatch.setattr(RunFolder, "_bring_back", lambda folder: None)
+
+    def begin(folder: RunFolder):
+        with folder.cleared():
+            for name in ("config.yaml", "metrics.jsonl"):
+                (former / name).write_text("new")
+            raise UserError("wandb cannot go online")
+
+    with RunFolder(former) as folder, pytest.raises(UserError):
+        begin(folder)
+    monkeypatch.undo()
+    with RunFolder(former):
+        assert names_in(former) == before
+        assert all((former / name).read_text() == "former" for name in OURS)
 
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):

@@ -93,16 +93,12 @@ def test_from_meta():
     assert from_meta({"tokenizer": "gpt2"}).vocab_size == 50257
     assert from_meta({"tokenizer": "ids", "vocab_size": 7}).encode(" 6 0").tolist() == [6, 0]
     assert from_meta({"tokenizer": "chars", "vocabulary": "abc"}).decode([2, 0]) == "ca"
-    for meta in (
-        {},
-        {"tokenizer": "chars"},
-        {"tokenizer": "ids"},
-        {"tokenizer": "ids", "vocab_size": 0},
-        {"tokenizer": "word"},
-        {"tokenizer": ["bytes"]},
-    ):
+    for meta in ({}, {"tokenizer": "chars"}, {"tokenizer": "word"}, {"tokenizer": ["bytes"]}):
         with pytest.raises(UserError, match="is not known"):
             from_meta(meta)
+    for vocab_size in (None, 0, "300", 300.0):
+        with pytest.raises(UserError, match=f"vocab_size is {vocab_size!r}, but must be the number of token ids"):
+            from_meta({"tokenizer": "ids", "vocab_size": vocab_size})
 
 
 def test_gpt2_without_its_file_says_what_to_do(tmp_path):

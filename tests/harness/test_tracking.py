@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -179,6 +180,15 @@ def test_wandbs_mode_is_chosen_and_said(tmp_path, monkeypatch, capsys, setting, 
     assert f"wandb: {expected}" in said
     assert {start["mode"] for start in fake.starts} | {"disabled"} == {mode, "disabled"}
     assert (f"{tmp_path}/wandb" in said) == (mode != "disabled")  # where the run is, if there is one
+
+
+def test_an_empty_variable_of_wandbs_says_nothing(tmp_path, monkeypatch, capsys):
+    """wandb itself takes no empty WANDB_SILENT, among others, and would not start."""
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.setenv("WANDB_SILENT", " ")
+    session(tmp_path, None, range(2), "offline")
+    assert "wandb: offline (as configured)" in capsys.readouterr().out
+    assert "WANDB_SILENT" not in os.environ
 
 
 def test_a_resume_sends_what_wandb_lacks_of_the_lines_that_it_keeps(tmp_path, monkeypatch):

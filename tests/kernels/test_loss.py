@@ -39,7 +39,12 @@ def error(found, expected) -> float:
 @pytest.mark.parametrize(
     ("dtype", "autocast", "tolerance"),
     # A gradient of half types is rounded thrice: the logits, their slopes, the product.
-    [(torch.float64, None, 1e-14), (torch.float32, None, 1e-6), (torch.float32, torch.bfloat16, 3 * 2**-8)],
+    [
+        (torch.float64, None, 1e-14),
+        (torch.float32, None, 1e-6),
+        (torch.float32, torch.bfloat16, 3 * 2**-8),
+        (torch.bfloat16, None, 3 * 2**-8),
+    ],
 )
 def test_the_loss_and_its_gradients(dtype, autocast, tolerance, compiled):
     x, weight, targets = inputs(dtype)
@@ -47,7 +52,7 @@ def test_the_loss_and_its_gradients(dtype, autocast, tolerance, compiled):
     with torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
         found = function(x, weight, targets)
     expected = reference(x, weight, targets)
-    assert found.dtype == dtype
+    assert found.dtype == torch.promote_types(dtype, torch.float32)
     assert error(found, expected) < tolerance
     pairs = zip(*(torch.autograd.grad(3 * own, (x, weight)) for own in (found, expected)), strict=True)
     for own, other in pairs:
@@ -77,9 +82,19 @@ def test_what_needs_no_gradient_gets_none(frozen):
     assert error(found, expected) < 1e-14
 
 
-def test_no_target_that_counts_is_nan_as_pytorchs():
+def test_without_a_target_that_counts_the_loss_is_nan_and_its_gradient_zero_as_pytorchs():
     x, weight, targets = inputs()
-    assert linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED)).isnan()
+    loss = linear_cross_entropy(x, weight, torch.full_like(targets, IGNORED))
+    assert loss.isnan()
+    assert not any(gradient.any() for gradient in torch.autograd.grad(loss, (x, weight)))
+
+
+@pytest.mark.parametrize("target", [-100, 300])  # PyTorch's own default for what is ignored; the first beyond V
+def test_a_target_that_is_no_row_of_the_weight_is_an_error(target):
+    x, weight, targets = inputs()
+    targets[1, 3] = target
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        linear_cross_entropy(x, weight, targets)
 
 
 def test_the_logits_of_one_chunk_at_a_time_are_in_memory(monkeypatch):

@@ -34,3 +34,12 @@ def test_losses_and_slopes(dtype, V, monkeypatch):
     torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=1e-5)
     torch.testing.assert_close(triton_loss.cross_entropy_(logits, targets, IGNORED, slopes=True), losses)
     torch.testing.assert_close(logits.double(), slopes, rtol=0, atol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("target", [-100, 64])
+def test_a_target_that_is_no_column_is_nan_not_the_memory_beside_the_row(target):
+    logits = torch.zeros(9, 64, device=DEVICE)
+    targets = torch.full((9,), 3, device=DEVICE)
+    targets[4] = target
+    losses = triton_loss.cross_entropy_(logits, targets, IGNORED, slopes=False)
+    assert losses.isnan().tolist() == (targets == target).tolist()
