@@ -61,7 +61,7 @@ def load_gpt2(name_or_folder: str) -> GPT:
         )
     activation = str(c.get("activation_function", "gelu_new"))
     args = {ours: c.get(key, default) for key, (ours, default) in _SHAPE.items()}
-    args |= {"bias": True, "activation": _ACTIVATIONS.get(activation, "gelu")}
+    args |= {"bias": True, "tie_embeddings": True, "activation": _ACTIVATIONS.get(activation, "gelu")}
     try:
         n_embd = model_config(args).n_embd
     except (TypeError, ValueError) as e:
