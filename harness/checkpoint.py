@@ -134,7 +134,7 @@ def _model_args_of(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     sizes = {"n_layer": len({n.split(".")[2] for n in state if n.startswith("transformer.h.")}), "n_embd": n_embd}
     if "transformer.wpe.weight" in state:
         sizes["block_size"] = len(state["transformer.wpe.weight"])
-    args = sizes | {"vocab_size": vocab_size, "bias": "mlp.c_fc.bias" in first}
+    args: dict[str, Any] = sizes | {"vocab_size": vocab_size, "bias": "mlp.c_fc.bias" in first}
     younger = {
         "n_inner": first["mlp.c_fc.weight"][0],
         "qkv_bias": "attn.c_attn.bias" in first,
