@@ -11,8 +11,8 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -249,7 +249,7 @@ def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dro
 def _check_backward(backward: str, normalizer: str) -> None:
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
-    if backward == "diagonal" and find_normalizer(normalizer).diagonal is None:
+    if find_normalizer(normalizer).diagonal is None and backward == "diagonal":
         raise ValueError(f"normalizer {normalizer!r} has no backward 'diagonal': its entry does not say the diagonal")
 
 
@@ -274,7 +274,7 @@ class GPTConfig:
 
     A field's metadata tells the rest of the project how to treat it, so that a new field needs no other list:
     `choices` is the table whose names are the values; `free`, weights trained with one value may go on with another;
-    `in_weights`, the shapes of the weights tell the value; `forward` False, evaluation does not depend on it.
+    `in_weights`, the weights' names and shapes tell the value; `forward` False, evaluation does not depend on it.
     """
 
     block_size: int = field(default=1024, metadata={"in_weights": True})
@@ -285,14 +285,14 @@ class GPTConfig:
     """transformer blocks"""
     n_head: int = 12
     """attention heads a block"""
-    n_kv_head: int | None = None
-    """heads of keys and values, each for so many queries' heads (grouped queries); null: n_head"""
+    n_kv_head: int | None = field(default=None, metadata={"in_weights": True})
+    """heads of keys and values, each read by n_head / n_kv_head heads of queries (grouped queries); null: n_head"""
     n_embd: int = field(default=768, metadata={"in_weights": True})
     """width of the residual stream; a multiple of n_head, unless head_dim is given"""
-    head_dim: int | None = None
+    head_dim: int | None = field(default=None, metadata={"in_weights": True})
     """width of a head; null: n_embd / n_head"""
     n_inner: int | None = field(default=None, metadata={"in_weights": True})
-    """width of the MLP's hidden layer; null: 4 n_embd, of swiglu 8/3 n_embd, up to a multiple of 64"""
+    """width of the MLP's hidden layer; null: 4 n_embd, or for swiglu 8/3 n_embd, rounded up to a multiple of 64"""
     dropout: float = field(default=0.0, metadata={"free": True, "forward": False})
     """dropout of embeddings, attention weights and residual branches"""
     bias: bool = field(default=True, metadata={"in_weights": True})
@@ -304,13 +304,13 @@ class GPTConfig:
     position: Position = "learned"
     """learned: an embedding of the position is added to the token's; rope: queries and keys are rotated by it"""
     rope_theta: float = 10000.0
-    """rope: the wavelengths of the pairs of channels run from 2π to 2π · rope_theta tokens"""
+    """rope: the pairs of channels turn once in 2π tokens, the first, to nearly 2π rope_theta, the last"""
     rope_fraction: float = 1.0
     """rope: the share of a head's channels that is rotated, from the first on"""
     rope_scaling: float = 1.0
-    """rope: long wavelengths are stretched by this factor, as Llama 3's for contexts beyond rope_original_context"""
+    """rope: the factor by which long wavelengths are stretched, as in Llama 3.1; 1: none is"""
     rope_original_context: int = 8192
-    """rope: wavelengths above this many tokens are stretched, below a quarter of it kept, between the two blended"""
+    """rope: with rope_scaling, wavelengths above so many tokens are stretched, below a quarter not, between in part"""
     norm: Norm = "layernorm"
     """layernorm, or rmsnorm, which does not subtract the mean and has no bias"""
     norm_eps: float = 1e-5
@@ -320,49 +320,51 @@ class GPTConfig:
     parallel_residual: bool = False
     """attention and MLP both read the block's input, as in GPT-NeoX; otherwise the MLP reads the attention's result"""
     mlp: Mlp = field(default="gelu", metadata={"in_weights": True})
-    """gelu: down(gelu(up(x))); swiglu: down(silu(gate(x)) · up(x))"""
+    """gelu: c_proj(gelu(c_fc(x))); swiglu: c_proj(silu(c_gate(x)) · c_fc(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
     activation: Activation = "gelu_tanh"
-    """gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
+    """of mlp gelu: gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
 
     def __post_init__(self):
-        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "n_inner"):
-            if (value := getattr(self, name)) is not None and (isinstance(value, float) or value < 1):
-                raise ValueError(f"{name} is {value}, but must be an integer and at least 1")
-        self.kv_heads, self.head_size = self.n_kv_head or self.n_head, self.head_dim or self.n_embd // self.n_head
-        self.rotated = int(self.rope_fraction * self.head_size)  # channels of a head
-        find_normalizer(self.normalizer)
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if int in (f.type, *get_args(f.type)) and value is not None and (isinstance(value, float) or value < 1):
+                raise ValueError(f"{f.name} is {value}, but must be an integer and at least 1")
+            if get_origin(f.type) is Literal and value not in get_args(f.type):
+                raise ValueError(f"unknown {f.name} {value!r}: choose from {', '.join(get_args(f.type))}")
         _check_backward(self.backward, self.normalizer)
-        for name, kind in {"activation": Activation, "position": Position, "norm": Norm, "mlp": Mlp}.items():
-            if (value := getattr(self, name)) not in get_args(kind):
-                raise ValueError(f"unknown {name} {value!r}: choose from {', '.join(get_args(kind))}")
         if self.head_dim is None and self.n_embd % self.n_head:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
-        if self.position == "rope" and (self.rotated < 2 or self.rotated % 2 or self.rotated > self.head_size):
-            raise ValueError(f"rope rotates pairs of a head's {self.head_size} channels: it cannot turn {self.rotated}")
+        for name in ("rope_theta", "rope_fraction", "rope_scaling", "norm_eps"):
+            if not 0 < (value := getattr(self, name)) < math.inf:
+                raise ValueError(f"{name} is {value}, but must be positive and finite")
+        if self.position == "rope" and (self.rotated % 2 or not 2 <= self.rotated <= self.head_size):
+            raise ValueError(f"rope_fraction {self.rope_fraction} of {self.head_size} channels is no number of pairs")
 
+    @property
+    def kv_heads(self) -> int:
+        return self.n_kv_head or self.n_head
 
-class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H_kv, block_size, D) each."""
+    @property
+    def head_size(self) -> int:
+        return self.head_dim or self.n_embd // self.n_head
 
-    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
-        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0  # tokens held so far; the model counts new ones once every layer has appended them
+    @property
+    def rotated(self) -> int:
+        return int(self.rope_fraction * self.head_size)  # channels of a head
 
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store the keys and values of the new tokens (B, H_kv, T, D); return those of all tokens so far."""
-        end = self.length + k.size(-2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+    def resolved(self) -> dict[str, Any]:
+        """The fields by name, each null replaced by what it stands for: equal for two configs of the same model."""
+        inner = -(-8 * self.n_embd // 192) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+        meant = {"n_kv_head": self.n_head, "head_dim": self.head_size, "n_inner": inner, "qkv_bias": self.bias}
+        return {f.name: meant[f.name] if (v := getattr(self, f.name)) is None else v for f in fields(self)}
 
 
 class AttentionCore(nn.Module):
@@ -377,6 +379,9 @@ class AttentionCore(nn.Module):
 
 
 class RMSNorm(nn.RMSNorm):
+    """x / √(mean x² + ε) · weight, along the last dimension (Zhang & Sennrich 2019), in the wider type of x and weight:
+    autocast gives it half types beside float32 weights. The result has the type of x."""
+
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.to(torch.promote_types(x.dtype, self.weight.dtype))).to(x.dtype)
 
@@ -388,16 +393,15 @@ def make_norm(config: GPTConfig) -> nn.Module:
 
 
 def rotation(config: GPTConfig, start: int, end: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """(cos, sin), (T, R / 2) each, of the angles by which rope turns the R / 2 pairs at the positions from start to end
-    (Su et al. 2021), their long wavelengths stretched as Llama 3.1's."""
-    dtype = torch.promote_types(like.dtype, torch.float32)
-    pairs = torch.arange(0, config.rotated, 2, dtype=dtype, device=like.device) / config.rotated
-    frequencies = config.rope_theta**-pairs
+    """(cos, sin), (T, R / 2) each, of the angles by which rope turns the R / 2 pairs of channels at the positions from
+    start up to end (Su et al. 2021), long wavelengths stretched as in Llama 3.1; float32 at least."""
+    kind: dict[str, Any] = {"dtype": torch.promote_types(like.dtype, torch.float32), "device": like.device}
+    frequencies = 1 / config.rope_theta ** (torch.arange(0, config.rotated, 2, **kind) / config.rotated)
     if config.rope_scaling != 1:
         turns = config.rope_original_context * frequencies / (2 * math.pi)
         kept = ((turns - 1) / 3).clamp(0, 1)  # 0 for less than one turn in the original context, 1 for more than four
         frequencies = frequencies * (kept + (1 - kept) / config.rope_scaling)
-    angles = torch.outer(torch.arange(start, end, dtype=dtype, device=like.device), frequencies)
+    angles = torch.outer(torch.arange(start, end, **kind), frequencies)
     return angles.cos(), angles.sin()
 
 
@@ -413,13 +417,11 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.dropout = layer, config.dropout
         self.n_head, self.n_kv_head, self.head_dim = config.n_head, config.kv_heads, config.head_size
         self.normalizer, self.backward_mode = config.normalizer, config.backward
-        self.sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]
-        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=qkv_bias)  # rows of q, of k, of v
+        self.sizes = [heads * self.head_dim for heads in (self.n_head, self.n_kv_head, self.n_kv_head)]  # of q, k, v
+        self.c_attn = nn.Linear(config.n_embd, sum(self.sizes), bias=config.resolved()["qkv_bias"])
         self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias)
-        self.q_norm, self.k_norm = (
-            RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity() for _ in "qk"
-        )
+        self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.resid_dropout = nn.Dropout(config.dropout)
         for name, start in NORMALIZERS[config.normalizer].parameters.items():
             setattr(self, name, nn.Parameter(start(config)))
@@ -431,15 +433,15 @@ class CausalSelfAttention(nn.Module):
         names = {name: "null_logit" if name == entry.null_logit else name for name in entry.parameters}
         return {"normalizer": self.normalizer} | {taken: getattr(self, name) for name, taken in names.items()}
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache=None) -> Tensor:
         B, T, _ = x.shape
         q, k, v = (
             z.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or H_kv, T, D)
             for z in self.c_attn(x).split(self.sizes, dim=2)
         )
         q, k = self.q_norm(q), self.k_norm(k)
-        if turns is not None:
-            q, k = rotate(q, *turns), rotate(k, *turns)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         dropout_p = self.dropout if self.training else 0.0
@@ -452,9 +454,8 @@ class MLP(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        gated = config.mlp == "swiglu"
-        width = config.n_inner or (-(-8 * config.n_embd // 192) * 64 if gated else 4 * config.n_embd)
-        self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias) if gated else None
+        width = config.resolved()["n_inner"]
+        self.c_gate = nn.Linear(config.n_embd, width, bias=config.bias) if config.mlp == "swiglu" else None
         self.c_fc = nn.Linear(config.n_embd, width, bias=config.bias)
         self.gelu = nn.GELU(approximate="tanh" if config.activation == "gelu_tanh" else "none")
         self.c_proj = nn.Linear(width, config.n_embd, bias=config.bias)
@@ -474,8 +475,8 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, turns: tuple[Tensor, Tensor] | None = None, cache: KVCache | None = None) -> Tensor:
-        attended = x + self.attn(self.ln_1(x), turns, cache)
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache=None) -> Tensor:
+        attended = x + self.attn(self.ln_1(x), rope, cache)
         return attended + self.mlp(self.ln_2(x if self.parallel_residual else attended))
 
 
@@ -513,20 +514,19 @@ class GPT(nn.Module):
         logits = self.lm_head(x)
         return logits, None if targets is None else cross_entropy(logits, targets)
 
-    def features(self, idx: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The final layer norm's output (B, T, C). With a cache, idx are the tokens that follow those in the cache."""
+    def features(self, idx: Tensor, cache=None) -> Tensor:
+        """The final norm's output (B, T, C). With a cache (harness/generation.py), idx follow the tokens in it."""
         start = cache.length if cache is not None else 0
         end = start + idx.size(1)
         if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than block_size, {self.config.block_size}")
-        x, turns = self.transformer.wte(idx), None
-        if self.config.position == "rope":
-            turns = rotation(self.config, start, end, like=x)
-        else:
+        x = self.transformer.wte(idx)
+        rope = rotation(self.config, start, end, like=x) if self.config.position == "rope" else None
+        if rope is None:
             x = x + self.transformer.wpe.weight[start:end]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
-            x = block(x, turns, cache)
+            x = block(x, rope, cache)
         if cache is not None:
             cache.length = end
         return self.transformer.ln_f(x)

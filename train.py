@@ -279,7 +279,7 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
 def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
-    q = torch.empty(1, c.n_head, c.block_size, c.n_embd // c.n_head, device=device, dtype=dtype)
+    q = torch.empty(1, c.n_head, c.block_size, c.head_size, device=device, dtype=dtype)
     normalizer = NORMALIZERS[c.normalizer]
     stock = c.backward == "full" and normalizer.null_logit is None
     return attention_backend(q, q, c.dropout, stock, fused=normalizer.is_softmax)

@@ -9,7 +9,7 @@ import re
 import zipfile
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -119,19 +119,34 @@ def _way_to_load(path: Path, content: Any) -> str:
         return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
     known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
+    opens = "n_head and activation ('gelu_tanh' as GPT-2, 'gelu' as nanoGPT)"
+    holes = "'n_head': …, 'activation': …"
+    if "block_size" not in args:  # nothing learned tells positions apart: rotary ones, say
+        opens, holes = f"block_size, position, norm, {opens}", f"'block_size': …, 'position': …, 'norm': …, {holes}"
     return (
-        f". It holds weights: put n_head and activation ('gelu_tanh' as GPT-2, 'gelu' as nanoGPT) beside them by "
-        f"torch.save({{'model': {loaded}, 'model_args': {{{known}, 'n_head': …, 'activation': …}}}}, 'ckpt.pt')"
+        f". It holds weights: put {opens} beside them by "
+        f"torch.save({{'model': {loaded}, 'model_args': {{{known}, {holes}}}}}, 'ckpt.pt')"
     )
 
 
 def _model_args_of(state: dict[str, torch.Tensor]) -> dict[str, Any]:
-    """The model_args that a clean state dict's shapes tell."""
+    """The model_args that a clean state dict's names and shapes tell; of what younger options do, what differs from
+    GPT-2. Grouped queries and heads of another width follow from n_head, which no shape tells."""
     vocab_size, n_embd = state["transformer.wte.weight"].shape
-    layers = {int(name.split(".")[2]) for name in state if name.startswith("transformer.h.")}
-    block_size, bias = len(state["transformer.wpe.weight"]), "transformer.ln_f.bias" in state
-    sizes = {"n_layer": len(layers), "n_embd": n_embd, "block_size": block_size, "vocab_size": vocab_size}
-    return sizes | {"bias": bias}
+    first = {n.removeprefix("transformer.h.0."): x.shape for n, x in state.items() if n.startswith("transformer.h.0.")}
+    sizes = {"n_layer": len({n.split(".")[2] for n in state if n.startswith("transformer.h.")}), "n_embd": n_embd}
+    if "transformer.wpe.weight" in state:
+        sizes["block_size"] = len(state["transformer.wpe.weight"])
+    args: dict[str, Any] = sizes | {"vocab_size": vocab_size, "bias": "mlp.c_fc.bias" in first}
+    younger = {
+        "n_inner": first["mlp.c_fc.weight"][0],
+        "qkv_bias": "attn.c_attn.bias" in first,
+        "tie_embeddings": _is_tied(state),
+        "qk_norm": "attn.q_norm.weight" in first,
+        "mlp": "swiglu" if "mlp.c_gate.weight" in first else "gelu",
+    }
+    gpt2 = GPTConfig(**args, n_head=1).resolved()
+    return args | {name: value for name, value in younger.items() if value != gpt2[name]}
 
 
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
@@ -155,7 +170,16 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error."""
     try:
         state = clean_state_dict(checkpoint["model"])
-        model = GPT(model_config(checkpoint["model_args"]))
+        # Whether the head is the embedding, where older files and other projects leave it unsaid, the weights tell.
+        config = model_config({"tie_embeddings": _is_tied(state)} | checkpoint["model_args"])
+        if config.tie_embeddings:
+            if not _is_tied(state):
+                raise ValueError(
+                    "lm_head.weight is not transformer.wte.weight, and tie_embeddings in its model_args says it is"
+                )
+            if "transformer.wte.weight" in state:
+                state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+        model = GPT(config)
         names = model.state_dict().keys()
         for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
             if found:
@@ -175,18 +199,30 @@ def check_finite(model: GPT, path: str | Path) -> None:
 
 def model_config(model_args: dict[str, Any]) -> GPTConfig:
     """The GPTConfig of a checkpoint's model_args: ours, or nanoGPT's (exact GELU), or quietGPT's (`use_softmax1`). A
-    float that is a whole number, as JSON and YAML may make of one, counts as an integer; TypeError for other types."""
+    float that is a whole number, as JSON and YAML may make of one, counts as an integer where one is meant, and an
+    integer as a float; TypeError for other types."""
     args = dict(model_args)
     if "use_softmax1" in args:
         args["normalizer"] = "softmax1" if args.pop("use_softmax1") else "softmax"
     elif "activation" not in args:
         args["activation"] = "gelu"
     for field in fields(GPTConfig):
-        if field.type is int and field.name in args and type(value := args[field.name]) is not int:
+        kinds, value = (field.type, *get_args(field.type)), args.get(field.name, field.default)
+        if int in kinds and type(value) is not int and (value is not None or type(None) not in kinds):
             if not (isinstance(value, float) and value.is_integer()):
                 raise TypeError(f"{field.name} is {value!r}, but must be an integer")
             args[field.name] = int(value)
+        if field.type is float and type(value) is int:
+            args[field.name] = float(value)
     return GPTConfig(**args)
+
+
+def _is_tied(state: dict[str, torch.Tensor]) -> bool:
+    """Whether the head in a clean state dict is the embedding; one that is not there is."""
+    head, embedding = state.get("lm_head.weight"), state.get("transformer.wte.weight")
+    if head is None or embedding is None:
+        return True
+    return head.shape == embedding.shape and bool(((head == embedding) | (head.isnan() & embedding.isnan())).all())
 
 
 def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
@@ -194,9 +230,9 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 
     Wrappers (torch.compile, DistributedDataParallel, …) and outer modules leave the names, and the model's trunk alone
     gets its own. Hugging Face's matrices are transposed. The causal masks (1, 1, T, T), which older models store as
-    buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias. A
-    head that is not there is the embedding, to which it is tied. ValueError or TypeError, naming the weight, for a head
-    that is not tied, for integers (a quantized model), where two weights come to one name, and for what is no weight.
+    buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias.
+    ValueError or TypeError, naming the weight, for integers (a quantized model), where two weights come to one name,
+    and for what is no weight.
     """
     if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
         raise TypeError("the weights are not tensors by their names")
@@ -217,12 +253,8 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
             raise ValueError(f"{name} and another of the weights are both {ours}")
         clean[ours] = weight
     c_attn, embedding = (clean.get(f"transformer.{name}.weight") for name in ("h.0.attn.c_attn", "wte"))
-    if c_attn is not None and c_attn.dim() == 2 and c_attn.size(1) == 3 * c_attn.size(0):
+    if c_attn is not None and embedding is not None and c_attn.shape == (embedding.size(1), 3 * embedding.size(1)):
         clean = {name: weight.t() if name.endswith(CONV1D) else weight for name, weight in clean.items()}
-    if embedding is not None:
-        head = clean.setdefault("lm_head.weight", embedding)
-        if head.shape != embedding.shape or not ((head == embedding) | (head.isnan() & embedding.isnan())).all():
-            raise ValueError("lm_head.weight is not transformer.wte.weight: a head that is not tied cannot be loaded")
     return clean
 
 

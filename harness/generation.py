@@ -7,7 +7,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model import GPT, KVCache
+from model import GPT, GPTConfig
+
+
+class KVCache:
+    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H_kv, block_size, D) each."""
+
+    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
+        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0  # tokens held so far; the model counts new ones once every layer has appended them
+
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of the new tokens (B, H_kv, T, D); return those of all tokens so far."""
+        end = self.length + k.size(-2)
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
 @torch.no_grad()

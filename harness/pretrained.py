@@ -1,6 +1,5 @@
 """Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
 
-import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -62,7 +61,7 @@ def load_gpt2(name_or_folder: str) -> GPT:
         )
     activation = str(c.get("activation_function", "gelu_new"))
     args = {ours: c.get(key, default) for key, (ours, default) in _SHAPE.items()}
-    args |= {"bias": True, "activation": _ACTIVATIONS.get(activation, "gelu")}
+    args |= {"bias": True, "tie_embeddings": True, "activation": _ACTIVATIONS.get(activation, "gelu")}
     try:
         n_embd = model_config(args).n_embd
     except (TypeError, ValueError) as e:
@@ -158,9 +157,10 @@ def save_gpt2(model: GPT, folder: str | Path) -> None:
     c = model.config
     if c.normalizer != "softmax":
         raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")
-    for field in dataclasses.fields(c):
-        if field.name not in _EXPRESSED and (value := getattr(c, field.name)) != field.default:
-            raise UserError(f"GPT-2's class has no {field.name}, here {value!r}: this model cannot be exported")
+    gpt2s = type(c)(**{name: getattr(c, name) for name in _EXPRESSED}).resolved()
+    for name, value in c.resolved().items():
+        if name not in _EXPRESSED and value != gpt2s[name]:
+            raise UserError(f"GPT-2's class has no {name}, here {value!r}: this model cannot be exported")
     transformers = _import("transformers")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

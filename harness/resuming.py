@@ -78,14 +78,16 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         key = "data.corpus" if checkpoint else "training.init_from"
         raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
     check_finite(model, source)
-    found, wanted = dataclasses.asdict(model.config), dataclasses.asdict(scratch)
+    found, wanted = model.config.resolved(), scratch.resolved()
     if init_from != "scratch":
         wanted = {
             k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
         }
-    # A fine-tuning may choose these anew.
-    free = () if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
-    differing = [k for k, v in wanted.items() if k not in free and v != found[k]]
+    # A fine-tuning may choose these anew; rotary positions reach as far as one likes.
+    free = [] if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
+    free += ["block_size"] if not checkpoint and model.config.position == "rope" else []
+    implied = [k for k in found if getattr(model.config, k) is None and getattr(scratch, k) is None]  # by other keys
+    differing = [k for k, v in wanted.items() if k not in free and k not in implied and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
         crop_block_size(model, wanted["block_size"])
         differing.remove("block_size")

@@ -10,7 +10,7 @@ import re
 import resource
 import tarfile
 import zipfile
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from harness.checkpoint import load_model, read_checkpoint, save_checkpoint
+from harness.checkpoint import load_model, model_config, read_checkpoint, save_checkpoint
 from harness.errors import UserError
 from model import GPT, GPTConfig
 from tests.helpers import tiny_gpt
@@ -326,6 +326,14 @@ def test_a_whole_number_written_as_a_float_is_that_integer(path):
     model, _ = load_model(path)
     assert model.config == CONFIG
     assert torch.equal(model(IDX)[0], random_gpt()(IDX)[0])
+    younger = {"n_kv_head": 1.0, "head_dim": 4.0, "n_inner": None, "rope_original_context": 64.0, "rope_theta": 500000}
+    config = model_config(asdict(CONFIG) | younger)
+    assert (config.n_kv_head, config.head_dim, config.n_inner, config.rope_original_context) == (1, 4, None, 64)
+    assert type(config.n_kv_head) is type(config.rope_original_context) is int
+    assert repr(config.rope_theta) == "500000.0"
+    for wrong in ({"n_kv_head": 1.5}, {"n_inner": "8"}, {"head_dim": True}, {"n_layer": None}):
+        with pytest.raises(TypeError, match=rf"{next(iter(wrong))} is .*, but must be an integer"):
+            model_config(asdict(CONFIG) | wrong)
 
 
 # --- weights under other names, or of another kind --------------------------------------------------------------------
@@ -381,7 +389,7 @@ def twice(state):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (untied, r"lm_head\.weight is not transformer\.wte\.weight.* not tied"),
+        (untied, r"lm_head\.weight is not transformer\.wte\.weight, and tie_embeddings in its model_args says it is"),
         (of_another_vocabulary, r"lm_head\.weight is not transformer\.wte\.weight"),
         (surplus, r"also have transformer\.h\.2\.attn\.c_attn\.bias, .* and 9 more"),
         (int8, r"transformer\.h\.0\.attn\.c_attn\.weight is int8: .*quantized"),
@@ -395,6 +403,26 @@ def test_weights_that_this_model_has_no_place_for_are_refused_by_name(path, chan
     assert re.search(reason, refusal(path, load_model))
 
 
+def test_a_head_of_its_own_is_taken_where_the_model_args_leave_it_unsaid(path):
+    state, args = random_gpt().state_dict(), asdict(CONFIG)
+    del args["tie_embeddings"]
+    untied(state)
+    torch.save({"model": state, "model_args": args}, path)
+    model, _ = load_model(path)
+    assert torch.equal(model.lm_head.weight, state["lm_head.weight"])
+    assert torch.equal(model.transformer.wte.weight, state["transformer.wte.weight"])
+    del state["lm_head.weight"]  # and is never made up where they say that there is one
+    torch.save({"model": state, "model_args": args | {"tie_embeddings": False}}, path)
+    assert "the weights lack lm_head.weight" in refusal(path, load_model)
+
+
+def test_a_matrix_a_third_as_high_as_wide_is_not_taken_for_hugging_faces(path):
+    model = random_gpt(replace(CONFIG, n_embd=24, head_dim=2, n_kv_head=1))
+    assert model.transformer.h[0].attn.c_attn.weight.shape == (8, 24)
+    torch.save(checkpoint_of(model), path)
+    assert torch.equal(load_model(path)[0](IDX)[0], model(IDX)[0])
+
+
 @pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_weights_alone_are_refused_with_the_command_that_makes_a_checkpoint_of_them(path, key, monkeypatch):
     """A state dict, a Lightning checkpoint (with its prefix), and one of ours without model_args."""
@@ -405,6 +433,21 @@ def test_weights_alone_are_refused_with_the_command_that_makes_a_checkpoint_of_t
     exec(command.replace("'n_head': …, 'activation': …", "'n_head': 2, 'activation': 'gelu_tanh'"), {"torch": torch})
     softmax = tiny_gpt(**vars(CONFIG) | {"normalizer": "softmax", "backward": "full"})
     assert torch.equal(load_model(path.parent / "ckpt.pt")[0](IDX)[0], softmax(IDX)[0])
+
+
+def test_weights_of_a_llama_alone_say_what_their_names_and_shapes_tell(path, monkeypatch):
+    parts = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "qk_norm": True, "tie_embeddings": False}
+    config = replace(CONFIG, **parts, bias=False, qkv_bias=True, n_inner=20, normalizer="softmax", backward="full")
+    model = random_gpt(config)
+    torch.save(model.state_dict(), path)
+    message = refusal(path, load_model)
+    assert "put block_size, position, norm, n_head and activation" in message
+    command = re.search(r"torch\.save\(.*\)", message)[0]
+    for hole, value in asdict(config).items():
+        command = command.replace(f"{hole!r}: …", f"{hole!r}: {value!r}")
+    monkeypatch.chdir(path.parent)
+    exec(command, {"torch": torch})
+    assert load_model(path.parent / "ckpt.pt")[0].config == config
 
 
 # --- other projects' checkpoints ------------------------------------------------------------------------------------

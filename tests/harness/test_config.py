@@ -6,12 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from harness.config import SECTIONS, Config, load_config, main_config
 from harness.errors import UserError
+from model import GPT
 from tests.helpers import ROOT
 
 CONFIGS = ROOT / "configs"
@@ -353,3 +355,21 @@ def test_variants_differ_from_their_base_in_the_attention_alone(family, normaliz
     expected["model"] |= {"normalizer": normalizer, "backward": backward}
     expected["run"]["name"] = name
     assert load_config([str(CONFIGS / f"{name}.yaml")]).to_dict() == expected
+
+
+@pytest.mark.parametrize(("family", "base"), [("llama_small", "stdlib_softmax"), ("llama_124m", "gpt2_124m_softmax")])
+def test_llama_configs_are_todays_model_in_the_recipe_of_their_base(family, base):
+    llama, gpt2 = (load_config([str(CONFIGS / f"{name}.yaml")]) for name in (family, base))
+    with torch.device("meta"):
+        sizes = [GPT(config.model.gpt_config(256)).num_parameters() for config in (llama, gpt2)]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.01)
+    new = {"n_kv_head", "n_inner", "position", "norm", "mlp"}
+    both = [config.to_dict() for config in (llama, gpt2)]
+    assert {key for key, value in both[0]["model"].items() if value != both[1]["model"][key]} <= new
+    for config in both:
+        del config["model"], config["run"]["name"]
+    assert both[0] == both[1]
+    for normalizer in ("softmax1", "sink"):
+        expected = llama.to_dict()
+        expected["model"]["normalizer"], expected["run"]["name"] = normalizer, f"{family}_{normalizer}"
+        assert load_config([str(CONFIGS / f"{family}_{normalizer}.yaml")]).to_dict() == expected

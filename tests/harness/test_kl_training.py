@@ -210,6 +210,16 @@ def test_a_fingerprint_is_of_what_the_model_computes():
     assert len({fingerprint(m) for m in (model, nudged, *others)}) == 6
 
 
+def test_a_fingerprint_tells_todays_models_apart_and_not_a_null_from_what_it_stands_for():
+    llama = {"position": "rope", "norm": "rmsnorm", "n_head": 4, "bias": False}
+    same = [{}, {"n_kv_head": 4}, {"head_dim": 8}, {"qkv_bias": False}, {"n_inner": 128}, {"rope_theta": 10000}]
+    others = [{"rope_theta": 5e5}, {"rope_fraction": 0.5}, {"rope_scaling": 8.0}, {"norm": "layernorm"}]
+    others += [{"norm_eps": 1e-6}, {"parallel_residual": True}]  # none of which the weights tell
+    hashes = [[fingerprint(new_model(1, **llama | change)) for change in changes] for changes in (same, others)]
+    assert len(set(hashes[0])) == 1
+    assert len({hashes[0][0], *hashes[1]}) == 1 + len(others)
+
+
 def test_a_fingerprint_counts_options_that_are_younger_than_it():
     model, before = new_model(1), fingerprint(new_model(1))
     older = hashlib.sha256(b"2 softmax1 gelu_tanh")  # what checkpoints have recorded so far

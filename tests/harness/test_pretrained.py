@@ -89,18 +89,39 @@ def test_exported_model_gives_the_same_logits_there_and_back(tmp_path, bias, act
 
 
 def test_an_option_or_a_parameter_that_gpt2_does_not_have_is_refused(tmp_path):
-    Younger = dataclasses.make_dataclass("Younger", [("n_kv_head", int, 4)], bases=(GPTConfig,))
+    Younger = dataclasses.make_dataclass("Younger", [("n_sinks", int, 4)], bases=(GPTConfig,))
     model = random_gpt()
     model.config = Younger(**vars(model.config))
     save_gpt2(model, tmp_path / "as_ever")
-    model.config.n_kv_head = 2
-    with pytest.raises(UserError, match="GPT-2's class has no n_kv_head, here 2"):
+    model.config.n_sinks = 2
+    with pytest.raises(UserError, match="GPT-2's class has no n_sinks, here 2"):
         save_gpt2(model, tmp_path / "younger")
-    model.config.n_kv_head = 4
+    model.config.n_sinks = 4
     model.transformer.h[0].attn.gate = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(UserError, match=r"GPT-2's class has no transformer\.h\.0\.attn\.gate"):
         save_gpt2(model, tmp_path / "younger")
     assert not (tmp_path / "younger").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        {"n_kv_head": 1},
+        {"head_dim": 8},
+        {"position": "rope"},
+        {"norm": "rmsnorm"},
+        {"mlp": "swiglu", "n_inner": 32},
+        {"qk_norm": True},
+        {"parallel_residual": True},
+    ],
+)
+def test_what_gpt2_cannot_express_is_refused_and_what_a_null_stands_for_is_not(tmp_path, option):
+    model = random_gpt(n_kv_head=2, head_dim=4, n_inner=32, qkv_bias=True)
+    save_gpt2(model, tmp_path / "gpt2")
+    assert torch.equal(load_gpt2(str(tmp_path / "gpt2"))(IDX)[0], model(IDX)[0])
+    with pytest.raises(UserError, match=f"GPT-2's class has no {next(iter(option))}, here"):
+        save_gpt2(random_gpt(**option), tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def test_softmax1_cannot_be_exported(tmp_path):

@@ -76,6 +76,35 @@ def test_weights_of_another_run_are_taken_and_a_shorter_context_crops_them():
         initial_model(config("--training.init_from", path), Corpus("corpus"), None)
 
 
+LLAMA = {"position": "rope", "norm": "rmsnorm", "n_head": 4, "n_kv_head": 4, "head_dim": 8, "qkv_bias": False}
+
+
+def test_a_null_is_what_it_stands_for_whoever_spells_it_out():
+    model = tiny_gpt(5, **SHAPE | LLAMA)
+    path = str(save_model(model, "other.pt"))
+    spelled = ("--model.n_head", "4", "--model.position", "rope", "--model.norm", "rmsnorm")
+    assert initial_model(config(*spelled), Corpus("corpus"), read_checkpoint(path)).config == model.config
+    save_model(tiny_gpt(5, **SHAPE | LLAMA | {"n_kv_head": None, "head_dim": None, "qkv_bias": None}), path)
+    others = ("--model.n_kv_head", "4", "--model.head_dim", "8", "--model.n_inner", "128")
+    initial_model(config(*spelled, *others), Corpus("corpus"), read_checkpoint(path))
+    initial_model(config("--training.init_from", path, *spelled, *others), Corpus("corpus"), None)
+    with pytest.raises(UserError) as error:  # and what follows from another key is not listed beside it
+        initial_model(config("--model.n_head", "2", *spelled[2:]), Corpus("corpus"), read_checkpoint(path))
+    assert str(error.value).endswith(": n_head is 2 in the config and 4 in the checkpoint")
+
+
+def test_rotary_positions_may_reach_further_in_a_fine_tuning_and_learned_ones_may_not():
+    longer = ("--training.init_from", "other.pt", "--model.block_size", "24", "--model.n_head")
+    rotary = tiny_gpt(5, **SHAPE | LLAMA)
+    save_model(rotary, "other.pt")
+    model = initial_model(config(*longer, "4"), Corpus("corpus"), None).eval()
+    assert model(random_ids(1, 24))[0].shape == (1, 24, 256)
+    assert torch.equal(model(random_ids(2, 16))[0], rotary(random_ids(2, 16))[0])
+    save_model(tiny_gpt(5, **SHAPE), "other.pt")
+    with pytest.raises(UserError, match="block_size is 24 in the config and 16 in the checkpoint"):
+        initial_model(config(*longer, "2"), Corpus("corpus"), None)
+
+
 def finished_run(step: int = 24, *changes: str) -> tuple[dict, Corpus]:
     """A checkpoint at that step of 24, and its corpus."""
     corpus = Corpus("corpus")
