@@ -275,9 +275,8 @@ def grouped(T_q: int, T_k: int, H_kv: int, D: int, dtype, device="cpu") -> list[
 
 
 def arguments_of(variant: str, device="cpu") -> dict:
-    return {"normalizer": variant} | (
-        {"null_logit": GROUPED_NULL_LOGITS[variant].to(device)} if variant == "sink" else {}
-    )
+    learned = {"null_logit": GROUPED_NULL_LOGITS["sink"].to(device)} if variant == "sink" else {}
+    return {"normalizer": variant} | learned
 
 
 def check_groups(backend: str, variant: str, backward: str, dtype, T_q: int, T_k: int, H_kv: int, device="cpu") -> None:
