@@ -309,6 +309,16 @@ def test_a_group_of_queries_reads_one_head_of_keys(backend, variant, backward, d
         check_groups(backend, variant, backward, dtype, T_q, T_k, H_kv)
 
 
+@pytest.mark.parametrize(
+    ("backend", "variant", "backward"), [("stock", "softmax", "full"), *(("cpu_flash", "sink", b) for b in BACKWARDS)]
+)
+def test_keys_are_repeated_for_a_kernel_that_cannot_read_groups(backend, variant, backward, monkeypatch):
+    """As the efficient one of CUDA; here the CPU's stand in for it."""
+    monkeypatch.setattr(fused, "reads_groups", lambda backend, q: False)
+    for H_kv in (1, 2, HEADS):
+        check_groups(backend, variant, backward, torch.float32, 70, 130, H_kv)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["stock", "cuda_flash", "cuda_efficient", "cuda_cudnn"])
 def test_a_group_of_queries_reads_one_head_of_keys_on_a_gpu(backend):
