@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels.backends import attention_backend, check_inputs, use_backend
-from kernels.fused import SlopedProduct, fused_attention
+from kernels.fused import SlopedProduct, fused_attention, repeat_heads
 from kernels.loss import cross_entropy, linear_cross_entropy
 
 Backward = Literal["full", "diagonal", "ste"]
@@ -147,7 +147,6 @@ def attention(
     _check_backward(backward, normalizer)
     _check_parameters(entry, normalizer, null_logit, parameters)
     check_inputs(q, k, v, null_logit, dropout_p, scale, parameters)
-    k, v = (repeat_heads(x, q.size(1)) for x in (k, v))
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
@@ -203,11 +202,6 @@ def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
     return scores.masked_fill(~visible, -math.inf)
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values (B, H_kv, T, D) → (B, heads, T, D), each head as often in a row as there are queries for it."""
-    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
-
-
 def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) -> Tensor:
     """The entry's weights, with 0 for every key that is not visible."""
     weights = entry.weights(scores, **arguments)
@@ -229,7 +223,7 @@ def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dro
     A row's Jacobian, for a softmax `∂P/∂S = diag(P) − P Pᵀ`, has a local part on its diagonal, for a softmax
     `P(1 − P)`, and a lateral part off the diagonal.
     """
-    scores = attention_scores(q, k, scale)
+    scores, v = attention_scores(q, k, scale), repeat_heads(v, q.size(1))
     if backward == "full":
         return F.dropout(_weights(entry, scores, arguments), dropout_p).to(v.dtype) @ v
     kept = F.dropout(torch.ones_like(scores), dropout_p) if dropout_p else 1

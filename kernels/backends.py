@@ -41,6 +41,20 @@ def _is_hopper(device: torch.device) -> bool:
     return hopper and version is not None and version >= 90000  # older versions take no sequence below 64
 
 
+def _has_flash(q: Tensor) -> bool:
+    """Whether PyTorch's flash kernels train such q on its GPU."""
+    half = q.dtype in (torch.float16, torch.bfloat16)
+    return half and _is_ampere(q.device) and q.size(-1) <= _flash_head_size(q.device)
+
+
+def reads_groups(backend: str, q: Tensor) -> bool:
+    """Whether the backend reads keys and values with fewer heads than q as they are. PyTorch's efficient kernel does
+    not; its own function ("stock") would not choose that one for them, and compute a T × T matrix instead."""
+    if backend == "stock" and q.device.type != "cpu":
+        return q.device.type == "cuda" and _has_flash(q)
+    return backend != "cuda_efficient"
+
+
 TRITON = importlib.util.find_spec("triton") is not None
 
 
@@ -82,7 +96,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     if q.device.type == "cuda":
         half = q.dtype in (torch.float16, torch.bfloat16)
         ampere = _is_ampere(q.device)
-        if half and ampere and q.size(-1) <= _flash_head_size(q.device):
+        if _has_flash(q):
             # Dropout stays with flash, since the Triton kernels that complete cuDNN's backward have none. And cuDNN
             # takes no sequence of one token. There PyTorch's own function would choose cuDNN too, and give a wrong
             # gradient where one process runs it both compiled and not: see kernel_backward in fused.py.
@@ -138,7 +152,7 @@ def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, par
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.dim() != 4 or k.shape != v.shape or k.dim() != 4 or q.size(0) != k.size(0) or q.size(-1) != k.size(-1):
         raise ValueError(f"{shapes}: need q (B, H, T_q, D) and k, v (B, H_kv, T_k, D)")
-    if not q.size(-1) or not k.size(1) or q.size(1) % k.size(1):
+    if not q.size(-1) or (q.size(1) != k.size(1) and (not k.size(1) or q.size(1) % k.size(1))):
         raise ValueError(f"{shapes}: need D ≥ 1, and a number of query heads that the key heads divide")
     if q.size(-2) > k.size(-2):
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")

@@ -314,15 +314,15 @@ bool online_softmax(Tile s, int keys, int queries, bool diagonal, float* top, fl
 
 template <class Number>
 void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor out, float* lse, int parts, int B, int H,
-             int T, int D, float scale, int threads) {
-  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
+             int H_kv, int T, int D, float scale, int threads) {
+  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES), group = H / H_kv;
   const int64_t size = (2 * T + 3 * TILE) * (int64_t)width + TILE * TILE + 3 * TILE;
   share_out(B, H, parts, size, threads, [=](Scratch& scratch, int b, int h, int part) {
     const Tile k = scratch.tile(T, width), v = scratch.tile(T, width), qi = scratch.tile(TILE, width);
     const Tile qt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
     float *top = scratch.tile(1, TILE)[0], *sum = scratch.tile(1, TILE)[0], *decay = scratch.tile(1, TILE)[0];
-    read(k, Rows<const Number>(k_, b, h), 0, T, D);
-    read(v, Rows<const Number>(v_, b, h), 0, T, D);
+    read(k, Rows<const Number>(k_, b, h / group), 0, T, D);
+    read(v, Rows<const Number>(v_, b, h / group), 0, T, D);
     for (int i = part; i < blocks; i += parts) {
       const int queries = std::min(TILE, T - i * TILE);
       read(qi, Rows<const Number>(q_, b, h), i * TILE, queries, D, scale);
@@ -386,103 +386,111 @@ inline float dot(const float* x, const float* y, int width) {
   return sum;
 }
 
-// The part of one head's gradients that belongs to the blocks of keys first, first + step, …: dK and dV of these keys,
-// and what they add to dQ.
+// A task is the blocks of keys first, first + parts, … of one head of keys: their dK and dV, which are sums over the
+// group of heads of queries that read them, and what they add to dQ of each of these.
 template <class Number, Backward backward>
-void backward_head(Rows<const Number> g_, Rows<const Number> q_, Rows<const Number> k, Rows<const Number> v,
-                   const float* lse, const float* delta, Rows<float> dq_, Rows<Number> dk, Rows<Number> dv,
-                   Scratch& scratch, int T, int D, float scale, int first, int step) {
-  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
-  const Tile q = scratch.tile(T, width), g = scratch.tile(T, width), dq = scratch.tile(T, width);
-  const Tile kj = scratch.tile(TILE, width), kt = scratch.tile(width, TILE);
-  const Tile vj = scratch.tile(TILE, width), vt = scratch.tile(width, TILE);
-  const Tile dkj = scratch.tile(TILE, width), dvj = scratch.tile(TILE, width);
-  const Tile s = scratch.tile(TILE, TILE), dp = scratch.tile(TILE, TILE);
-  read(q, q_, 0, T, D, scale);
-  read(g, g_, 0, T, D);
-  if (backward != VALUES) std::fill(dq[0], dq[std::min(first * TILE, T)], 0);
-  for (int j = first; j < blocks; j += step) {
-    const int keys = std::min(TILE, T - j * TILE), columns = round_up(keys, LANES);
-    if (backward != VALUES) {
-      read(vj, v, j * TILE, keys, D);
-      transpose(vt, vj, keys);
-    }
-    read(kj, k, j * TILE, keys, D);
-    transpose(kt, kj, keys);
-    read(kj, k, j * TILE, keys, D, scale);  // scaled, for dQ; in S the scale comes with q
-    for (int i = j; i < blocks; ++i) {
-      const bool diagonal = i == j;
-      const int queries = std::min(TILE, T - i * TILE);
-      const Tile qi = q.from(i * TILE), gi = g.from(i * TILE);
-      multiply(s, as_is(qi), kt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
-      if (backward != VALUES) multiply(dp, as_is(gi), vt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
-      for (int t = 0; t < queries; ++t) {
-        const float lse_t = lse[i * TILE + t], delta_t = delta[i * TILE + t];
-        if (diagonal)
-          row_gradient<backward, true>(s[t], dp[t], columns, t + 1, lse_t, delta_t);
-        else
-          row_gradient<backward, false>(s[t], dp[t], columns, columns, lse_t, delta_t);
-      }
-      multiply(dvj, transposed(s), gi, keys, width, queries, i > j, diagonal ? TERMS_FROM_ROW : ALL);
-      if (backward == VALUES) continue;
-      multiply(dkj, transposed(dp), qi, keys, width, queries, i > j, diagonal ? TERMS_FROM_ROW : ALL);
-      multiply(dq.from(i * TILE), as_is(dp), kj, queries, width, keys, j > first, diagonal ? TERMS_TO_ROW : ALL);
-    }
-    write(dv, j * TILE, dvj, keys, D);
-    if (backward != VALUES) write(dk, j * TILE, dkj, keys, D);
-  }
-  if (backward != VALUES) write(dq_, 0, dq, T, D);
-}
-
-template <class Number, Backward backward>
-void backward_heads(Tensor g, Tensor q, Tensor k, Tensor v, Tensor out, const float* lse, float* delta, Tensor dq,
-                    int64_t dq_part, Tensor dk, Tensor dv, int parts, int B, int H, int T, int D, float scale,
-                    int threads) {
-  const int64_t width = round_up(D, LANES), size = (3 * T + 6 * TILE) * width + 2 * TILE * TILE;
+void backward_heads(Tensor g_, Tensor q_, Tensor k_, Tensor v_, Tensor out, const float* lse, float* delta, Tensor dq_,
+                    int64_t dq_part, Tensor dk_, Tensor dv_, int parts, int B, int H, int H_kv, int T, int D,
+                    float scale, int threads) {
+  const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES), group = H / H_kv;
   share_out(B, H, 1, 2 * width, threads, [=](Scratch& scratch, int b, int h, int) {
     const Tile gi = scratch.tile(1, width), oi = scratch.tile(1, width);
     for (int t = 0; t < T; ++t) {
-      read(gi, Rows<const Number>(g, b, h), t, 1, D);
+      read(gi, Rows<const Number>(g_, b, h), t, 1, D);
       read(oi, Rows<const Number>(out, b, h), t, 1, D);
       delta[((int64_t)b * H + h) * T + t] = dot(gi[0], oi[0], width);
     }
   });
-  share_out(B, H, parts, size, threads, [=](Scratch& scratch, int b, int h, int first) {
-    const int64_t head = ((int64_t)b * H + h) * T;
-    Rows<float> own_dq(dq, b, h);
-    own_dq.data += first * dq_part;
-    backward_head<Number, backward>({g, b, h}, {q, b, h}, {k, b, h}, {v, b, h}, lse + head, delta + head, own_dq,
-                                    {dk, b, h}, {dv, b, h}, scratch, T, D, scale, first, parts);
+  // A head goes through its keys block by block. For a group the sums of all blocks stay, and its last head writes them.
+  const int sums = group == 1 ? TILE : (blocks + parts - 1) / parts * TILE;
+  const int64_t size = (3 * T + 4 * TILE + 2 * sums) * (int64_t)width + 2 * TILE * TILE;
+  share_out(B, H_kv, parts, size, threads, [=](Scratch& scratch, int b, int h_kv, int first) {
+    const Tile q = scratch.tile(T, width), g = scratch.tile(T, width), dq = scratch.tile(T, width);
+    const Tile kj = scratch.tile(TILE, width), kt = scratch.tile(width, TILE);
+    const Tile vj = scratch.tile(TILE, width), vt = scratch.tile(width, TILE);
+    const Tile dk = scratch.tile(sums, width), dv = scratch.tile(sums, width);
+    const Tile s = scratch.tile(TILE, TILE), dp = scratch.tile(TILE, TILE);
+    const Rows<const Number> k(k_, b, h_kv), v(v_, b, h_kv);
+    for (int member = 0; member < group; ++member) {
+      const int h = h_kv * group + member;
+      const int64_t head = ((int64_t)b * H + h) * T;
+      read(q, Rows<const Number>(q_, b, h), 0, T, D, scale);
+      read(g, Rows<const Number>(g_, b, h), 0, T, D);
+      if (backward != VALUES) std::fill(dq[0], dq[std::min(first * TILE, T)], 0);
+      for (int j = first, sum = 0; j < blocks; j += parts, sum += group == 1 ? 0 : TILE) {
+        const int keys = std::min(TILE, T - j * TILE), columns = round_up(keys, LANES);
+        const Tile dkj = dk.from(sum), dvj = dv.from(sum);
+        if (backward != VALUES) {
+          read(vj, v, j * TILE, keys, D);
+          transpose(vt, vj, keys);
+        }
+        read(kj, k, j * TILE, keys, D);
+        transpose(kt, kj, keys);
+        read(kj, k, j * TILE, keys, D, scale);  // scaled, for dQ; in S the scale comes with q
+        for (int i = j; i < blocks; ++i) {
+          const bool diagonal = i == j, add = i > j || member > 0;
+          const int queries = std::min(TILE, T - i * TILE);
+          const Tile qi = q.from(i * TILE), gi = g.from(i * TILE);
+          multiply(s, as_is(qi), kt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
+          if (backward != VALUES)
+            multiply(dp, as_is(gi), vt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
+          for (int t = 0; t < queries; ++t) {
+            const float lse_t = lse[head + i * TILE + t], delta_t = delta[head + i * TILE + t];
+            if (diagonal)
+              row_gradient<backward, true>(s[t], dp[t], columns, t + 1, lse_t, delta_t);
+            else
+              row_gradient<backward, false>(s[t], dp[t], columns, columns, lse_t, delta_t);
+          }
+          multiply(dvj, transposed(s), gi, keys, width, queries, add, diagonal ? TERMS_FROM_ROW : ALL);
+          if (backward == VALUES) continue;
+          multiply(dkj, transposed(dp), qi, keys, width, queries, add, diagonal ? TERMS_FROM_ROW : ALL);
+          multiply(dq.from(i * TILE), as_is(dp), kj, queries, width, keys, j > first, diagonal ? TERMS_TO_ROW : ALL);
+        }
+        if (member < group - 1) continue;
+        write(Rows<Number>(dv_, b, h_kv), j * TILE, dvj, keys, D);
+        if (backward != VALUES) write(Rows<Number>(dk_, b, h_kv), j * TILE, dkj, keys, D);
+      }
+      if (backward == VALUES) continue;
+      Rows<float> own_dq(dq_, b, h);
+      own_dq.data += first * dq_part;
+      write(own_dq, 0, dq, T, D);
+    }
   });
 }
 
 // scale·tril(a bᵀ) c, or triu if anticausal, block by block. Within a block the product is computed as it stands; what
-// lies before the block (after it, if anticausal) enters through the running sum Σ b cᵀ.
+// lies before the block (after it, if anticausal) enters through the running sum Σ b cᵀ. Either several of the H heads of
+// a share one of the H_terms heads of b and c, or one is for several of these, and its result is the sum over them.
 template <class Number>
-void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B, int H, int T, int D, float scale,
-            int threads) {
+void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B, int H, int H_terms, int T, int D,
+            float scale, int threads) {
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES);
+  const int share = std::max(1, H / H_terms), terms = std::max(1, H_terms / H);
   const int64_t size = 5 * TILE * width + TILE * TILE + width * width;
   share_out(B, H, 1, size, threads, [=](Scratch& scratch, int b, int h, int) {
-    const Rows<const Number> ah(a_, b, h), bh(b_, b, h), ch(c_, b, h);
     const Tile ai = scratch.tile(TILE, width), bi = scratch.tile(TILE, width), ci = scratch.tile(TILE, width);
     const Tile bt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
     const Tile sum = scratch.tile(width, width);
     for (int n = 0; n < blocks; ++n) {
       const int i = anticausal ? blocks - 1 - n : n, rows = std::min(TILE, T - i * TILE);
-      read(ai, ah, i * TILE, rows, D);
-      read(bi, bh, i * TILE, rows, D);
-      read(ci, ch, i * TILE, rows, D, scale);
-      transpose(bt, bi, rows);
-      multiply(s, as_is(ai), bt, rows, round_up(rows, LANES), D, false, anticausal ? COLUMNS_FROM_ROW : COLUMNS_TO_ROW);
-      for (int t = 0; t < rows; ++t)
-        if (anticausal)
-          std::fill(s[t], s[t] + t, 0);
-        else
-          std::fill(s[t] + t + 1, s[t] + TILE, 0);
+      read(ai, Rows<const Number>(a_, b, h), i * TILE, rows, D);
       if (n > 0) multiply(o, as_is(ai), sum, rows, width, D, false);
-      multiply(o, as_is(s), ci, rows, width, rows, n > 0, anticausal ? TERMS_FROM_ROW : TERMS_TO_ROW);
-      multiply(sum, transposed(bi), ci, D, width, rows, n > 0);
+      for (int term = 0; term < terms; ++term) {
+        const int head = h / share * terms + term;
+        const bool add = n > 0 || term > 0;
+        read(bi, Rows<const Number>(b_, b, head), i * TILE, rows, D);
+        read(ci, Rows<const Number>(c_, b, head), i * TILE, rows, D, scale);
+        transpose(bt, bi, rows);
+        multiply(s, as_is(ai), bt, rows, round_up(rows, LANES), D, false,
+                 anticausal ? COLUMNS_FROM_ROW : COLUMNS_TO_ROW);
+        for (int t = 0; t < rows; ++t)
+          if (anticausal)
+            std::fill(s[t], s[t] + t, 0);
+          else
+            std::fill(s[t] + t + 1, s[t] + TILE, 0);
+        multiply(o, as_is(s), ci, rows, width, rows, add, anticausal ? TERMS_FROM_ROW : TERMS_TO_ROW);
+        multiply(sum, transposed(bi), ci, D, width, rows, add);
+      }
       write(Rows<Number>(out, b, h), i * TILE, o, rows, D);
     }
   });
@@ -494,28 +502,32 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 
 extern "C" {
 
+// q, out and their like are (B, H, T, D), k and v (B, H_kv, T, D): head h of q reads head h / (H / H_kv) of k and v.
 // Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work.
 void attention_forward(bool is_bfloat16, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
-                       int parts, int B, int H, int T, int D, float scale, int threads) {
-  (is_bfloat16 ? forward<bfloat16> : forward<float>)(q, k, v, null_logit, out, lse, parts, B, H, T, D, scale, threads);
+                       int parts, int B, int H, int H_kv, int T, int D, float scale, int threads) {
+  constexpr decltype(&forward<float>) run[] = {forward<float>, forward<bfloat16>};
+  run[is_bfloat16](q, k, v, null_logit, out, lse, parts, B, H, H_kv, T, D, scale, threads);
 }
 
 // delta (B, H, T) becomes Σ_j P_ij dP_ij = g_i·out_i. dq (parts, B, H, T, D) is float32, with `dq_part` elements from
 // one part to the next; the gradient is the sum of the parts. For VALUES dq and dk are not written.
 void attention_backward(bool is_bfloat16, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out,
                         const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk, Tensor dv, int parts,
-                        int B, int H, int T, int D, float scale, int threads) {
+                        int B, int H, int H_kv, int T, int D, float scale, int threads) {
   constexpr decltype(&backward_heads<float, FULL>) run[][2] = {
       {backward_heads<float, FULL>, backward_heads<bfloat16, FULL>},
       {backward_heads<float, DIAGONAL>, backward_heads<bfloat16, DIAGONAL>},
       {backward_heads<float, STE>, backward_heads<bfloat16, STE>},
       {backward_heads<float, VALUES>, backward_heads<bfloat16, VALUES>},
   };
-  run[backward][is_bfloat16](g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H, T, D, scale, threads);
+  run[backward][is_bfloat16](g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H, H_kv, T, D, scale, threads);
 }
 
-void linear_attention(bool is_bfloat16, bool anticausal, Tensor a, Tensor b, Tensor c, Tensor out, int B, int H, int T,
-                      int D, float scale, int threads) {
-  (is_bfloat16 ? linear<bfloat16> : linear<float>)(anticausal, a, b, c, out, B, H, T, D, scale, threads);
+// a and out (B, H, T, D), b and c (B, H_terms, T, D), where one of H and H_terms divides the other.
+void linear_attention(bool is_bfloat16, bool anticausal, Tensor a, Tensor b, Tensor c, Tensor out, int B, int H,
+                      int H_terms, int T, int D, float scale, int threads) {
+  constexpr decltype(&linear<float>) run[] = {linear<float>, linear<bfloat16>};
+  run[is_bfloat16](anticausal, a, b, c, out, B, H, H_terms, T, D, scale, threads);
 }
 }

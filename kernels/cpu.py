@@ -5,9 +5,11 @@ This kernel computes every variant in one pass, the null logit included, and bfl
 processor only emulates bfloat16. It is compiled for the processor it runs on, in some three seconds, into
 `__pycache__`. Without a compiler, and so far on anything but Linux, attention runs on PyTorch's kernels instead.
 
-The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D) and sum in float32. The last dimension
-has to be contiguous: FusedAttention sees to that, they do not check it. torch.compile takes each of them for one opaque
-operator, so that its graph does not break.
+The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D) and sum in float32. Keys and values may
+have fewer heads, (B, H_kv, T, D), each for a group of H / H_kv heads of queries: they are read where they lie, and dK
+and dV are summed over the group in the order of its heads. The last dimension has to be contiguous: FusedAttention sees
+to that, they do not check it. torch.compile takes each of them for one opaque operator, so that its graph does not
+break.
 """
 
 import contextlib
@@ -47,7 +49,7 @@ class _Tensor(ctypes.Structure):
 
 
 _tensor, _pointer, _stride, _flag, _count = _Tensor, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
-_shape = (_count, _count, _count, _count, ctypes.c_float, _count)  # B, H, T, D; the scale; the threads
+_shape = (*[_count] * 5, ctypes.c_float, _count)  # B, H, H_kv (or H_terms), T, D; the scale; the threads
 _SIGNATURES = {
     "attention_forward": (_flag, *[_tensor] * 3, _pointer, _tensor, _pointer, _count, *_shape),
     "attention_backward": (
@@ -148,14 +150,20 @@ def _empty_result(q: Tensor) -> Tensor:
     return q.new_empty(B, T, H, D).transpose(1, 2)
 
 
-def _parts(q: Tensor) -> int:
-    """Into how many parts each head is divided, so that all threads have the same amount of work.
+def _parts(x: Tensor) -> int:
+    """Into how many parts each head of x (queries forward, keys backward) is divided, so that all threads have the same
+    amount of work.
 
     One part where there are enough heads, since parts cost memory: each thread copies a head's rows three times, and dQ
     is a sum over the parts.
     """
-    heads, blocks, threads = q.size(0) * q.size(1), -(-q.size(2) // 64), torch.get_num_threads()
+    heads, blocks, threads = x.size(0) * x.size(1), -(-x.size(2) // 64), torch.get_num_threads()
     return 1 if heads >= 4 * threads else min(blocks, threads // math.gcd(heads, threads))
+
+
+def _sizes(x: Tensor, other: Tensor) -> tuple[int, ...]:
+    """B, the heads of x and those of the other, T, D."""
+    return *x.shape[:2], other.size(1), *x.shape[2:]
 
 
 def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
@@ -164,7 +172,7 @@ def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scal
         raise ValueError(f"the CPU's own kernel takes float32 and bfloat16, not {q.dtype}")
     out, lse = _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
     null_logit = None if null_logit is None else null_logit.float().contiguous()
-    common = (_parts(q), *q.shape, scale, torch.get_num_threads())
+    common = (_parts(q), *_sizes(q, k), scale, torch.get_num_threads())
     _call("attention_forward", q.dtype == torch.bfloat16, q, k, v, null_logit, out, lse, *common)
     return out, lse
 
@@ -177,19 +185,19 @@ def cpu_backward(
     delta (B, H, T), float32, is each row's `Σ_j P_ij dP_ij = g_i·out_i`, which the null logit's gradient needs.
     """
     B, H, T, D = q.shape
-    parts, shape = _parts(q), (B, H, T, D, scale, torch.get_num_threads())
+    parts, rest = _parts(k), (scale, torch.get_num_threads())
     is_bfloat16, linear = q.dtype == torch.bfloat16, backward == "ste" and T > LINEAR_FROM
-    dk, dv, delta = _empty_result(q), _empty_result(q), torch.empty_like(lse)
+    dk, dv, delta = _empty_result(k), _empty_result(v), torch.empty_like(lse)
     if linear:  # the first call computes dV and delta alone
         dq = _empty_result(q)
         inputs = (is_bfloat16, BACKWARDS.index("values"), grad, q, k, v, out, lse, delta)
-        _call("attention_backward", *inputs, dq, 0, dk, dv, parts, *shape)
-        _call("linear_attention", is_bfloat16, False, grad, v, k, dq, *shape)
-        _call("linear_attention", is_bfloat16, True, v, grad, q, dk, *shape)
+        _call("attention_backward", *inputs, dq, 0, dk, dv, parts, *_sizes(q, k), *rest)
+        _call("linear_attention", is_bfloat16, False, grad, v, k, dq, *_sizes(q, k), *rest)
+        _call("linear_attention", is_bfloat16, True, v, grad, q, dk, *_sizes(k, q), *rest)
         return dq, dk, dv, delta
     dq = q.new_empty(parts, B, T, H, D, dtype=torch.float32)
     inputs = (is_bfloat16, BACKWARDS.index(backward), grad, q, k, v, out, lse, delta)
-    _call("attention_backward", *inputs, dq[0].transpose(1, 2), dq.stride(0), dk, dv, parts, *shape)
+    _call("attention_backward", *inputs, dq[0].transpose(1, 2), dq.stride(0), dk, dv, parts, *_sizes(q, k), *rest)
     dq = (dq.sum(0) if parts > 1 else dq[0]).transpose(1, 2)
     return dq.to(q.dtype), dk, dv, delta
 
@@ -212,4 +220,4 @@ def _(q, k, v, null_logit, scale):
 
 @torch.library.register_fake("offbyone::cpu_backward", lib=_library)
 def _(grad, q, k, v, out, lse, scale, backward):
-    return *(_empty_result(q) for _ in range(3)), torch.empty_like(lse)
+    return *(_empty_result(x) for x in (q, k, v)), torch.empty_like(lse)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.backends import one_pass, with_triton
+from kernels.backends import one_pass, reads_groups, with_triton
 
 
 def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str) -> Tensor:
     """Attention as model.py's `attention` defines it, on any backend but "materialized". ValueError where the backend,
-    chosen by `use_backend`, has no such variant."""
+    chosen by `use_backend`, has no such variant. k and v may have fewer heads than q, in whole groups (see
+    `repeat_heads`): they are repeated only for the kernels of PyTorch that cannot read them so (`reads_groups`)."""
     if backend == "stock" and (backward != "full" or null_logit is not None):
         raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
     if backend.startswith("cpu") and dropout_p:
@@ -25,10 +26,23 @@ def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale:
     if rows or columns:
         q, k, v = F.pad(q, (0, columns, rows, 0)), F.pad(k, (0, columns)), F.pad(v, (0, columns))
     if backend == "stock":
-        out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p, is_causal=True, scale=scale)
+        if not reads_groups(backend, q):
+            k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+        grouped = k.size(1) != q.size(1)
+        out = F.scaled_dot_product_attention(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=grouped)
     else:
         out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
     return out[:, :, rows:, :D] if rows or columns else out
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values (B, H_kv, T, D) → (B, heads, T, D), each head as often in a row as there are queries for it."""
+    return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def sum_groups(x: Tensor, heads: int) -> Tensor:
+    """The gradient of `repeat_heads`: (B, H, T, D) → (B, heads, T, D)."""
+    return x if x.size(1) == heads else x.unflatten(1, (heads, -1)).sum(2)
 
 
 class FusedAttention(torch.autograd.Function):
@@ -122,7 +136,7 @@ def differentiable_gradients(q, k, v, null_logit, grad, backward: str, scale: fl
     wide = torch.promote_types(q.dtype, torch.float32)
     hidden = torch.ones(T, T, dtype=torch.bool, device=q.device).triu(1)
     with torch.autocast(q.device.type, enabled=False):
-        q_, k_, v_, g = (x.to(wide) for x in (q, k, v, grad))
+        q_, k_, v_, g = (repeat_heads(x.to(wide), H) for x in (q, k, v, grad))
         scores = (scale * q_ @ k_.mT).masked_fill(hidden, -math.inf)
         if null_logit is not None:  # one more column; a logit of +∞ would give ∞ / ∞
             column = null_logit.to(wide).clamp(max=torch.finfo(wide).max).view(-1, 1, 1)
@@ -136,7 +150,7 @@ def differentiable_gradients(q, k, v, null_logit, grad, backward: str, scale: fl
             dS = P * (1 - P) * dP
         else:
             dS = dP.tril()
-        gradients = scale * dS @ k_, scale * dS.mT @ q_, P.mT @ g
+        gradients = scale * dS @ k_, *(sum_groups(x, k.size(1)) for x in (scale * dS.mT @ q_, P.mT @ g))
     grad_null = None if null_logit is None else -(null * mean).sum((0, 2, 3)).to(null_logit.dtype)
     return *(x.to(q.dtype) for x in gradients), grad_null
 
@@ -165,6 +179,8 @@ CUDNN_BACKWARD = torch.ops.aten._scaled_dot_product_cudnn_attention_backward
 def kernel_forward(backend, q, k, v, dropout_p, scale):
     """(out, the rows' logsumexp, what the backward needs besides). PyTorch's private operators are named only here and
     in kernel_backward."""
+    if not reads_groups(backend, q):
+        k, v = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
     if backend == "cpu_flash":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         out, lse = kernel(q, k, v, 0.0, True, scale=scale)
@@ -184,6 +200,10 @@ def kernel_forward(backend, q, k, v, dropout_p, scale):
 def kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale):
     """(dQ, dK, dV) from the given output and logsumexp; see FusedAttention."""
     T = q.size(-2)
+    if not reads_groups(backend, q) and k.size(1) != q.size(1):
+        k_, v_ = repeat_heads(k, q.size(1)), repeat_heads(v, q.size(1))
+        grad_q, *rest = kernel_backward(backend, grad, q, k_, v_, out, lse, state, dropout_p, scale)
+        return grad_q, *(sum_groups(x, k.size(1)) for x in rest)
     if backend == "cpu_flash":
         kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
         return kernel(grad, q, k, v, out, lse, 0.0, True, scale=scale)
@@ -217,62 +237,70 @@ AT_ONCE = 2**20
 
 
 def value_gradient_on_cpu(grad, q, k, lse, scale: float) -> Tensor:
-    """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H, T, D), by one *forward* pass of the CPU's flash kernel.
+    """`dV_j = Σ_{i ≥ j} exp(S_ij − lse_i) g_i`, (B, H_kv, T, D), by one *forward* pass of the CPU's flash kernel.
 
     With time reversed, the sum over i ≥ j is causal attention in which our keys ask, our queries answer, and g are the
     values. Two things remain. The −lse_i enter the scores as one more column of q, against a column of ones in k. And
     the kernel divides each row by its sum, so the result is multiplied by that sum again. This takes half the time of a
-    backward pass, the other way to dV.
+    backward pass, the other way to dV. Keys that a group of queries shares ask once for each of these.
     """
-    if q.numel() > AT_ONCE and q.size(1) > 1:
-        heads = zip(*(x.split(1, dim=1) for x in (grad, q, k, lse)), strict=True)
-        return torch.cat([value_gradient_on_cpu(g, q_h, k_h, lse_h, scale) for g, q_h, k_h, lse_h in heads], dim=1)
-    D, columns, rest = q.size(-1), [], -lse.flip(2).unsqueeze(-1) / scale
+    H_kv, D = k.size(1), q.size(-1)
+    if q.numel() > AT_ONCE and H_kv > 1:
+        groups = zip(*(x.chunk(H_kv, dim=1) for x in (grad, q, k, lse)), strict=True)
+        return torch.cat([value_gradient_on_cpu(g, q_h, k_h, lse_h, scale) for g, q_h, k_h, lse_h in groups], dim=1)
+    columns, rest = [], -lse.flip(2).unsqueeze(-1) / scale
     for _ in range(3 if q.dtype == torch.bfloat16 else 1):  # a float32 is the sum of three bfloat16
         columns.append(rest.to(q.dtype))
         rest = rest - columns[-1]
     queries = torch.cat((q.flip(2), *columns), dim=-1)
-    keys = F.pad(k.flip(2), (0, len(columns)), value=1.0)
+    keys = repeat_heads(F.pad(k.flip(2), (0, len(columns)), value=1.0), q.size(1))
     out, log_sum, _ = kernel_forward("cpu_flash", keys, queries, F.pad(grad.flip(2), (0, len(columns))), 0.0, scale)
     del queries, keys
-    return (out[..., :D] * log_sum.exp().unsqueeze(-1)).flip(2).to(q.dtype)
+    return sum_groups(out[..., :D] * log_sum.exp().unsqueeze(-1), H_kv).flip(2).to(q.dtype)
 
 
 def straight_through_gradients(q, k, v, grad, scale: float) -> tuple[Tensor, Tensor]:
-    """`dQ = scale·tril(g Vᵀ) K` and `dK = scale·tril(g Vᵀ)ᵀ Q`, all (B, H, T, D), in O(T) time and memory."""
+    """`dQ = scale·tril(g Vᵀ) K`, (B, H, T, D), and `dK = scale·tril(g Vᵀ)ᵀ Q`, (B, H_kv, T, D), in O(T) time and
+    memory."""
     return linear_attention(grad, v, k, scale), linear_attention(v, grad, q, scale, anticausal=True)
 
 
 def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int = 128, segment: int = 1024) -> Tensor:
-    """`scale·tril(a bᵀ) c`, or triu if anticausal, all (B, H, T, D), in O(T) (Katharopoulos et al. 2020).
+    """`scale·tril(a bᵀ) c`, or triu if anticausal, in O(T) (Katharopoulos et al. 2020).
 
+    a and the result are (B, H_a, T, D), b and c (B, H_b, T, D). Either several heads of a share one of b and c, or one
+    is for several of these, and its result is the sum over them: a group's rows stand one below the other in a product.
     Within a chunk of rows the masked product is computed as it stands. What lies before the chunk (after it, if
     anticausal) enters through the running sum `Σ b cᵀ`. The chunks of a segment are computed together, one segment
     after another, which bounds the memory. Sums are at least float32. So are the factors of products, except bfloat16
     on CUDA: there they stay bfloat16, as the weights do in a flash kernel.
     """
     B, H, T, D = a.shape
+    groups = min(H, b.size(1))
     sums_dtype = torch.promote_types(a.dtype, torch.float32)
     factors = a.dtype if a.is_cuda and a.dtype == torch.bfloat16 else sums_dtype
     chunk, segment = min(chunk, T), 4 * segment if a.is_cuda else segment
-    out, outside = torch.empty_like(a), None  # Σ b cᵀ of the segments that are done (B·H, 1, D, D)
+    hidden = torch.ones(chunk, chunk, dtype=torch.bool, device=a.device).triu(1)
+    hidden = (hidden.mT if anticausal else hidden).unsqueeze(1)  # (rows, 1, columns): the same for all heads of a group
+    out, outside = torch.empty_like(a), None  # Σ b cᵀ of the segments that are done (B·groups, 1, D, D)
     starts = range(0, T, segment)
     with torch.autocast(a.device.type, enabled=False):
         for start in reversed(starts) if anticausal else starts:
             rows = min(segment, T - start)
-            a_, b_, c_ = (
-                F.pad(x[:, :, start : start + rows].to(factors), (0, 0, 0, -rows % chunk)).reshape(-1, chunk, D)
-                for x in (a, b, c)
-            )  # (B·H·N, chunk, D)
+            padded = (F.pad(x[:, :, start : start + rows].to(factors), (0, 0, 0, -rows % chunk)) for x in (a, b, c))
+            split = (x.unflatten(1, (groups, -1)).unflatten(3, (-1, chunk)) for x in padded)
+            a_, b_, c_ = (x.transpose(2, 3).flatten(3, 4).flatten(0, 2) for x in split)  # (B·groups·N, heads·chunk, D)
             scores = torch.bmm(a_, b_.mT)
-            part = torch.bmm(scores.triu_() if anticausal else scores.tril_(), c_)
+            scores.unflatten(2, (-1, chunk)).unflatten(1, (-1, chunk)).masked_fill_(hidden, 0)
+            part = torch.bmm(scores, c_)
             if chunk < T:
-                own = torch.bmm(b_.mT, c_).view(B * H, -1, D, D).to(sums_dtype)  # Σ b cᵀ of each chunk
+                own = torch.bmm(b_.mT, c_).view(B * groups, -1, D, D).to(sums_dtype)  # Σ b cᵀ of each chunk
                 sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
                 sums = sums if outside is None else sums + outside
                 part.baddbmm_(a_, (sums - own).view(-1, D, D).to(factors))
                 outside = sums[:, :1] if anticausal else sums[:, -1:]
-            out[:, :, start : start + rows] = part.mul_(scale).view(B, H, -1, D)[:, :, :rows]
+            part = part.mul_(scale).view(B, groups, -1, H // groups, chunk, D).transpose(2, 3)
+            out[:, :, start : start + rows] = part.reshape(B, H, -1, D)[:, :, :rows]
     return out
 
 

@@ -12,6 +12,9 @@ The first two are as in FlashAttention-2 (Dao 2023): no T × T matrix in memory,
 and dV, a block of keys at a time, another dQ, a block of queries at a time. So nothing is added atomically, and the
 result is the same every time.
 
+Keys and values may have fewer heads than queries, each for a group of them: the first kernel sums dK and dV over the
+queries of the whole group, the second reads the group's keys where they lie.
+
 A null logit (softmax1, a sink) needs no code here: it is part of `lse`, which the caller gives.
 """
 
@@ -78,57 +81,60 @@ def _visible(x, queries, keys, MASKED: tl.constexpr):
 def _keys_kernel(
     q, k, v, g, lse, dk, dv,
     q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
-    scale, T,
+    scale, T, GROUP: tl.constexpr,
     SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
-    """dV of a block of keys and, if SLOPE is "diagonal" or "ste", dK: sums over the queries that see them. Matrices are
-    (keys, queries)."""
-    first, head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """dV of a block of keys and, if SLOPE is "diagonal" or "ste", dK: sums over the queries that see them, in each of
+    the GROUP heads that read this head of keys. Matrices are (keys, queries)."""
+    first, key_head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
-    k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
+    k_block = _load_rows(k, k_strides, batch, key_head, keys, T, D, BLOCK_D)
     # Not tl.zeros, a compiled function itself: the interpreter of the tests, switched on late, cannot call it.
     dv_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
     if SLOPE is not None:
-        v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
+        v_block = _load_rows(v, v_strides, batch, key_head, keys, T, D, BLOCK_D)
         dk_block = tl.full((KEYS, BLOCK_D), 0.0, tl.float32)
 
-    for below in tl.static_range(2):  # first the queries along the diagonal, then those that see all of these keys
-        start = first + KEYS if below else first
-        end = T if below else tl.minimum(first + KEYS, T)
-        for query in range(start, end, QUERIES):
-            queries = query + tl.arange(0, QUERIES)
-            q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
-            g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
-            lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
-            products = tl.dot(k_block, tl.trans(q_block), input_precision="ieee")
-            x = _log_weights(products, lse_block[None, :], queries[None, :], keys[:, None], scale, not below)
-            p = tl.exp(x)
-            dv_block = tl.dot(p.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
-            if SLOPE is not None:
-                dp = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
-                if SLOPE == "diagonal":
-                    ds = p * _one_minus_exp(x, p, FLOAT32) * dp
-                else:
-                    ds = _visible(dp, queries[None, :], keys[:, None], not below)
-                dk_block = tl.dot(ds.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
+    for member in range(GROUP):
+        head = key_head * GROUP + member
+        for below in tl.static_range(2):  # first the queries along the diagonal, then those that see all of these keys
+            start = first + KEYS if below else first
+            end = T if below else tl.minimum(first + KEYS, T)
+            for query in range(start, end, QUERIES):
+                queries = query + tl.arange(0, QUERIES)
+                q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
+                g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
+                lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+                products = tl.dot(k_block, tl.trans(q_block), input_precision="ieee")
+                x = _log_weights(products, lse_block[None, :], queries[None, :], keys[:, None], scale, not below)
+                p = tl.exp(x)
+                dv_block = tl.dot(p.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
+                if SLOPE is not None:
+                    dp = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
+                    if SLOPE == "diagonal":
+                        ds = p * _one_minus_exp(x, p, FLOAT32) * dp
+                    else:
+                        ds = _visible(dp, queries[None, :], keys[:, None], not below)
+                    dk_block = tl.dot(ds.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
 
-    _store_rows(dv, out_strides, batch, head, keys, T, D, BLOCK_D, dv_block)
+    _store_rows(dv, out_strides, batch, key_head, keys, T, D, BLOCK_D, dv_block)
     if SLOPE is not None:
-        _store_rows(dk, out_strides, batch, head, keys, T, D, BLOCK_D, scale * dk_block)
+        _store_rows(dk, out_strides, batch, key_head, keys, T, D, BLOCK_D, scale * dk_block)
 
 
 @triton.jit
 def _queries_kernel(
     q, k, v, g, lse, dq,
     q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
-    scale, T,
+    scale, T, GROUP: tl.constexpr,
     SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries: a sum over the keys that they see. Matrices are (queries, keys)."""
     # The last queries see the most keys: they start first, so that no long block is left over at the end.
     first = (tl.num_programs(0) - 1 - tl.program_id(0)) * QUERIES
     head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+    key_head = head // GROUP
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     queries = first + tl.arange(0, QUERIES)
     g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
@@ -142,8 +148,8 @@ def _queries_kernel(
         end = tl.minimum(first + QUERIES, T) if diagonal else first
         for key in range(start, end, KEYS):
             keys = key + tl.arange(0, KEYS)
-            k_block = _load_rows(k, k_strides, batch, head, keys, T, D, BLOCK_D)
-            v_block = _load_rows(v, v_strides, batch, head, keys, T, D, BLOCK_D)
+            k_block = _load_rows(k, k_strides, batch, key_head, keys, T, D, BLOCK_D)
+            v_block = _load_rows(v, v_strides, batch, key_head, keys, T, D, BLOCK_D)
             dp = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
             if SLOPE == "diagonal":
                 products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
@@ -180,29 +186,37 @@ def score_backward(
     """(dQ, dK, dV) of causal attention. slope "diagonal": through the diagonal of its normalizer's Jacobian,
     `dS = P∘(1 − P)∘dP`; "ste": `dS = dP`.
 
-    grad (dL/dO), q, k and v: (B, H, T, D) of one dtype, float16, bfloat16 or float32 (products without TF32), any
-    strides. lse (B, H, T), float32: of the scaled scores and of the null logit where there is one; it may be padded
-    beyond T. The gradients have q's dtype and lie in memory as (B, T, H, D), the order of a projection's output.
+    grad (dL/dO) and q: (B, H, T, D), k and v: (B, H_kv, T, D), where H_kv divides H; of one dtype, float16, bfloat16 or
+    float32 (products without TF32), any strides. lse (B, H, T), float32: of the scaled scores and of the null logit
+    where there is one; it may be padded beyond T. The gradients have the inputs' dtype and lie in memory as
+    (B, T, H, D), the order of a projection's output.
     """
-    dq, dk, dv = _empty_gradients(q, 3)
-    arguments = _arguments(q, k, v, grad, lse, dq, scale) | {"SLOPE": slope}
+    dq, dk, dv = _empty_gradients(q, k, v)
+    arguments = _arguments(q, k, v, grad, lse, scale) | {"SLOPE": slope}
     with torch.cuda.device_of(q):
         wide, narrow, options = _block_sizes(q, "keys")
-        _keys_kernel[_grid(q, wide)](q, k, v, grad, lse, dk, dv, **arguments, KEYS=wide, QUERIES=narrow, **options)
+        _keys_kernel[_grid(k, wide)](
+            q, k, v, grad, lse, dk, dv,
+            **arguments, out_strides=dk.stride(), KEYS=wide, QUERIES=narrow, **options,
+        )  # fmt: skip
         wide, narrow, options = _block_sizes(q, "queries")
-        _queries_kernel[_grid(q, wide)](q, k, v, grad, lse, dq, **arguments, KEYS=narrow, QUERIES=wide, **options)
+        _queries_kernel[_grid(q, wide)](
+            q, k, v, grad, lse, dq,
+            **arguments, out_strides=dq.stride(), KEYS=narrow, QUERIES=wide, **options,
+        )  # fmt: skip
     return dq, dk, dv
 
 
 @torch.library.custom_op("offbyone::value_gradient", mutates_args=())
 def value_gradient(grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float) -> Tensor:
     """`dV = Pᵀ g` of causal attention, alone; the arguments and the result are those of `score_backward`."""
-    (dv,) = _empty_gradients(q, 1)
+    (dv,) = _empty_gradients(k)
     wide, narrow, options = _block_sizes(q, "values")
     with torch.cuda.device_of(q):
-        _keys_kernel[_grid(q, wide)](
+        _keys_kernel[_grid(k, wide)](
             q, k, None, grad, lse, None, dv,
-            **_arguments(q, k, None, grad, lse, dv, scale), SLOPE=None, KEYS=wide, QUERIES=narrow, **options,
+            **_arguments(q, k, None, grad, lse, scale), out_strides=dv.stride(),
+            SLOPE=None, KEYS=wide, QUERIES=narrow, **options,
         )  # fmt: skip
     return dv
 
@@ -224,12 +238,12 @@ def row_products(a: Tensor, b: Tensor) -> Tensor:
 
 @score_backward.register_fake
 def _(grad, q, k, v, lse, scale, slope):
-    return _empty_gradients(q, 3)
+    return _empty_gradients(q, k, v)
 
 
 @value_gradient.register_fake
 def _(grad, q, k, lse, scale):
-    return _empty_gradients(q, 1)[0]
+    return _empty_gradients(k)[0]
 
 
 @row_products.register_fake
@@ -237,12 +251,11 @@ def _(a, b):
     return a.new_empty(a.shape[:-1], dtype=torch.float32)
 
 
-def _empty_gradients(q: Tensor, count: int) -> tuple[Tensor, ...]:
-    B, H, T, D = q.shape
-    return tuple(q.new_empty(B, T, H, D).transpose(1, 2) for _ in range(count))
+def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs)
 
 
-def _arguments(q, k, v, grad, lse, out, scale: float) -> dict:
+def _arguments(q, k, v, grad, lse, scale: float) -> dict:
     T, D = q.shape[-2:]
     return {
         "q_strides": q.stride(),
@@ -250,16 +263,16 @@ def _arguments(q, k, v, grad, lse, out, scale: float) -> dict:
         "v_strides": None if v is None else v.stride(),
         "g_strides": grad.stride(),
         "lse_strides": lse.stride(),
-        "out_strides": out.stride(),
         "scale": scale,
         "T": T,
+        "GROUP": q.size(1) // k.size(1),
         "D": D,
         "BLOCK_D": max(16, triton.next_power_of_2(D)),  # tl.dot wants a power of two, 16 at least
     }
 
 
-def _grid(q: Tensor, block: int) -> tuple[int, int, int]:
-    B, H, T, _ = q.shape
+def _grid(x: Tensor, block: int) -> tuple[int, int, int]:
+    B, H, T, _ = x.shape
     return triton.cdiv(T, block), H, B
 
 

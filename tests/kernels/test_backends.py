@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kernels.backends import reads_groups
 from model import (
     attention,
     attention_backend,
@@ -104,5 +105,7 @@ def test_a_gpu_gets_the_kernel_that_it_can_train_on(capability, D, dtype, dropou
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91900)
     q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, size=torch.Size((1, 1, 128, D)).__getitem__)
     assert attention_backend(q, q, dropout_p) == expected
+    # Its efficient kernel alone cannot read keys of a group, and its function would leave that one for a T × T matrix.
+    assert reads_groups(expected, q) == reads_groups("stock", q) == (expected != "cuda_efficient")
     # PyTorch's own function would choose cuDNN on a Hopper itself, and may run it on another plan than its own.
     assert attention_backend(q, q, dropout_p, stock=True) == ("cuda_cudnn" if expected == "cuda_cudnn" else "stock")

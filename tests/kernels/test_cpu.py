@@ -10,6 +10,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu
 from model import attention, attention_backend, materialized_attention, use_backend
@@ -21,11 +22,12 @@ if cpu.load() is None:
 BACKWARDS = ("full", "diagonal", "ste")
 
 
-def inputs(T: int, D: int, H: int = 3, dtype=torch.float32) -> list[torch.Tensor]:
-    """q, k, v as views of one projection, (B, H, T, D), and dL/dO."""
-    generator = torch.Generator().manual_seed(T + D)
-    packed = torch.randn(2, T, 3 * H * D, generator=generator).to(dtype)
-    q, k, v = (x.view(2, T, H, D).transpose(1, 2).requires_grad_() for x in packed.split(H * D, dim=-1))
+def inputs(T: int, D: int, H: int = 3, dtype=torch.float32, H_kv: int | None = None) -> list[torch.Tensor]:
+    """q (B, H, T, D), k and v (B, H_kv, T, D) as views of one projection, and dL/dO; as many heads each by default."""
+    generator, H_kv = torch.Generator().manual_seed(T + D), H_kv or H
+    packed = torch.randn(2, T, (H + 2 * H_kv) * D, generator=generator).to(dtype)
+    views = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in packed.split([H * D, H_kv * D, H_kv * D], dim=-1))
+    q, k, v = (x.requires_grad_() for x in views)
     return [q, k, v, torch.randn(2, H, T, D, generator=generator).to(dtype)]
 
 
@@ -34,9 +36,9 @@ def value_and_gradients(q, k, v, g, **arguments) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, (q, k, v), g)]
 
 
-def check_against_the_readable_form(T: int, D: int, H: int = 3, dtype=torch.float32) -> None:
+def check_against_the_readable_form(T: int, D: int, H: int = 3, dtype=torch.float32, H_kv: int | None = None) -> None:
     for backward in BACKWARDS:
-        *qkv, g = inputs(T, D, H, dtype)
+        *qkv, g = inputs(T, D, H, dtype, H_kv)
         with use_backend("cpu_native"):
             own = value_and_gradients(*qkv, g, normalizer="softmax1", backward=backward)
         exact = [x.detach().double().requires_grad_() for x in qkv]
@@ -169,6 +171,7 @@ def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
         pytest.skip(f"this compiler knows no {target}")
     for T, D in ((1, 5), (65, 12), (130, 64)):
         check_against_the_readable_form(T, D)
+        check_against_the_readable_form(T, D, 4, H_kv=2)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -189,6 +192,8 @@ def test_threads_share_the_heads_and_their_parts(count, T, dtype):
     with threads(count):
         check_against_the_readable_form(T, 20, 3, dtype)  # 6 heads: whole, in 2 parts, in 5
         check_against_the_readable_form(T, 16, 1, dtype)  # 2 heads: whole, in 2 parts, in 5
+        check_against_the_readable_form(T, 20, 4, dtype, H_kv=2)  # 4 heads of keys, in parts for the backward alone
+        check_against_the_readable_form(T, 16, 3, dtype, H_kv=1)
 
 
 def test_many_heads_are_not_divided():
@@ -222,7 +227,7 @@ def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient():
 
 
 def test_the_operators_are_what_torch_expects_of_them():
-    q, k, v, g = inputs(70, 20)
+    q, k, v, g = inputs(70, 20, H_kv=1)
     lse = torch.randn(2, 3, 70)
     for dtype, null_logit in ((torch.float32, None), (torch.bfloat16, torch.zeros(3))):
         q_, k_, v_, g_ = (x.detach().to(dtype) for x in (q, k, v, g))
@@ -233,11 +238,33 @@ def test_the_operators_are_what_torch_expects_of_them():
 
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_inputs_give_the_same_bits(backward, dtype):
-    *qkv, g = inputs(300, 20, dtype=dtype)
+@pytest.mark.parametrize("H_kv", [1, 3])
+def test_the_same_inputs_give_the_same_bits(backward, dtype, H_kv):
+    *qkv, g = inputs(300, 20, dtype=dtype, H_kv=H_kv)
     with threads(4):  # in whatever order they take the heads' two parts
         first, again = (value_and_gradients(*qkv, g, backward=backward) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("backward", BACKWARDS)
+@pytest.mark.parametrize("T", [65, 300])  # ste: tile by tile, and by running sums
+def test_the_keys_of_a_group_are_read_where_they_lie(T, backward):
+    """Nothing of the size of repeated keys, which is that of q, is made but the output and dQ."""
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, operator, types, arguments=(), keywords=None):
+            result = operator(*arguments, **(keywords or {}))
+            if torch.is_tensor(result) and result.numel() >= q.numel():
+                made.add(result.untyped_storage().data_ptr())
+            return result
+
+    made = set()
+    q, k, v, g = (x.detach() for x in inputs(T, 16, 8, H_kv=2))
+    with Record(), threads(1):
+        out, lse = cpu.cpu_forward(q, k, v, None, 0.25)
+        dq, dk, dv, _ = cpu.cpu_backward(g, q, k, v, out, lse, 0.25, backward)
+    assert dk.shape == dv.shape == k.shape
+    assert made == {out.data_ptr(), dq.data_ptr()}
 
 
 def test_a_score_is_the_same_in_both_passes():
@@ -282,9 +309,11 @@ for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
     for dtype in (torch.float32, torch.bfloat16):
         for normalizer in ("softmax", "softmax1"):
             for backward in ("full", "diagonal", "ste"):
-                x = torch.randn(1, T, 3 * 2 * D).to(dtype).requires_grad_()
-                q, k, v = (y.view(1, T, 2, D).transpose(1, 2) for y in x.split(2 * D, dim=-1))
-                attention(q, k, v, normalizer=normalizer, backward=backward).sum().backward()
+                for H_kv in (1, 2):
+                    x = torch.randn(1, T, (2 + 2 * H_kv) * D).to(dtype).requires_grad_()
+                    views = x.split([2 * D, H_kv * D, H_kv * D], dim=-1)
+                    q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in views)
+                    attention(q, k, v, normalizer=normalizer, backward=backward).sum().backward()
 print("done")
 """
     shutil.copy(cpu.SOURCE, tmp_path)

@@ -192,8 +192,9 @@ def reference(q, k, v, g, null_logit, backward):
     """(value, magnitude before cancellation) of out, dQ, dK, dV and db, in float64 from the formulas."""
     q, k, v, g = (x.double() for x in (q, k, v, g))
     scale = 1 / math.sqrt(q.size(-1))
-    scores = (scale * q @ k.mT).masked_fill(torch.ones(q.size(-2), k.size(-2)).triu(1).bool(), -math.inf)
-    b = torch.full((H,), -math.inf).double() if null_logit is None else null_logit
+    offset = k.size(-2) - q.size(-2)
+    scores = (scale * q @ k.mT).masked_fill(torch.ones(q.size(-2), k.size(-2)).triu(1 + offset).bool(), -math.inf)
+    b = torch.full((q.size(1),), -math.inf).double() if null_logit is None else null_logit
     lse = torch.logaddexp(scores.logsumexp(-1, keepdim=True), b.view(-1, 1, 1))
     P, dP = (scores - lse).exp(), g @ v.mT
     out, null = P @ v, (b.view(-1, 1, 1) - lse).exp()
@@ -203,7 +204,7 @@ def reference(q, k, v, g, null_logit, backward):
     elif backward == "diagonal":
         dS, size = P * -(scores - lse).expm1() * dP, P * dP.abs()
     else:
-        dS = dP.tril()
+        dS = dP.tril(offset)
         size = dS.abs()
     db = -(null * mean).sum((0, 2, 3))
     return {
@@ -251,6 +252,117 @@ def test_values_and_gradients_have_the_digits_of_their_dtype(variant, backward, 
             error, size = (value.double() - exact).norm().item(), magnitude.norm().item()
             smallest = torch.finfo(dtype).smallest_normal * value.numel()  # below it a number has absolute precision
             assert error <= tolerance * size + smallest, f"T {T}, D {width}: {name} {error / max(size, 1e-300):.1e}"
+
+
+# --- attention: groups of queries that read one head of keys ----------------------------------------------------------
+
+HEADS = 4
+GROUPED_NULL_LOGITS = {
+    "softmax": None,
+    "softmax1": torch.zeros(HEADS).double(),
+    "sink": torch.tensor([-1, 0.5, 0, 2]).double(),
+}
+
+
+def grouped(T_q: int, T_k: int, H_kv: int, D: int, dtype, device="cpu") -> list[torch.Tensor]:
+    """q (2, HEADS, T_q, D), k and v (2, H_kv, T_k, D) as a model has them, views of one projection; and dL/dO."""
+    generator = torch.Generator().manual_seed(T_q + H_kv)
+    widths = [HEADS * D, H_kv * D, H_kv * D]
+    packed = torch.randn(2, T_k, sum(widths), generator=generator, dtype=torch.float64).to(device, dtype)
+    q, k, v = (x.unflatten(-1, (-1, D)).transpose(1, 2) for x in packed.split(widths, dim=-1))
+    g = torch.randn(2, T_q, HEADS, D, generator=generator, dtype=torch.float64).to(device, dtype).transpose(1, 2)
+    return [q[:, :, T_k - T_q :], k, v, g]
+
+
+def arguments_of(variant: str, device="cpu") -> dict:
+    learned = {"null_logit": GROUPED_NULL_LOGITS["sink"].to(device)} if variant == "sink" else {}
+    return {"normalizer": variant} | learned
+
+
+def check_groups(backend: str, variant: str, backward: str, dtype, T_q: int, T_k: int, H_kv: int, device="cpu") -> None:
+    """Values and gradients against those of keys that are repeated, in float64."""
+    q, k, v, g = grouped(T_q, T_k, H_kv, 16, dtype, device)
+    with use_backend(backend):
+        inputs = (x.requires_grad_() for x in (q, k, v))
+        found = value_and_gradients(*inputs, g, backward=backward, **arguments_of(variant, device))
+    q, k, v, g = (x.detach().cpu() for x in (q, k, v, g))
+    repeated = (x.repeat_interleave(HEADS // H_kv, dim=1) for x in (k, v))
+    expected = reference(q, *repeated, g, GROUPED_NULL_LOGITS[variant], backward)
+    for name, value, x in zip(("out", "dQ", "dK", "dV"), found, (q, q, k, v), strict=True):
+        exact, magnitude = (y.unflatten(1, (x.size(1), -1)).sum(2) for y in expected[name])
+        assert (value.shape, value.dtype) == (exact.shape, dtype)
+        error = (value.cpu().double() - exact).norm() / magnitude.norm()
+        assert error <= DIGITS[dtype], f"{T_q} of {T_k}, {H_kv} heads of keys: {name} {error:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("backend", "variant", "backward"),
+    [
+        ("stock", "softmax", "full"),
+        *itertools.product(("materialized", "cpu_native", "cpu_flash"), VARIANTS, BACKWARDS),
+    ],
+)
+def test_a_group_of_queries_reads_one_head_of_keys(backend, variant, backward, dtype, monkeypatch):
+    use_own_kernel(backend == "cpu_native", monkeypatch)
+    for H_kv, (T_q, T_k) in itertools.product((1, 2, HEADS), ((65, 65), (70, 130), (1, 9), (300, 300))):
+        check_groups(backend, variant, backward, dtype, T_q, T_k, H_kv)
+
+
+@pytest.mark.parametrize(
+    ("backend", "variant", "backward"), [("stock", "softmax", "full"), *(("cpu_flash", "sink", b) for b in BACKWARDS)]
+)
+def test_keys_are_repeated_for_a_kernel_that_cannot_read_groups(backend, variant, backward, monkeypatch):
+    """As the efficient one of CUDA; here the CPU's stand in for it."""
+    monkeypatch.setattr(fused, "reads_groups", lambda backend, q: False)
+    for H_kv in (1, 2, HEADS):
+        check_groups(backend, variant, backward, torch.float32, 70, 130, H_kv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["stock", "cuda_flash", "cuda_efficient", "cuda_cudnn"])
+def test_a_group_of_queries_reads_one_head_of_keys_on_a_gpu(backend):
+    for variant, backward, H_kv in itertools.product(VARIANTS, BACKWARDS, (1, 2, HEADS)):
+        if backend != "stock" or (variant, backward) == ("softmax", "full"):
+            for T_q, T_k in ((65, 65), (70, 130), (300, 300)):
+                check_groups(backend, variant, backward, torch.bfloat16, T_q, T_k, H_kv, "cuda")
+
+
+@every_backward
+@every_variant
+@pytest.mark.parametrize(("dtype", "own"), [(torch.float32, True), (torch.bfloat16, True), (torch.float64, False)])
+def test_second_derivatives_of_a_group_are_those_of_repeated_keys(dtype, own, variant, backward, monkeypatch):
+    use_own_kernel(own, monkeypatch)
+    *inputs, g = grouped(33, 33, 2, 16, dtype)
+    inputs, along = [x.requires_grad_() for x in inputs], [x.detach() for x in grouped(34, 34, 2, 16, dtype)[:3]]
+    along = [x[:, :, 1:] for x in along]
+    found = product_of_second_derivatives(inputs, g, along, backward=backward, **arguments_of(variant))
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with materialized_attention():
+        q, k, v = exact
+        k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+        out = attention(q, k, v, backward=backward, **arguments_of(variant))
+        gradients = torch.autograd.grad(out, exact, g.double(), create_graph=True)
+        expected = torch.autograd.grad(gradients, exact, [x.double() for x in along])
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, dtype)
+        assert (a.double() - b).norm() <= 8 * DIGITS[dtype] * b.norm()  # of what has cancelled, to an eighth at most
+
+
+@both_dtypes
+@every_backward
+def test_compiling_takes_the_attention_of_a_group_whole(backward, dtype):
+    torch.compiler.reset()
+    compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    *inputs, g = grouped(150, 150, 2, 16, dtype)  # two chunks of linear attention
+    inputs = [x.requires_grad_() for x in inputs]
+    eager, graph = (
+        (out := f(*inputs, backward=backward, normalizer="softmax1"), *torch.autograd.grad(out, inputs, g))
+        for f in (attention, compiled)
+    )
+    for a, b in zip(graph, eager, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=0, atol=150 * ROUNDING[dtype]["atol"])
 
 
 # --- attention: properties --------------------------------------------------------------------------------------------
@@ -339,19 +451,23 @@ def test_the_last_queries_alone_give_the_last_rows(variant, backward, T_q, T_k, 
 
 @pytest.mark.parametrize(("dtype", "digits"), [(torch.float64, 1e-13), (torch.float32, 1e-6), (torch.bfloat16, 4e-3)])
 @pytest.mark.parametrize("T", [200, 2100])  # beyond the first chunk, and beyond two segments
-def test_linear_attention_is_the_triangle_of_its_products(T, dtype, digits):
+@pytest.mark.parametrize("H_kv", [1, H])  # a head of keys for two heads of queries, and one for each
+def test_linear_attention_is_the_triangle_of_its_products(T, dtype, digits, H_kv):
     q, k, v, g = (x.to(dtype) for x in logits_of("ordinary", T, 16, torch.float64))
+    k, v = k[:, :H_kv], v[:, :H_kv]
     q_, k_, v_, g_ = (x.double() for x in (q, k, v, g))
     grad_q, grad_k = straight_through_gradients(q, k, v, g, 0.25)
     assert grad_q.dtype == dtype
-    for value, exact in ((grad_q, 0.25 * (g_ @ v_.mT).tril() @ k_), (grad_k, 0.25 * (g_ @ v_.mT).tril().mT @ q_)):
+    assert grad_k.shape == k.shape
+    exact_k = (0.25 * (g_ @ v_.mT).tril().mT @ q_).unflatten(1, (H_kv, -1)).sum(2)
+    for value, exact in ((grad_q, 0.25 * (g_ @ v_.mT).tril() @ k_), (grad_k, exact_k)):
         assert (value.double() - exact).norm() <= digits * exact.norm()  # one rounding: the sums are float32's
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_value_gradient_is_the_same_head_by_head(dtype, monkeypatch):
-    q, k, v, g = logits_of("ordinary", 70, 16, dtype)
-    assert q.size(1) > 1
+@pytest.mark.parametrize("H_kv", [2, 4])
+def test_the_value_gradient_is_the_same_head_by_head(dtype, H_kv, monkeypatch):
+    q, k, v, g = (torch.randn(1, heads, 70, 16).to(dtype) for heads in (4, H_kv, H_kv, 4))
     results = []
     for at_once in (0, q.numel()):
         monkeypatch.setattr("kernels.fused.AT_ONCE", at_once)
@@ -415,10 +531,12 @@ def test_autocast_computes_in_its_dtype_and_gives_gradients_in_theirs(variant, b
 
 @pytest.mark.parametrize("backend", ["cuda_flash", "cuda_efficient", "cuda_cudnn"])
 @pytest.mark.parametrize("backward", ["full", "diagonal"])
-def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, backward, monkeypatch):
+@pytest.mark.parametrize("H_kv", [1, H])
+def test_the_kernels_of_cuda_take_and_give_what_is_expected_of_them(backend, backward, H_kv, monkeypatch):
     """Shapes and signatures alone, on tensors without data; the numbers need a GPU."""
     monkeypatch.setenv("OFFBYONE_TRITON", "0")
-    q, k, v = (torch.empty(B, H, 70, 64, device="meta", dtype=torch.bfloat16, requires_grad=True) for _ in range(3))
+    options = {"device": "meta", "dtype": torch.bfloat16, "requires_grad": True}
+    q, k, v = (torch.empty(B, heads, 70, 64, **options) for heads in (H, H_kv, H_kv))
     b = torch.empty(H, device="meta", requires_grad=True)
     out = FusedAttention.apply(q, k, v, b, backward, 0.0, 0.125, backend)
     assert (out.shape, out.dtype) == (q.shape, q.dtype)

@@ -59,15 +59,18 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
 
 
-def inputs(H: int, T: int, D: int, dtype, B: int = 1) -> list[torch.Tensor]:
-    """q, k, v, g (B, H, T, D) as attention hands them over: views of one projection, (B, T, H, D) in memory."""
-    projection = torch.randn(B, T, 4 * H * D, generator=torch.Generator().manual_seed(T + D)).to(DEVICE, dtype)
-    return [x.view(B, T, H, D).transpose(1, 2) for x in projection.split(H * D, dim=-1)]
+def inputs(H: int, T: int, D: int, dtype, B: int = 1, H_kv: int | None = None) -> list[torch.Tensor]:
+    """q, k, v, g (B, H, T, D) as attention hands them over: views of one projection, (B, T, H, D) in memory. Of k and v
+    there are H_kv heads."""
+    widths = [heads * D for heads in (H, H_kv or H, H_kv or H, H)]
+    projection = torch.randn(B, T, sum(widths), generator=torch.Generator().manual_seed(T + D)).to(DEVICE, dtype)
+    return [x.unflatten(-1, (-1, D)).transpose(1, 2) for x in projection.split(widths, dim=-1)]
 
 
 def materialized(q, k, v, g, null_logit, scale, slope="diagonal"):
     """lse (B, H, T), and by name the gradients and their magnitudes before cancellation; all float64."""
-    q, k, v, g = (x.double() for x in (q, k, v, g))
+    H_kv = k.size(1)
+    q, k, v, g = (x.double().repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (q, k, v, g))
     scores = scale * q @ k.mT
     scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -math.inf)
     lse = torch.logaddexp(scores.logsumexp(-1), null_logit.double().view(-1, 1))
@@ -76,6 +79,8 @@ def materialized(q, k, v, g, null_logit, scale, slope="diagonal"):
     ds, magnitude = (p * -torch.expm1(x) * dp, p * dp.abs()) if slope == "diagonal" else (dp.tril(), dp.abs().tril())
     gradients = {"dq": scale * ds @ k, "dk": scale * ds.mT @ q, "dv": p.mT @ g}
     magnitudes = {"dq": scale * magnitude @ k.abs(), "dk": scale * magnitude.mT @ q.abs(), "dv": p.mT @ g.abs()}
+    for named in (gradients, magnitudes):
+        named |= {name: named[name].unflatten(1, (H_kv, -1)).sum(2) for name in ("dk", "dv")}
     return lse, gradients, magnitudes
 
 
@@ -106,6 +111,18 @@ def test_value_gradient_is_that_of_the_materialized_form(T, D, dtype):
     q, k, v, g = inputs(2, T, D, dtype)
     null_logit, scale = torch.tensor([-math.inf, 0.0], device=DEVICE), 1 / math.sqrt(D)
     lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale)
+    check({"dv": value_gradient(g, q, k, lse.float(), scale)}, expected, magnitudes, TOLERANCE[dtype], dtype)
+
+
+@every_dtype
+@pytest.mark.parametrize("slope", ["diagonal", "ste"])
+@pytest.mark.parametrize(("B", "T", "D", "H_kv"), [(1, 65, 80, 1), (2, 33, 16, 2), (1, 65, 16, 2)])
+def test_a_group_of_queries_reads_one_head_of_keys(B, T, D, H_kv, slope, dtype):
+    q, k, v, g = inputs(4, T, D, dtype, B, H_kv)
+    null_logit, scale = torch.tensor([-math.inf, 0.0, -1.0, 2.0], device=DEVICE), 1 / math.sqrt(D)
+    lse, expected, magnitudes = materialized(q, k, v, g, null_logit, scale, slope)
+    gradients = dict(zip(("dq", "dk", "dv"), score_backward(g, q, k, v, lse.float(), scale, slope), strict=True))
+    check(gradients, expected, magnitudes, TOLERANCE[dtype], dtype)
     check({"dv": value_gradient(g, q, k, lse.float(), scale)}, expected, magnitudes, TOLERANCE[dtype], dtype)
 
 
@@ -175,11 +192,11 @@ def test_nan_is_not_hidden():
 
 
 def test_operators_keep_what_pytorch_asks_of_them():
-    q, k, v, g = inputs(1, 2, 16, torch.float32)
-    lse = torch.full((1, 1, 2), 2.0, device=DEVICE)
+    q, k, v, g = inputs(2, 2, 16, torch.float32, H_kv=1)
+    lse = torch.full((1, 2, 2), 2.0, device=DEVICE)
     torch.library.opcheck(score_backward, (g, q, k, v, lse, 0.25, "ste"))
     torch.library.opcheck(value_gradient, (g, q, k, lse, 0.25))
-    torch.library.opcheck(row_products, (g, v))
+    torch.library.opcheck(row_products, (g, q))
 
 
 HOPPER = """
@@ -197,9 +214,10 @@ driver.set_active(Hopper())
 compiled = []
 triton.JITFunction.__getitem__ = lambda self, grid: lambda *a, **k: compiled.append(self.warmup(*a, grid=grid, **k))
 x, lse = torch.zeros(1, 2, 100, 64, dtype=torch.bfloat16), torch.zeros(1, 2, 100)
-for slope in ("diagonal", "ste"):
-    model_triton.score_backward(x, x, x, x, lse, 0.125, slope)
-model_triton.value_gradient(x, x, x, lse, 0.125)
+for k in (x, x[:, :1]):  # a head of keys for each of queries, and one for two
+    for slope in ("diagonal", "ste"):
+        model_triton.score_backward(x, x, k, k, lse, 0.125, slope)
+    model_triton.value_gradient(x, x, k, lse, 0.125)
 model_triton.row_products(x, x)
 for kernel in compiled:
     ptx = kernel.asm["ptx"]
@@ -222,7 +240,7 @@ def test_kernels_compile_for_a_gpu(tmp_path):
         "_queries_kernel True True False",
     )
     products = "_row_products_kernel False False False"
-    assert done.stdout.splitlines() == [keys, queries, keys, ste_queries, keys, products]
+    assert done.stdout.splitlines() == 2 * [keys, queries, keys, ste_queries, keys] + [products]
 
 
 # --- in attention ---------------------------------------------------------------------------------------------------
@@ -266,6 +284,20 @@ def test_attention_takes_one_pass_unless_it_is_switched_off(backward, flash, mon
         # Half rounds P or dS and the result, here and there; the two calls of diagonal each their own.
         assert (one_pass - exact).norm() < 4 * 2**-11 * exact.norm()
         assert (one_pass - two_calls).norm() < 8 * 2**-11 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("backward", ["full", "diagonal", "ste"])
+@pytest.mark.parametrize("H_kv", [1, 2, 4])
+def test_attention_of_a_group_is_that_of_repeated_keys(H_kv, backward, dtype, flash):
+    q, k, v, g = inputs(4, 33, 16, dtype, H_kv=H_kv)
+    sink = torch.tensor([-1.0, 0.5, 0.0, 2.0], device=DEVICE)
+    gradients = attention_gradients(q, k, v, g, sink, backward)
+    with materialized_attention():
+        expected = attention_gradients(*(x.double() for x in (q, k, v, g, sink)), backward)
+    for found, exact in zip(gradients, expected, strict=True):
+        assert found.shape == exact.shape
+        assert (found - exact).norm() < 2 * TOLERANCE[dtype] * exact.norm()  # P or dS and the result are rounded
 
 
 def test_a_sinks_full_gradient_is_summed_in_float32(flash, monkeypatch):
