@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from harness.checkpoint import load_model
 from harness.errors import run_cli
-from harness.pretrained import save_gpt2
+from harness.pretrained import save_hf
 
 
 def main() -> None:
@@ -17,7 +17,7 @@ def main() -> None:
     parser.add_argument("folder", help="where to write config.json and the weights")
     args = parser.parse_args()
     model, _ = load_model(args.checkpoint)
-    save_gpt2(model, args.folder)
+    save_hf(model, args.folder)
     print(f"wrote {args.folder}: GPT2LMHeadModel.from_pretrained({args.folder!r}) loads it")
 
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from harness.checkpoint import load_model
 from harness.errors import UserError
-from harness.pretrained import load_gpt2, save_gpt2
+from harness.pretrained import load_hf, save_hf
 from model import GPT, GPTConfig
 from tests.helpers import tiny_gpt
 
@@ -44,7 +44,7 @@ def random_gpt(**changes) -> GPT:
 
 def refusal(name_or_folder) -> str:
     with pytest.raises(UserError) as error:
-        load_gpt2(str(name_or_folder))
+        load_hf(str(name_or_folder))
     message = str(error.value)
     assert "\n" not in message
     assert f"hf:{name_or_folder}" in message
@@ -56,7 +56,7 @@ def test_imported_weights_give_the_peers_logits(tmp_path, activation):
     peer = save_peer(tmp_path, activation_function=activation)
     with torch.no_grad():
         expected = peer(IDX).logits
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], expected, **SAME_LOGITS)
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], expected, **SAME_LOGITS)
     assert expected.std() > 0.5
 
 
@@ -64,7 +64,7 @@ def test_a_peer_without_its_language_model_head_loads_as_well(tmp_path):
     save_peer(tmp_path / "head")
     peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "head")
     peer.transformer.save_pretrained(tmp_path / "trunk")
-    assert torch.equal(load_gpt2(str(tmp_path / "trunk"))(IDX)[0], load_gpt2(str(tmp_path / "head"))(IDX)[0])
+    assert torch.equal(load_hf(str(tmp_path / "trunk"))(IDX)[0], load_hf(str(tmp_path / "head"))(IDX)[0])
 
 
 def test_load_model_takes_hf_folders(tmp_path):
@@ -72,19 +72,19 @@ def test_load_model_takes_hf_folders(tmp_path):
     model, info = load_model(f"hf:{tmp_path}")
     assert not model.training
     assert info == {"source": f"hf:{tmp_path}"}
-    assert torch.equal(model(IDX)[0], load_gpt2(str(tmp_path)).eval()(IDX)[0])
+    assert torch.equal(model(IDX)[0], load_hf(str(tmp_path)).eval()(IDX)[0])
 
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
 def test_exported_model_gives_the_same_logits_there_and_back(tmp_path, bias, activation):
     model = random_gpt(bias=bias, activation=activation)
-    save_gpt2(model, tmp_path)
+    save_hf(model, tmp_path)
     peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     with torch.no_grad():
         logits = model(IDX)[0]
         torch.testing.assert_close(peer(IDX).logits, logits, **SAME_LOGITS)
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], logits, **SAME_LOGITS)
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], logits, **SAME_LOGITS)
     assert logits.std() > 0.5
 
 
@@ -92,20 +92,20 @@ def test_an_option_or_a_parameter_that_gpt2_does_not_have_is_refused(tmp_path):
     Younger = dataclasses.make_dataclass("Younger", [("n_kv_head", int, 4)], bases=(GPTConfig,))
     model = random_gpt()
     model.config = Younger(**vars(model.config))
-    save_gpt2(model, tmp_path / "as_ever")
+    save_hf(model, tmp_path / "as_ever")
     model.config.n_kv_head = 2
     with pytest.raises(UserError, match="GPT-2's class has no n_kv_head, here 2"):
-        save_gpt2(model, tmp_path / "younger")
+        save_hf(model, tmp_path / "younger")
     model.config.n_kv_head = 4
     model.transformer.h[0].attn.gate = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(UserError, match=r"GPT-2's class has no transformer\.h\.0\.attn\.gate"):
-        save_gpt2(model, tmp_path / "younger")
+        save_hf(model, tmp_path / "younger")
     assert not (tmp_path / "younger").exists()
 
 
 def test_softmax1_cannot_be_exported(tmp_path):
     with pytest.raises(UserError, match=r"softmax1.*only a softmax model"):
-        save_gpt2(random_gpt(normalizer="softmax1"), tmp_path)
+        save_hf(random_gpt(normalizer="softmax1"), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -186,14 +186,14 @@ def test_weights_as_other_versions_wrote_them_give_the_peers_logits(tmp_path, ch
     edit_weights(tmp_path, change, suffix)
     edit_config(tmp_path, n_head=2.0, _attn_implementation="flash_attention_2")  # neither changes what is computed
     with torch.no_grad():
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
 
 
 def test_weights_in_several_files(tmp_path):
     peer = save_peer(tmp_path)
     peer.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
-    assert torch.equal(load_gpt2(str(tmp_path / "parts"))(IDX)[0], load_gpt2(str(tmp_path))(IDX)[0])
+    assert torch.equal(load_hf(str(tmp_path / "parts"))(IDX)[0], load_hf(str(tmp_path))(IDX)[0])
     next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
     assert "which is not there" in refusal(tmp_path / "parts")
     (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
