@@ -329,9 +329,9 @@ def _check_layers(c: dict[str, Any], family: Family, config: GPTConfig) -> None:
         if not all(rotated[: config.n_layer]):
             raise ValueError("this GPT cannot express its no_rope_layers, which do not rotate queries and keys")
     types = set(said.get("layer_types") or ()) - {"full_attention"}
-    if others := types - {"sliding_attention"}:
-        raise ValueError(f"this GPT cannot express its layer_types: {', '.join(map(str, others))}")
     window = said.get("sliding_window")
+    if others := types - ({"sliding_attention"} if window is not None else set()):
+        raise ValueError(f"this GPT cannot express its layer_types: {', '.join(map(str, others))}")
     slides = "sliding_window" in family.left_out and window is not None
     slides &= said.get("use_sliding_window", True) and said.get("max_window_layers", 0) < config.n_layer
     if (slides or types) and not (isinstance(window, int) and window >= config.block_size):
