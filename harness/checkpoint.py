@@ -105,15 +105,15 @@ def check_records(path: Path) -> None:
 
 
 def _way_to_load(path: Path, content: Any) -> str:
-    """How to go on with a file that holds the weights of a GPT-2 and not its model_args; empty if it does not."""
+    """How to go on with a file that holds weights and not their model_args; empty if that is not known."""
     nested = [k for k in ("state_dict", "model") if isinstance(content, dict) and isinstance(content.get(k), dict)]
     state = content[nested[0]] if nested else content
+    if (path.parent / "config.json").exists() and isinstance(state, dict) and any(map(torch.is_tensor, state.values())):
+        return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     try:
         args = _model_args_of(clean_state_dict(state))
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
         return ""
-    if (path.parent / "config.json").exists():
-        return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
     known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
     return (

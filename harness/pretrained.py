@@ -60,7 +60,7 @@ def load_hf(name_or_folder: str) -> GPT:
         model.lm_head.weight = model.transformer.wte.weight
     try:
         _fill(model, family, _read_weights(name_or_folder))
-    except ValueError as e:
+    except (ValueError, RuntimeError) as e:  # the latter for tensors that are sparse, or otherwise no plain weights
         raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
     return model
 
@@ -94,7 +94,7 @@ def _fill(model: GPT, family: Family, weights: Iterator[tuple[str, Tensor]]) -> 
         shape, place = stored[name]
         if weight.shape != shape:
             raise ValueError(f"{given} is {tuple(weight.shape)}, where config.json makes it {tuple(shape)}")
-        place.copy_(weight.view(place.shape))
+        place.copy_(weight.reshape(place.shape))
     for problem, names in (("lack", stored.keys() - filled), ("also have", unknown)):
         if names:
             raise ValueError(f"the weights {problem} {listed(names)}")
@@ -246,5 +246,5 @@ def _import(module: str) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        name = module.partition(".")[0]
-        raise UserError(f"models of Hugging Face need {name}: pip install transformers brings it") from None
+        package = module.partition(".")[0]
+        raise UserError(f"models of Hugging Face need {package}: pip install {package}") from None

@@ -476,8 +476,9 @@ def test_code_in_weights_is_never_run_and_damage_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_file_of_weights_is_refused_with_the_folder_to_name(tmp_path, suffix):
-    save_peer(tmp_path)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_file_of_weights_is_refused_with_the_folder_to_name(tmp_path, family, suffix):
+    save_peer(tmp_path) if family == "gpt2" else random_peer(random_config(family, 0)).save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: None, suffix)
     file = next(path for path in tmp_path.iterdir() if path.suffix == suffix)
     with pytest.raises(UserError, match=f"hf:{tmp_path}$"):
