@@ -24,7 +24,7 @@ FORMAT = 1
 CONV1D = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 """The matrices that Hugging Face's GPT-2 keeps as (in, out); a Linear's are (out, in)."""
 
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """What DistributedDataParallel, torch.compile, FSDP and activation checkpointing put into the names of parameters."""
 
 
@@ -108,15 +108,15 @@ def check_records(path: Path) -> None:
 
 
 def _way_to_load(path: Path, content: Any) -> str:
-    """How to go on with a file that holds the weights of a GPT-2 and not its model_args; empty if it does not."""
+    """How to go on with a file that holds weights and not their model_args; empty if that is not known."""
     nested = [k for k in ("state_dict", "model") if isinstance(content, dict) and isinstance(content.get(k), dict)]
     state = content[nested[0]] if nested else content
+    if (path.parent / "config.json").exists() and isinstance(state, dict) and any(map(torch.is_tensor, state.values())):
+        return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     try:
         args = _model_args_of(clean_state_dict(state))
     except (TypeError, ValueError, AttributeError, KeyError, IndexError):
         return ""
-    if (path.parent / "config.json").exists():
-        return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
     known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
     opens = "n_head and activation ('gelu_tanh' as GPT-2, 'gelu' as nanoGPT)"
@@ -152,13 +152,14 @@ def _model_args_of(state: dict[str, torch.Tensor]) -> dict[str, Any]:
 def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, dict[str, Any]]:
     """A checkpoint's model in eval mode on `device`, and everything else that the checkpoint holds.
 
-    `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face GPT-2.
+    `path`: a checkpoint of this project, of nanoGPT or of quietGPT, or `hf:NAME_OR_FOLDER` of a Hugging Face
+    model of the families that `harness/families.py` lists.
     """
     if str(path).startswith("hf:"):
-        from harness.pretrained import load_gpt2, tokenizer_of
+        from harness.pretrained import load_hf, tokenizer_of
 
         name = str(path).removeprefix("hf:")
-        model, tokenizer = load_gpt2(name), tokenizer_of(name)
+        model, tokenizer = load_hf(name), tokenizer_of(name)
         corpus = {"corpus": {"tokenizer": tokenizer}} if tokenizer else {}
         return model.to(device).eval(), {"source": str(path), **corpus}
     checkpoint = read_checkpoint(path)
@@ -183,7 +184,7 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
         names = model.state_dict().keys()
         for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
             if found:
-                raise ValueError(f"the weights {problem} {_listed(found)}")
+                raise ValueError(f"the weights {problem} {listed(found)}")
         model.load_state_dict(state)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
@@ -236,7 +237,7 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     """
     if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
         raise TypeError("the weights are not tensors by their names")
-    unwrapped = {name: ".".join(part for part in name.split(".") if part not in _WRAPPERS) for name in state}
+    unwrapped = {name: ".".join(part for part in name.split(".") if part not in WRAPPERS) for name in state}
     trunk = next((n.removesuffix("wte.weight") for n in unwrapped.values() if f".{n}".endswith(".wte.weight")), "")
     clean: dict[str, torch.Tensor] = {}
     for name, weight in state.items():
@@ -258,7 +259,7 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     return clean
 
 
-def _listed(names: set[str]) -> str:
+def listed(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 

@@ -91,7 +91,7 @@ class TrainingConfig:
     """How it learns"""
 
     init_from: str = "scratch"
-    """scratch, a checkpoint (its weights only), or hf:NAME_OR_FOLDER of a Hugging Face GPT-2"""
+    """scratch, a checkpoint (its weights only), or hf:NAME_OR_FOLDER of a Hugging Face GPT-2, Llama or their kin"""
     resume: Literal["auto", "must", "never"] = "auto"
     """auto: continue the run's checkpoint if there is one; must: insist on it; never: start afresh"""
     overwrite: bool = False

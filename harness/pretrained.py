@@ -1,50 +1,39 @@
-"""Pretrained models: GPT-2 weights from and to Hugging Face's GPT2LMHeadModel. transformers is an optional extra."""
+"""Pretrained models: the weights of Hugging Face's GPT-2, Llama and their kin, read into this GPT and written from it.
+
+`FAMILIES` says how; the files are read and written here as they are, without transformers and without its classes.
+"""
 
 import hashlib
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
-from harness.checkpoint import CONV1D, build_model, model_config, read_torch_file
+from harness.checkpoint import CONV1D, WRAPPERS, listed, read_torch_file
 from harness.errors import UserError
-from harness.files import check_folder
+from harness.families import Family, describe, read_config
+from harness.files import check_folder, make_folder, write_text, written_whole
 from harness.tokenizer import GPT2
-from model import GPT, Activation
+from kernels.backends import FLOATS
+from model import GPT, GPTConfig
 
 # The sha256 of GPT-2's tokens as vocab.json has them, in the order of their ids, a line each.
 _GPT2_VOCABULARY = "e35a33a0b2250c932ffdafc4c3a3552aef0cc7af7a11e9ebfddf1d2a6517371f"
-# The fields of a GPTConfig that GPT-2's class can express; `backward` matters in training alone.
-_EXPRESSED = {"block_size", "vocab_size", "n_layer", "n_head", "n_embd", "dropout", "bias", "activation", "backward"}
-_ACTIVATIONS: dict[str, Activation] = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+# Buffers that older versions stored among the weights, and that follow from config.json: causal masks, frequencies.
+_BUFFERS = re.compile(r"\.(masked_bias|rotary_emb\.inv_freq)$")
 
 
-# The keys of a GPT2Config that say a model's shape → our name and the value where config.json leaves the key out.
-_SHAPE = {
-    "n_positions": ("block_size", 1024),
-    "vocab_size": ("vocab_size", 50257),
-    "n_layer": ("n_layer", 12),
-    "n_head": ("n_head", 12),
-    "n_embd": ("n_embd", 768),
-}
-# The keys that change what a GPT-2 computes → the one value that this GPT has, also where config.json leaves it out.
-_FIXED = {
-    "model_type": "gpt2",
-    "add_cross_attention": False,
-    "scale_attn_weights": True,
-    "scale_attn_by_inverse_layer_idx": False,
-    "layer_norm_epsilon": 1e-5,
-    "tie_word_embeddings": True,
-}
-
-
-def load_gpt2(name_or_folder: str) -> GPT:
-    """A GPT with the weights of a Hugging Face GPT-2: a hub name or a local folder. UserError if that cannot be had or
-    is not a GPT-2 that this model expresses.
+def load_hf(name_or_folder: str) -> GPT:
+    """A GPT in float32 with the weights of a Hugging Face model: a hub name or a local folder. UserError if that cannot
+    be had or is none that this model expresses.
 
     The files are read as they are: config.json, and the weights in one file or several, as safetensors or as PyTorch
-    writes them. No code of theirs is run, and what this model has no place for is refused, not left out.
+    writes them. No code of theirs is run, and what this model has no place for is refused, not left out. Beside the
+    model itself there is never more in memory than one of the files.
     """
     source = f"hf:{name_or_folder}"
     if name_or_folder.startswith(("/", ".", "~")) and not Path(name_or_folder).expanduser().is_dir():
@@ -52,55 +41,134 @@ def load_gpt2(name_or_folder: str) -> GPT:
     if (found := _find(name_or_folder, "config.json")) is None:
         raise UserError(f"{source}: no config.json there, or the hub cannot be reached: it says the shape of the model")
     c = _read_json(found, source)
-    if c.get("quantization_config"):
-        raise UserError(f"{source}: its weights are quantized (quantization_config): save the model as float32 first")
     if _find(name_or_folder, "adapter_config.json"):
         raise UserError(
             f"{source}: an adapter lies beside its weights and would be left out: merge it into them first "
             "(merge_and_unload in PEFT), or remove adapter_config.json"
         )
-    activation = str(c.get("activation_function", "gelu_new"))
-    args = {ours: c.get(key, default) for key, (ours, default) in _SHAPE.items()}
-    args |= {"bias": True, "tie_embeddings": True, "activation": _ACTIVATIONS.get(activation, "gelu")}
     try:
-        n_embd = model_config(args).n_embd
-    except (TypeError, ValueError) as e:
-        raise UserError(f"{source}: its config.json makes no GPT: {e}") from e
-    unusual = [key for key, value in _FIXED.items() if c.get(key, value) != value]
-    unusual += ["n_inner"] if c.get("n_inner") not in (None, 4 * n_embd) else []
-    unusual += ["activation_function"] if activation not in _ACTIVATIONS else []
-    unusual += ["pruned_heads"] if c.get("pruned_heads") else []
-    if unusual:
-        raise UserError(f"{source}: this GPT cannot express its {', '.join(unusual)}")
-    return build_model({"model": _read_weights(name_or_folder), "model_args": args}, source)
+        family, config = read_config(c)
+    except (TypeError, ValueError, ArithmeticError) as e:  # the latter where a key that is rarely there has no sense
+        raise UserError(f"{source}: {e}") from e
+    try:
+        with torch.device("meta"):  # neither memory nor time for a start that the weights replace
+            model = GPT(config)
+        model.to_empty(device="cpu")
+    except RuntimeError as e:
+        raise UserError(f"{source}: its config.json makes a GPT that does not fit into memory: {e}") from e
+    if config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
+    try:
+        _fill(model, family, _read_weights(name_or_folder))
+    except (ValueError, RuntimeError) as e:  # the latter for tensors that are sparse, or otherwise no plain weights
+        raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
+    return model
 
 
-def _read_weights(name_or_folder: str) -> dict[str, torch.Tensor]:
+def _fill(model: GPT, family: Family, weights: Iterator[tuple[str, Tensor]]) -> None:
+    """Copy every weight to its place in the model. ValueError, naming the weight, unless each place gets one, of the
+    right shape and of floats, and each weight has one."""
+    stored = stored_weights(dict(model.named_parameters()), model.config, family)
+    known = {name.removeprefix(family.trunk): name for name in stored}
+    known |= {"lm_head.weight": family.head, family.head: family.head}
+    filled: set[str] = set()
+    unknown: set[str] = set()
+    for given, weight in weights:
+        if _BUFFERS.search(given) or (given.endswith((".attn.bias", ".attention.bias")) and weight.dim() == 4):
+            continue
+        if weight.dtype not in FLOATS:
+            dtype = str(weight.dtype).removeprefix("torch.")
+            raise ValueError(f"{given} is {dtype}: weights that were quantized cannot be loaded, save them as float32")
+        parts = [part for part in given.split(".") if part not in WRAPPERS]
+        inner = (".".join(parts[i:]) for i in range(len(parts)))  # the trunk and what may be around it leave the name
+        name = next((known[rest] for rest in inner if rest in known), None)
+        if name is None:
+            unknown.add(given)
+            continue
+        if name in filled:
+            raise ValueError(f"{given} and another of the weights are both {name}")
+        filled.add(name)
+        if name not in stored:
+            head = weight  # of a tied model, to be compared when the embedding is there
+            continue
+        shape, place = stored[name]
+        if weight.shape != shape:
+            raise ValueError(f"{given} is {tuple(weight.shape)}, where config.json makes it {tuple(shape)}")
+        place.copy_(weight.reshape(place.shape))
+    for problem, names in (("lack", stored.keys() - filled), ("also have", unknown)):
+        if names:
+            raise ValueError(f"the weights {problem} {listed(names)}")
+    if family.head in filled - stored.keys():
+        embedding = model.transformer.wte.weight
+        if head.shape != embedding.shape or not ((head == embedding) | (head.isnan() & embedding.isnan())).all():
+            raise ValueError(f"{family.head} is not the embedding, to which config.json ties it (tie_word_embeddings)")
+
+
+class Stored(NamedTuple):
+    """A weight as a family stores it: its shape there, and the part of our parameter that holds it, in their order of
+    rows. Both have as many elements; the part may have the first dimension divided in several."""
+
+    shape: torch.Size
+    part: Tensor
+
+
+def stored_weights(parameters: dict[str, Tensor], config: GPTConfig, family: Family) -> dict[str, Stored]:
+    """The weights that the family's class has, by its names. ValueError for a parameter of ours that it has not."""
+    sizes = [heads * config.head_size for heads in (config.n_head, config.kv_heads, config.kv_heads)]  # rows of q, k, v
+    stored = {}
+    for name, parameter in parameters.items():
+        module, _, kind = name.rpartition(".")
+        layer = "".join(re.findall(r"\.(\d+)\.", module))
+        theirs = family.weights.get(module.replace(f".{layer}.", ".#.") if layer else module)
+        if theirs is None:
+            raise ValueError(f"{family.architecture} has no {name}")
+        parts: tuple[Tensor, ...] = (parameter.detach(),)
+        if isinstance(theirs, tuple):
+            parts = parts[0].split(sizes)
+        elif family.conv1d and name.endswith(CONV1D):
+            parts = (parts[0].t(),)
+        shapes = [part.shape for part in parts]
+        if family.interleaved and module.endswith("c_attn"):
+            parts = (parts[0].unflatten(0, (3, config.n_head, config.head_size)).transpose(0, 1),)
+        names = theirs if isinstance(theirs, tuple) else (theirs,)
+        for their, shape, part in zip(names, shapes, parts, strict=True):
+            stored[f"{their.replace('#', layer)}.{kind}"] = Stored(shape, part)
+    return stored
+
+
+def _read_weights(name_or_folder: str) -> Iterator[tuple[str, Tensor]]:
+    """Every weight and its name. A file is in memory only while its weights are being asked for."""
     source = f"hf:{name_or_folder}"
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (path := _find(name_or_folder, whole)) is not None:
-            return _read_file(path, source)
+            yield from _read_file(path, source)
+            return
         if (index := _find(name_or_folder, f"{whole}.index.json")) is not None:
             parts = _read_json(index, source).get("weight_map")
-            state: dict[str, torch.Tensor] = {}
             for part in sorted(set(map(str, parts.values() if isinstance(parts, dict) else ()))):
                 if (path := _find(name_or_folder, part)) is None:
                     raise UserError(f"{source}: its {index.name} names {part}, which is not there")
-                state |= _read_file(path, source)
-            return state
-    raise UserError(f"{source}: cannot load a GPT-2 from there: no model.safetensors and no pytorch_model.bin")
+                yield from _read_file(path, source)
+            return
+    raise UserError(f"{source}: cannot load a model from there: no model.safetensors and no pytorch_model.bin")
 
 
-def _read_file(path: Path, source: str) -> dict[str, torch.Tensor]:
+def _read_file(path: Path, source: str) -> Iterator[tuple[str, Tensor]]:
     if path.suffix != ".safetensors":
         try:
             content = read_torch_file(path)
-            return content if isinstance(content, dict) else {path.name: content}
         except UserError as e:
             raise UserError(f"{source}: {e}") from e
-    safetensors = _import("safetensors.torch")
+        weights = content if isinstance(content, dict) else {path.name: content}
+        if not all(isinstance(name, str) and torch.is_tensor(weight) for name, weight in weights.items()):
+            raise UserError(f"{source}: {path.name} holds no weights: they are not tensors by their names")
+        yield from weights.items()
+        return
+    safetensors = _import("safetensors")
     try:
-        return safetensors.torch.load_file(path)
+        with safetensors.safe_open(path, framework="pt") as file:
+            for name in file.offset_keys():
+                yield name, file.get_tensor(name)
     except (OSError, ValueError, safetensors.SafetensorError) as e:
         raise UserError(f"{source}: cannot read {path.name}: {e}") from e
 
@@ -126,7 +194,7 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
     except hub.errors.EntryNotFoundError:
         return None
     except (OSError, ValueError) as e:
-        raise UserError(f"hf:{name_or_folder}: cannot load a GPT-2 from there: {str(e).strip().splitlines()[0]}") from e
+        raise UserError(f"hf:{name_or_folder}: cannot load a model from there: {str(e).strip().splitlines()[0]}") from e
 
 
 def tokenizer_of(name_or_folder: str) -> str | None:
@@ -150,40 +218,27 @@ def tokenizer_of(name_or_folder: str) -> str | None:
     return None
 
 
-def save_gpt2(model: GPT, folder: str | Path) -> None:
-    """Write a GPT as a Hugging Face GPT-2 into `folder`. UserError, with the reason, if GPT-2 cannot express it
-    or the folder cannot be written to."""
-    check_folder(Path(folder))  # transformers says nothing, and writes nothing, where a file is in the way
-    c = model.config
-    if c.normalizer != "softmax":
-        raise UserError(f"GPT-2's class has no normalizer '{c.normalizer}': only a softmax model can be exported")
-    gpt2s = type(c)(**{name: getattr(c, name) for name in _EXPRESSED}).resolved()
-    for name, value in c.resolved().items():
-        if name not in _EXPRESSED and value != gpt2s[name]:
-            raise UserError(f"GPT-2's class has no {name}, here {value!r}: this model cannot be exported")
-    transformers = _import("transformers")
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    config = transformers.GPT2Config(
-        vocab_size=c.vocab_size,
-        n_positions=c.block_size,
-        n_layer=c.n_layer,
-        n_head=c.n_head,
-        n_embd=c.n_embd,
-        activation_function={v: k for k, v in reversed(_ACTIVATIONS.items())}[c.activation],
-        resid_pdrop=c.dropout,
-        embd_pdrop=c.dropout,
-        attn_pdrop=c.dropout,
-    )
-    gpt2 = transformers.GPT2LMHeadModel(config)
-    state = {k: v.t() if k.endswith(CONV1D) else v for k, v in model.state_dict().items()}
-    if unknown := sorted(state.keys() - gpt2.state_dict().keys()):
-        raise UserError(f"GPT-2's class has no {', '.join(unknown)}: this model cannot be exported")
-    for name, tensor in gpt2.state_dict().items():
-        if name not in state:  # GPT-2's class always has biases: those of a model without are zero
-            state[name] = torch.zeros_like(tensor)
-    gpt2.load_state_dict(state)
-    gpt2.save_pretrained(folder)
+def save_hf(model: GPT, folder: str | Path) -> str:
+    """Write a GPT as a Hugging Face model into `folder`; the name of transformers' class that loads it. UserError, with
+    the reason, if no family can express it or the folder cannot be written to."""
+    folder = Path(folder)
+    check_folder(folder)
+    try:
+        family, c = describe(model)
+        config = read_config(c)[1]
+        with torch.device("meta"):  # whose biases are zeros where the model has none
+            names = {name: p.shape for name, p in GPT(config).named_parameters()}
+        own = dict(model.named_parameters())
+        zeros = {name: torch.zeros(shape) for name, shape in names.items() if name not in own}
+        stored = stored_weights(own | zeros, config, family)
+    except ValueError as e:
+        raise UserError(f"this model cannot be exported: {e}") from e
+    weights = {name: part.reshape(shape).contiguous() for name, (shape, part) in stored.items()}
+    make_folder(folder)
+    with written_whole(folder / "model.safetensors") as temporary:
+        _import("safetensors.torch").torch.save_file(weights, temporary, metadata={"format": "pt"})
+    write_text(folder / "config.json", json.dumps(c, indent=2) + "\n")
+    return family.architecture
 
 
 def _import(module: str) -> Any:
@@ -191,4 +246,5 @@ def _import(module: str) -> Any:
     try:
         return __import__(module)
     except ImportError:
-        raise UserError("GPT-2 checkpoints of Hugging Face need transformers: pip install transformers") from None
+        package = module.partition(".")[0]
+        raise UserError(f"models of Hugging Face need {package}: pip install {package}") from None

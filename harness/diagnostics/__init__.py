@@ -187,7 +187,7 @@ def argument_parser(
     parser = argparse.ArgumentParser(
         prog=f"scripts/{name}.py", description=about, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ckpt.pt, or hf:NAME_OR_FOLDER of a GPT-2")
+    parser.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="ckpt.pt, or hf:NAME_OR_FOLDER")
     parser.add_argument("--data", metavar="DIR", help="the corpus; default: the one the checkpoint was trained on")
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
     for option, letter, default in (("--batches", "N", batches), ("--batch-size", "B", batch_size)):

@@ -1,8 +1,10 @@
-"""GPT-2 weights from and to Hugging Face's class, which is also the model's independent peer."""
+"""Models from and to Hugging Face's classes, which are also this model's independent peers."""
 
 import dataclasses
 import json
+import random
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,13 @@ from safetensors.torch import load_file, save_file
 
 from harness.checkpoint import load_model
 from harness.errors import UserError
-from harness.pretrained import load_gpt2, save_gpt2
+from harness.families import FAMILIES, read_config
+from harness.pretrained import load_hf, save_hf, stored_weights
 from model import GPT, GPTConfig
-from tests.helpers import tiny_gpt
+from tests.helpers import run_python, tiny_gpt
 
 # Logits of a few units, of float32 and two implementations: some ten layers' rounding, 1e-6 each at most.
-SAME_LOGITS = {"rtol": 0, "atol": 1e-5}
+SAME_LOGITS = {"rtol": 0, "atol": 2e-5}
 IDX = torch.randint(61, (3, 16), generator=torch.Generator().manual_seed(0))
 SHAPE = {"block_size": 16, "vocab_size": 61}
 
@@ -44,7 +47,7 @@ def random_gpt(**changes) -> GPT:
 
 def refusal(name_or_folder) -> str:
     with pytest.raises(UserError) as error:
-        load_gpt2(str(name_or_folder))
+        load_hf(str(name_or_folder))
     message = str(error.value)
     assert "\n" not in message
     assert f"hf:{name_or_folder}" in message
@@ -56,7 +59,7 @@ def test_imported_weights_give_the_peers_logits(tmp_path, activation):
     peer = save_peer(tmp_path, activation_function=activation)
     with torch.no_grad():
         expected = peer(IDX).logits
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], expected, **SAME_LOGITS)
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], expected, **SAME_LOGITS)
     assert expected.std() > 0.5
 
 
@@ -64,7 +67,7 @@ def test_a_peer_without_its_language_model_head_loads_as_well(tmp_path):
     save_peer(tmp_path / "head")
     peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path / "head")
     peer.transformer.save_pretrained(tmp_path / "trunk")
-    assert torch.equal(load_gpt2(str(tmp_path / "trunk"))(IDX)[0], load_gpt2(str(tmp_path / "head"))(IDX)[0])
+    assert torch.equal(load_hf(str(tmp_path / "trunk"))(IDX)[0], load_hf(str(tmp_path / "head"))(IDX)[0])
 
 
 def test_load_model_takes_hf_folders(tmp_path):
@@ -72,79 +75,271 @@ def test_load_model_takes_hf_folders(tmp_path):
     model, info = load_model(f"hf:{tmp_path}")
     assert not model.training
     assert info == {"source": f"hf:{tmp_path}"}
-    assert torch.equal(model(IDX)[0], load_gpt2(str(tmp_path)).eval()(IDX)[0])
+    assert torch.equal(model(IDX)[0], load_hf(str(tmp_path)).eval()(IDX)[0])
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("activation", ["gelu_tanh", "gelu"])
-def test_exported_model_gives_the_same_logits_there_and_back(tmp_path, bias, activation):
-    model = random_gpt(bias=bias, activation=activation)
-    save_gpt2(model, tmp_path)
-    peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
+ROPE = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": False}
+
+
+@pytest.mark.parametrize(
+    ("written", "changes"),
+    [
+        ("GPT2LMHeadModel", {}),
+        ("GPT2LMHeadModel", {"bias": False, "activation": "gelu", "dropout": 0.1}),  # its biases are zeros there
+        ("GPT2LMHeadModel", {"n_inner": 20, "tie_embeddings": False, "norm_eps": 1e-3, "qkv_bias": False}),
+        ("LlamaForCausalLM", ROPE | {"rope_theta": 100.0}),
+        ("LlamaForCausalLM", ROPE | {"n_kv_head": 1, "head_dim": 6, "rope_scaling": 4.0, "rope_original_context": 40}),
+        ("LlamaForCausalLM", ROPE | {"bias": True, "qkv_bias": False, "tie_embeddings": False}),
+        ("Qwen2ForCausalLM", ROPE | {"qkv_bias": True, "n_kv_head": 1}),
+        ("Qwen3ForCausalLM", ROPE | {"qk_norm": True, "tie_embeddings": False}),
+        ("GPTNeoXForCausalLM", {"position": "rope", "rope_fraction": 0.5, "parallel_residual": True}),
+        ("GPTNeoXForCausalLM", {"position": "rope", "bias": False, "activation": "gelu", "rope_scaling": 2.0}),
+        ("MistralForCausalLM", ROPE | {"n_head": 3, "n_embd": 8, "head_dim": 4}),
+    ],
+)
+def test_exported_model_gives_the_same_logits_there_and_back(tmp_path, written, changes):
+    model = random_gpt(**changes)
+    assert save_hf(model, tmp_path) == written
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(peer).__name__ == written
     with torch.no_grad():
         logits = model(IDX)[0]
         torch.testing.assert_close(peer(IDX).logits, logits, **SAME_LOGITS)
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], logits, **SAME_LOGITS)
-    assert logits.std() > 0.5
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], logits, **SAME_LOGITS)
+    assert logits.std() > 0.3
 
 
-def test_an_option_or_a_parameter_that_gpt2_does_not_have_is_refused(tmp_path):
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"normalizer": "softmax1"}, "gpt2, the nearest, has no normalizer 'softmax1'"),
+        ({"norm": "rmsnorm"}, "gpt2, the nearest, has no norm 'rmsnorm'"),
+        (ROPE | {"normalizer": "sink"}, "llama, the nearest, has no normalizer 'sink'"),
+        (ROPE | {"rope_fraction": 0.5}, "llama, the nearest, has no rope_fraction 0.5"),
+        (ROPE | {"qk_norm": True, "qkv_bias": True}, "qwen2, the nearest, has no qk_norm True"),
+        ({"position": "rope", "n_kv_head": 1}, "gpt_neox, the nearest, has no n_kv_head 1"),
+    ],
+)
+def test_a_model_that_no_family_can_express_is_not_exported(tmp_path, changes, reason):
+    with pytest.raises(UserError, match=reason):
+        save_hf(random_gpt(**changes), tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_option_or_a_parameter_that_no_family_has_is_refused(tmp_path):
     Younger = dataclasses.make_dataclass("Younger", [("n_sinks", int, 4)], bases=(GPTConfig,))
     model = random_gpt()
-    model.config = Younger(**vars(model.config))
-    save_gpt2(model, tmp_path / "as_ever")
+    model.config = Younger(**dataclasses.asdict(model.config))
+    save_hf(model, tmp_path / "as_ever")
     model.config.n_sinks = 2
-    with pytest.raises(UserError, match="GPT-2's class has no n_sinks, here 2"):
-        save_gpt2(model, tmp_path / "younger")
+    with pytest.raises(UserError, match="gpt2, the nearest, has no n_sinks 2"):
+        save_hf(model, tmp_path / "younger")
     model.config.n_sinks = 4
     model.transformer.h[0].attn.gate = torch.nn.Parameter(torch.zeros(2))
-    with pytest.raises(UserError, match=r"GPT-2's class has no transformer\.h\.0\.attn\.gate"):
-        save_gpt2(model, tmp_path / "younger")
+    with pytest.raises(UserError, match=r"GPT2LMHeadModel has no transformer\.h\.0\.attn\.gate"):
+        save_hf(model, tmp_path / "younger")
     assert not (tmp_path / "younger").exists()
 
 
+# --- families ---------------------------------------------------------------------------------------------------------
+
+
+def random_config(family: str, seed: int) -> transformers.PreTrainedConfig:
+    """A small config of the family, with whatever choices it has that this GPT can follow."""
+    draw = random.Random(f"{family} {seed}")
+    heads = draw.choice([2, 4])
+    sizes = {"vocab_size": 61, "num_hidden_layers": 2, "num_attention_heads": heads, "max_position_embeddings": 16}
+    sizes |= {"intermediate_size": draw.choice([12, 20]), "tie_word_embeddings": draw.random() < 0.5}
+    rope = {"rope_theta": draw.choice([100.0, 10000.0]), "rope_type": "default"}
+    if draw.random() < 0.5:  # wavelengths from 6 tokens on: some are stretched, some are not, some lie in between
+        stretch = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        rope |= {"rope_type": "llama3", "original_max_position_embeddings": 40, **stretch}
+    if family == "gpt_neox":
+        rope["partial_rotary_factor"] = draw.choice([0.25, 0.5, 1.0])
+        more = {"hidden_size": 8 * heads, "use_parallel_residual": draw.random() < 0.7, "layer_norm_eps": 1e-3}
+        more["hidden_act"] = draw.choice(["gelu", "gelu_fast"])
+    else:
+        more = {"hidden_size": 24, "num_key_value_heads": draw.choice([1, heads]), "rms_norm_eps": 1e-3}
+        more |= {"head_dim": draw.choice([4, 6])} if family != "smollm3" else {"no_rope_layers": [1, 1]}
+    if family in ("llama", "smollm3"):
+        more |= dict.fromkeys(("attention_bias", "mlp_bias"), draw.random() < 0.5)
+    if family in ("mistral", "qwen2"):
+        more["sliding_window"] = draw.choice([None, 16])
+    if family == "qwen2":
+        more["use_sliding_window"] = draw.random() < 0.5
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": None}
+    return transformers.AutoConfig.for_model(family, rope_parameters=rope, **sizes, **more, **tokens)
+
+
+def random_peer(config) -> transformers.PreTrainedModel:
+    """Weights far from those of a start, gains and biases too, so that none can be lost or taken for another's."""
+    peer = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in peer.named_parameters():
+            parameter.copy_(0.3 * torch.randn(parameter.shape) + ("norm" in name and name.endswith("weight")))
+    return peer
+
+
+def logits_of(model) -> torch.Tensor:
+    with torch.no_grad():
+        found = model(IDX)
+    return found[0] if isinstance(model, GPT) else found.logits
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "gpt2"])
+def test_every_family_gives_its_peers_logits_there_and_back(tmp_path, family, seed):
+    peer = random_peer(random_config(family, seed))
+    peer.save_pretrained(tmp_path / "theirs")
+    model = load_hf(str(tmp_path / "theirs"))
+    save_hf(model, tmp_path / "back")
+    back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back").eval()
+    expected = logits_of(peer)
+    assert expected.std() > 0.5
+    for found in (model, back, load_hf(str(tmp_path / "back"))):
+        torch.testing.assert_close(logits_of(found), expected, **SAME_LOGITS)
+    # A doubled peer still takes angles, norms and softmaxes in float32.
+    torch.testing.assert_close(logits_of(model.double()), logits_of(peer.double()), **SAME_LOGITS)
+
+
+def stored_otherwise(weights):
+    """As older versions and other trainers wrote them: bfloat16, prefixes, buffers of the rotation and the mask."""
+    neox = "gpt_neox.embed_in.weight" in weights
+    for name in list(weights):
+        weights[f"_orig_mod.{name}"] = weights.pop(name).bfloat16()
+    attention = "gpt_neox.layers.0.attention" if neox else "model.layers.0.self_attn"
+    weights[f"{attention}.rotary_emb.inv_freq"] = torch.ones(2)
+    if neox:
+        weights[f"{attention}.masked_bias"] = torch.tensor(-1e9)
+        weights[f"{attention}.bias"] = torch.ones(1, 1, 16, 16, dtype=torch.bool)
+
+
+def head_renamed(weights):
+    """GPT-NeoX's head is `embed_out` in a file; transformers 5 calls it lm_head, as the others', in its class."""
+    if "embed_out.weight" in weights:
+        weights["lm_head.weight"] = weights.pop("embed_out.weight")
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+@pytest.mark.parametrize("change", [stored_otherwise, head_renamed])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_family_as_other_versions_wrote_it(tmp_path, family, change, suffix):
+    peer = random_peer(random_config(family, 0))
+    for parameter in peer.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    peer.save_pretrained(tmp_path)
+    edit_weights(tmp_path, change, suffix)
+    edit_config(tmp_path, torch_dtype="bfloat16")
+    model = load_hf(str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    torch.testing.assert_close(logits_of(model), logits_of(peer), **SAME_LOGITS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_a_head_that_is_its_own_and_the_trunk_without_it(tmp_path, family):
+    config = random_config(family, 0)
+    config.tie_word_embeddings = False
+    random_peer(config).base_model.save_pretrained(tmp_path / "trunk")
+    head = "embed_out" if family == "gpt_neox" else "lm_head"
+    assert f"the weights lack {head}.weight" in refusal(tmp_path / "trunk")
+    random_peer(config).save_pretrained(tmp_path / "head")
+    edit_config(tmp_path / "head", tie_word_embeddings=True)
+    assert f"{head}.weight is not the embedding" in refusal(tmp_path / "head")
+    config.tie_word_embeddings = True
+    peer = random_peer(config)
+    peer.base_model.save_pretrained(tmp_path / "tied")
+    torch.testing.assert_close(logits_of(load_hf(str(tmp_path / "tied"))), logits_of(peer), **SAME_LOGITS)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_a_family_in_several_files(tmp_path, family, suffix):
+    peer = random_peer(random_config(family, 1))
+    peer.save_pretrained(tmp_path, max_shard_size="4KB")
+    index = tmp_path / "model.safetensors.index.json"
+    if suffix == ".bin":
+        shards = sorted(tmp_path.glob("model-*.safetensors"))
+        for shard in shards:
+            torch.save(load_file(shard), shard.with_suffix(".bin"))
+            shard.unlink()
+        (tmp_path / "pytorch_model.bin.index.json").write_text(index.read_text().replace(".safetensors", ".bin"))
+        index.unlink()
+    assert len(list(tmp_path.glob(f"model-*{suffix}"))) > 2
+    torch.testing.assert_close(logits_of(load_hf(str(tmp_path))), logits_of(peer), **SAME_LOGITS)
+
+
+def wrong_shape(weights):
+    weights["model.norm.weight"] = torch.ones(5)
+
+
+def experts(weights):
+    weights["model.layers.0.mlp.gate.weight"] = torch.ones(2, 24)
+
+
+def lora(weights):
+    weights["model.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(2, 24)
+
+
 @pytest.mark.parametrize(
-    "option",
+    ("change", "reason"),
     [
-        {"n_kv_head": 1},
-        {"head_dim": 8},
-        {"position": "rope"},
-        {"norm": "rmsnorm"},
-        {"mlp": "swiglu", "n_inner": 32},
-        {"qk_norm": True},
-        {"parallel_residual": True},
+        (wrong_shape, r"model.norm.weight is (5,), where config.json makes it (24,)"),
+        (experts, "also have model.layers.0.mlp.gate.weight"),
+        (lora, "also have model.layers.0.self_attn.q_proj.lora_A.weight"),
+        (lambda weights: weights.pop("model.layers.1.self_attn.k_proj.weight"), "lack model.layers.1.self_attn.k_proj"),
+        (lambda weights: weights.update({"norm.weight": torch.ones(24)}), "are both model.norm.weight"),
     ],
 )
-def test_what_gpt2_cannot_express_is_refused_and_what_a_null_stands_for_is_not(tmp_path, option):
-    model = random_gpt(n_kv_head=2, head_dim=4, n_inner=32, qkv_bias=True)
-    save_gpt2(model, tmp_path / "gpt2")
-    assert torch.equal(load_gpt2(str(tmp_path / "gpt2"))(IDX)[0], model(IDX)[0])
-    with pytest.raises(UserError, match=f"GPT-2's class has no {next(iter(option))}, here"):
-        save_gpt2(random_gpt(**option), tmp_path / "other")
-    assert not (tmp_path / "other").exists()
+def test_weights_that_a_llama_has_no_place_for_are_refused(tmp_path, change, reason):
+    random_peer(random_config("llama", 0)).save_pretrained(tmp_path)
+    edit_weights(tmp_path, change)
+    assert reason in refusal(tmp_path)
 
 
-def test_softmax1_cannot_be_exported(tmp_path):
-    with pytest.raises(UserError, match=r"softmax1.*only a softmax model"):
-        save_gpt2(random_gpt(normalizer="softmax1"), tmp_path)
-    assert not list(tmp_path.iterdir())
+MEASURED = """
+import re, sys
+from pathlib import Path
+import torch
+from harness.pretrained import load_hf
+
+def megabytes(of):
+    return int(re.search(rf"{of}:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
+
+for folder in sys.argv[1:]:  # the first one, tiny, for what is imported and allocated once
+    Path("/proc/self/clear_refs").write_text("5")  # the peak is from now on
+    before = megabytes("VmRSS")
+    model = load_hf(folder)
+    print(megabytes("VmHWM") - before)
+    del model
+"""
 
 
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("n_inner", 20),
-        ("scale_attn_weights", False),
-        ("scale_attn_by_inverse_layer_idx", True),
-        ("layer_norm_epsilon", 1e-6),
-        ("tie_word_embeddings", False),
-        ("activation_function", "relu"),
-        ("add_cross_attention", True),
-    ],
-)
-def test_a_gpt2_that_this_model_cannot_express_is_refused_by_its_field(tmp_path, field, value):
-    save_peer(tmp_path, **{field: value})
-    assert field in refusal(tmp_path)
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells a process's peak from now on")
+@pytest.mark.slow
+def test_a_model_takes_its_own_size_and_one_file_in_memory(tmp_path):
+    folders, size = [], 0.0
+    for width, suffix in ((16, "safetensors"), (16, "bin"), (1024, "safetensors"), (1024, "bin")):
+        folder = tmp_path / f"{width}_{suffix}"
+        folder.mkdir()
+        folders.append(folder)
+        c = {"model_type": "llama", "vocab_size": 61, "max_position_embeddings": 16, "num_attention_heads": 4}
+        c |= {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": 4}
+        (folder / "config.json").write_text(json.dumps(c))
+        family, config = read_config(c)
+        with torch.device("meta"):
+            stored = stored_weights(dict(GPT(config).named_parameters()), config, family)
+        files = {name: f"{'_'.join(name.split('.')[:3])}.{suffix}" for name in stored}  # a layer a file
+        for file in set(files.values()):
+            weights = {name: torch.ones(shape) for name, (shape, _) in stored.items() if files[name] == file}
+            (save_file if suffix == "safetensors" else torch.save)(weights, folder / file)
+        whole = "model.safetensors" if suffix == "safetensors" else "pytorch_model.bin"
+        (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": files}))
+        size = sum(shape.numel() for shape, _ in stored.values()) * 4 / 2**20
+    found = run_python("-c", MEASURED, *folders)
+    assert size > 200, found.stderr
+    for peak in map(float, found.stdout.split()[2:]):
+        assert size / 2 < peak < size * 5 / 4 + 20  # a layer is a quarter; a few megabytes for what else a process does
 
 
 def edit_config(folder, **changes) -> None:
@@ -207,14 +402,14 @@ def test_weights_as_other_versions_wrote_them_give_the_peers_logits(tmp_path, ch
     edit_weights(tmp_path, change, suffix)
     edit_config(tmp_path, n_head=2.0, _attn_implementation="flash_attention_2")  # neither changes what is computed
     with torch.no_grad():
-        torch.testing.assert_close(load_gpt2(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
+        torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
 
 
 def test_weights_in_several_files(tmp_path):
     peer = save_peer(tmp_path)
     peer.save_pretrained(tmp_path / "parts", max_shard_size="2KB")
     assert len(list((tmp_path / "parts").glob("model-*.safetensors"))) > 1
-    assert torch.equal(load_gpt2(str(tmp_path / "parts"))(IDX)[0], load_gpt2(str(tmp_path))(IDX)[0])
+    assert torch.equal(load_hf(str(tmp_path / "parts"))(IDX)[0], load_hf(str(tmp_path))(IDX)[0])
     next((tmp_path / "parts").glob("model-*.safetensors")).unlink()
     assert "which is not there" in refusal(tmp_path / "parts")
     (tmp_path / "parts" / "model.safetensors.index.json").write_text('{"weight_map": [1]}')
@@ -281,8 +476,9 @@ def test_code_in_weights_is_never_run_and_damage_is_seen(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_a_file_of_weights_is_refused_with_the_folder_to_name(tmp_path, suffix):
-    save_peer(tmp_path)
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_file_of_weights_is_refused_with_the_folder_to_name(tmp_path, family, suffix):
+    save_peer(tmp_path) if family == "gpt2" else random_peer(random_config(family, 0)).save_pretrained(tmp_path)
     edit_weights(tmp_path, lambda weights: None, suffix)
     file = next(path for path in tmp_path.iterdir() if path.suffix == suffix)
     with pytest.raises(UserError, match=f"hf:{tmp_path}$"):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from harness.batches import gather
-from harness.pretrained import save_gpt2
+from harness.pretrained import save_hf
 from harness.resuming import crop_block_size
 from measure.perplexity import (
     Scores,
@@ -67,7 +67,7 @@ def test_each_target_has_the_loss_of_its_own_window(count, stride, batch_size):
 def test_equals_the_loop_of_hugging_faces_guide(tmp_path, stride):
     """Its windows of 17 tokens, each also the label of the one before, are windows of 16 inputs and 16 targets here."""
     model = random_gpt(block_size=17)
-    save_gpt2(model, tmp_path)
+    save_hf(model, tmp_path)
     peer = transformers.GPT2LMHeadModel.from_pretrained(tmp_path).eval()
     crop_block_size(model, 16)
     tokens = random_tokens(150)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.errors import run_cli
-from harness.pretrained import save_gpt2
+from harness.pretrained import save_hf
 from scripts import sample
 from tests.helpers import save_model, tiny_corpus, tiny_gpt
 
@@ -131,7 +131,7 @@ def test_a_corpus_of_another_tokenizer_is_refused(run, tmp_path):
 
 
 def test_a_hugging_face_model_with_a_tokenizer_of_its_own_gives_ids(run, tmp_path):
-    save_gpt2(always(271, vocab_size=300), tmp_path / "hf")
+    save_hf(always(271, vocab_size=300), tmp_path / "hf")
     (tmp_path / "hf" / "vocab.json").write_text(json.dumps({f"word{i}": i for i in range(300)}))
     status, out, error = run("hf:./hf", "--prompt", "17 4", "--max_new_tokens", 2)
     assert (status, out) == (0, b"17 4 271 271\n")

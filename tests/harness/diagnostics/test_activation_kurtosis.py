@@ -14,7 +14,7 @@ from harness.corpus import Corpus
 from harness.diagnostics import Result, Subject, argument_parser, run
 from harness.diagnostics.activation_kurtosis import DIAGNOSTIC
 from harness.figures import new_figure
-from harness.pretrained import save_gpt2
+from harness.pretrained import save_hf
 from measure.activations import Activations
 from model import GPT
 from tests.helpers import read_json, save_model, tiny_corpus, tiny_gpt
@@ -168,7 +168,7 @@ def test_checkpoints_of_every_format_are_measured_as_what_they_are(corpus, tmp_p
     path, args, state = tmp_path / "ckpt.pt", asdict(model.config), model.state_dict()
     if format == "Hugging Face":
         pytest.importorskip("transformers")
-        save_gpt2(model, tmp_path / "gpt2")
+        save_hf(model, tmp_path / "gpt2")
         path = f"hf:{tmp_path / 'gpt2'}"
     else:
         for key in ("normalizer", "backward", "activation"):

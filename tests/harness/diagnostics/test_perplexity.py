@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics.perplexity import DIAGNOSTIC
-from harness.pretrained import save_gpt2
+from harness.pretrained import save_hf
 from harness.tokenizer import Bytes, Chars
 from model import GPT
 from tests.helpers import diagnose, read_json, save_model, shakespeares_nanogpt, tiny_gpt
@@ -111,7 +111,7 @@ def test_dtypes(folder):
 
 def test_a_checkpoint_of_hugging_faces(folder):
     model = random_gpt(vocab_size=256)
-    save_gpt2(model, folder / "hf")
+    save_hf(model, folder / "hf")
     assert (
         diagnose(DIAGNOSTIC, f"hf:{folder / 'hf'}", "--data", folder / "corpus", "--out", folder / "diagnostics") == 0
     )
