@@ -81,7 +81,7 @@ class HuggingFace(Tokenizer):
                 if self._content.get("normalizer"):
                     part = unicodedata.normalize("NFC", part)
                 ids.append(self._id_of_rank[self._encoding.encode_to_numpy(part, disallowed_special=())])
-        known = np.concatenate(ids, dtype=np.uint32) if ids else np.empty(0, np.uint32)
+        known = np.concatenate(ids, dtype=np.uint32, casting="unsafe") if ids else np.empty(0, np.uint32)
         return known[known < self.vocab_size]
 
     def decode_bytes(self, ids):

