@@ -8,52 +8,21 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from harness import corpus_writing
 from harness.corpus import Corpus
 from harness.corpus_writing import pieces, write_corpus
 from harness.errors import UserError
-from harness.huggingface_tokenizer import _LLAMA3, _QWEN, HuggingFace
+from harness.huggingface_tokenizer import HuggingFace
 from harness.tokenizer import GPT2, different_tokenizers, from_meta, from_name
-from tests.helpers import ROOT
+from tests.helpers import PRE_TOKENIZERS, ROOT, byte_level
 
-TRAINING = [(ROOT / name).read_text() for name in ("model.py", "README.md", "docs/attention.md")]
 # What the patterns treat differently: spaces of every kind, letters, digits, contractions, marks, emoji, newlines.
 text = st.text() | st.text(alphabet="  \n\n\r\t\x1c\x85\xa0\u3000'stdmllverE ab90٣½.,!é漢👍\u0301<|endoftext|>")
 words = ["a", "don't", "漢", "é", "e\u0301", "9", "٣0", "<|", "'", "!", "\x1c.", "\u3000x", "DON'T"]
 spaces = [" ", "\n", "\n  ", " \u3000", " \t", "\n\n", "\r\n"]
 documents = st.lists(st.tuples(st.sampled_from(words), st.sampled_from(spaces)))
-
-BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
-PRE_TOKENIZERS = {
-    "gpt2": WORDS,
-    "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
-    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), BYTES]),
-    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN), "isolated"), BYTES]),
-}
-
-
-def byte_level(kind: str) -> tokenizers.Tokenizer:
-    """A tokenizer of 700 ids of the family's kind, with what the families have beside."""
-    tokenizer = tokenizers.Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
-    tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[kind], decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    if kind == "smollm2":
-        alphabet = sorted(set(alphabet) - {"ñ", "ď"})  # bytes that the model has never seen
-    trainer = trainers.BpeTrainer(
-        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(TRAINING, trainer)
-    if kind == "qwen2":
-        tokenizer.normalizer = normalizers.NFC()
-        tokenizer.add_tokens([AddedToken("<think>"), AddedToken("   "), AddedToken("  ")])
-    if kind == "llama3":
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", 0)]
-        )
-    return tokenizer
 
 
 @pytest.fixture(scope="module", params=PRE_TOKENIZERS)
