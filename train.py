@@ -152,7 +152,6 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         sharded model gather its state together; rank 0 alone writes."""
         if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
-        corpus_entry = {k: corpus.meta.get(k) for k in ("tokenizer", "vocabulary", "vocab_size")}
         checkpoint = {
             "format": FORMAT,
             "model": raw_model.state_dict(),
@@ -160,7 +159,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "step": step,
             "best_val_loss": best_val_loss,
             "config": config.to_dict(),
-            "corpus": corpus_entry | {"folder": config.data.corpus, "sha256": corpus.sha256},
+            "corpus": corpus.tokenizer.describe() | {"folder": config.data.corpus, "sha256": corpus.sha256},
             "reference": reference and reference.identity,
             "machine": machine,
         }

@@ -160,7 +160,7 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
         name = str(path).removeprefix("hf:")
         model, tokenizer = load_hf(name), tokenizer_of(name)
-        corpus = {"corpus": {"tokenizer": tokenizer}} if tokenizer else {}
+        corpus = {"corpus": tokenizer} if tokenizer else {}
         return model.to(device).eval(), {"source": str(path), **corpus}
     checkpoint = read_checkpoint(path)
     model = build_model(checkpoint, path)

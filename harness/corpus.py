@@ -3,7 +3,8 @@
 `Corpus` reads nanoGPT's own folders too. harness/corpus_writing.py writes what is read here. meta.json:
 
     format             1
-    tokenizer          "bytes", "chars" or "gpt2"; "chars" has its characters under `vocabulary`
+    tokenizer          "bytes", "chars", "gpt2" or "hf"
+    vocabulary         of "chars" its characters, of "hf" the text of its tokenizer.json
     vocab_size, dtype  "uint16", or "uint32" above 65,535 ids
     document_separator the id between documents, or null
     source             where the text came from
@@ -46,17 +47,7 @@ HIGH_ID, ENOUGH_TOKENS = 40_000, 10_000
 
 def describe_corpus(tokenizer: Tokenizer, source: str, splits: dict, dtype: str) -> dict[str, Any]:
     """The dict that is meta.json, with the keys that stand at the top of this file; `splits` is taken as it is."""
-    vocabulary = {"vocabulary": tokenizer.vocabulary} if isinstance(tokenizer, Chars) else {}
-    return {
-        "format": FORMAT,
-        "tokenizer": tokenizer.name,
-        "vocab_size": tokenizer.vocab_size,
-        **vocabulary,
-        "dtype": dtype,
-        "document_separator": tokenizer.separator,
-        "source": source,
-        "splits": splits,
-    }
+    return {"format": FORMAT, "dtype": dtype, "source": source, "splits": splits} | tokenizer.describe()
 
 
 class Corpus:

@@ -165,7 +165,7 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.nda
     executor = ThreadPoolExecutor(threads)
     running: deque[Future] = deque()
     try:
-        for job in _jobs(documents):
+        for job in _jobs(documents, tokenizer.whole_documents):
             running.append(executor.submit(encode_job, job))
             if len(running) > 2 * threads:
                 yield from running.popleft().result()
@@ -175,11 +175,12 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.nda
         executor.shutdown(cancel_futures=True)
 
 
-def _jobs(documents) -> Iterator[list[tuple[str, bool, bytes, Path | None]]]:
-    """Lists of (split, whether a document starts here, text, its file) that hold about PIECE bytes each."""
+def _jobs(documents, whole: bool) -> Iterator[list[tuple[str, bool, bytes, Path | None]]]:
+    """Lists of (split, whether a document starts here, text, its file) that hold about PIECE bytes each, or where
+    documents must stay `whole`, at least one."""
     job, size = [], 0
     for split, document in documents:
-        for number, text in enumerate(pieces(document)):
+        for number, text in enumerate([b"".join(pieces(document))] if whole else pieces(document)):
             job.append((split, number == 0, text, document.path if isinstance(document, TextFile) else None))
             size += len(text)
             if size >= PIECE // 2:
@@ -192,8 +193,10 @@ def _jobs(documents) -> Iterator[list[tuple[str, bool, bytes, Path | None]]]:
 def pieces(document: Document) -> Iterator[bytes]:
     """The document as UTF-8 pieces of about PIECE bytes, at least one, that encode to the same ids as the whole would.
 
-    They are cut before a space or newline that follows a visible character, where GPT-2's pattern always starts a new
-    word; only a stretch of a whole PIECE without such a place is cut between any two characters.
+    They are cut before a newline that follows a letter or digit, or before a space that follows a visible character:
+    there the patterns of GPT-2 and of the models in harness/huggingface_tokenizer.py always start a new word. Without
+    such a place in a whole PIECE they are cut before a newline that follows another character, where GPT-2's does; and
+    without that between any two characters.
     """
     if isinstance(document, str):
         document = document.encode(errors="replace")  # a lone surrogate has no UTF-8
@@ -223,10 +226,14 @@ def _read_pieces(file, size: int) -> Iterator[bytes]:
 
 def _cut(text: bytes) -> int:
     """The last place at which `text` may be cut, see `pieces`."""
-    for space in (b"\n", b" "):
+
+    def visible(character: str) -> bool:
+        return not character.isspace()
+
+    for space, may_end in ((b"\n", str.isalnum), (b" ", visible), (b"\n", visible)):
         end = text.rfind(space)
         while end > 0:
-            if not text[max(0, end - 4) : end].decode(errors="replace")[-1].isspace():
+            if may_end(text[max(0, end - 4) : end].decode(errors="replace")[-1]):
                 return end
             end = text.rfind(space, 0, end)
     last = range(len(text) - 1, max(0, len(text) - 4), -1)

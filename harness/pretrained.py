@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from harness.checkpoint import CONV1D, WRAPPERS, listed, read_torch_file
 from harness.errors import UserError
 from harness.families import Family, describe, read_config
 from harness.files import check_folder, make_folder, write_text, written_whole
+from harness.huggingface_tokenizer import HuggingFace
 from harness.tokenizer import GPT2
 from kernels.backends import FLOATS
 from model import GPT, GPTConfig
@@ -197,25 +199,42 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
         raise UserError(f"hf:{name_or_folder}: cannot load a model from there: {str(e).strip().splitlines()[0]}") from e
 
 
-def tokenizer_of(name_or_folder: str) -> str | None:
-    """ "gpt2" if the tokenizer beside a Hugging Face model has GPT-2's ids, else "of its own" and the file that says
-    so; None if no tokenizer can be had."""
-    for file in ("vocab.json", "tokenizer.json", "vocab.txt", "tokenizer.model", "spiece.model"):
-        try:
-            path = _find(name_or_folder, file)
-        except UserError:  # no network: there may be another file in the cache
-            path = None
-        if path is None:
-            continue
-        vocabulary = {}
-        if file.endswith(".json"):
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            vocabulary = content if file == "vocab.json" else content.get("model", {}).get("vocab")
-        tokens = {i: token for token, i in vocabulary.items()} if isinstance(vocabulary, dict) else {}
-        in_order = "\n".join(tokens.get(i, "") for i in range(GPT2.vocab_size))
-        same = hashlib.sha256(in_order.encode()).hexdigest() == _GPT2_VOCABULARY
-        return GPT2.name if same else f"of its own ({file})"
+def tokenizer_of(name_or_folder: str) -> dict[str, Any] | None:
+    """What `harness.tokenizer.from_meta` makes the tokenizer of a Hugging Face model of: GPT-2's, where it has the ids
+    of that, or what its tokenizer.json describes. One that cannot be used is "of its own (FILE)", with the problem;
+    None if there is none, or none can be reached."""
+    for file in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"):
+        with suppress(UserError):  # no network: there may be another file in the cache
+            if (path := _find(name_or_folder, file)) is None:
+                continue
+            problem = "it is not in the form of a tokenizer.json"
+            try:
+                content = _read_json(path, f"hf:{name_or_folder}") if path.suffix == ".json" else {}
+                names = content if file == "vocab.json" else content.get("model", {}).get("vocab")
+                tokens = {i: token for token, i in names.items()} if isinstance(names, dict) else {}
+                in_order = "\n".join(tokens.get(i, "") for i in range(GPT2.vocab_size))
+                if hashlib.sha256(in_order.encode()).hexdigest() == _GPT2_VOCABULARY:
+                    return GPT2().describe()
+                if file == "tokenizer.json":
+                    return _hugging_face(name_or_folder, content).describe()
+            except UserError as e:
+                problem = str(e)
+            return {"tokenizer": f"of its own ({file})", "problem": problem}
     return None
+
+
+def _hugging_face(name_or_folder: str, content: dict) -> HuggingFace:
+    """The separator of documents is the token that stands in front of every text, if the tokenizer says one; else
+    <|endoftext|>, if it is a special token; else the end-of-text or begin-of-text token of tokenizer_config.json."""
+    path = _find(name_or_folder, "tokenizer_config.json")
+    named = _read_json(path, f"hf:{name_or_folder}") if path else {}
+    tokenizer = HuggingFace(json.dumps(content, ensure_ascii=False, separators=(",", ":")))
+    special = {token["content"]: token["id"] for token in content.get("added_tokens") or () if token.get("special")}
+    wanted = ["<|endoftext|>", named.get("eos_token"), named.get("bos_token")]
+    spelt = [token.get("content") if isinstance(token, dict) else token for token in wanted]
+    known = [special[token] for token in spelt if token in special]
+    tokenizer.separator = tokenizer.begin if tokenizer.begin is not None else next(iter(known), None)
+    return tokenizer
 
 
 def save_hf(model: GPT, folder: str | Path) -> str:

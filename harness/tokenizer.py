@@ -1,4 +1,5 @@
 """From text to token ids and back: bytes, characters, or GPT-2's byte-pair encoding; or ids whose text is not known.
+harness/huggingface_tokenizer.py has the tokenizers of other models.
 
 A tokenizer also knows how many bytes of text each id stands for, so that a loss in nats a token becomes bits a byte,
 the one number that compares models whatever their tokenizer. Text may be `str` or UTF-8 `bytes`; what is not valid
@@ -8,6 +9,8 @@ UTF-8 is kept by `Bytes` and becomes U+FFFD for the others.
 import os
 import threading
 from abc import ABC, abstractmethod
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -15,11 +18,14 @@ from harness.errors import UserError
 
 
 class Tokenizer(ABC):
-    """What the three have in common. `encode` returns a 1-D array of unsigned ids, possibly read-only."""
+    """What all have in common. `encode` returns a 1-D array of unsigned ids, possibly read-only."""
 
-    name: str  # as in meta.json and on the command line
+    name: str  # as in meta.json
     vocab_size: int
+    vocabulary: str | None = None  # what `from_meta` needs beside the name
     separator: int | None = None  # the id between two documents
+    begin: int | None = None  # the id that a model of this tokenizer has seen in front of every text
+    whole_documents = False  # whether the pieces of a document encode to other ids than the whole
 
     @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray: ...
@@ -35,6 +41,15 @@ class Tokenizer(ABC):
     @abstractmethod
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for."""
+
+    def describe(self) -> dict[str, Any]:
+        """What a meta.json and a checkpoint say of it, of which `from_meta` makes it again."""
+        vocabulary = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        return {
+            "tokenizer": self.name,
+            "vocab_size": self.vocab_size,
+            "document_separator": self.separator,
+        } | vocabulary
 
     def _checked(self, ids) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -63,6 +78,7 @@ class Chars(Tokenizer):
     """An id is a character's place in `vocabulary` (a string, usually sorted). Documents follow each other unparted."""
 
     name = "chars"
+    vocabulary: str
 
     def __init__(self, vocabulary: str):
         if not vocabulary or len(set(vocabulary)) != len(vocabulary):
@@ -165,8 +181,18 @@ class Ids(Tokenizer):
 
 
 def from_name(name: str) -> Tokenizer:
-    """ "bytes" or "gpt2": the tokenizers that need no corpus to be known."""
-    return {"bytes": Bytes, "gpt2": GPT2}[name]()
+    """ "bytes", "gpt2" or "hf:NAME_OR_FOLDER": the tokenizers that need no corpus to be known. UserError for others."""
+    if name.startswith("hf:"):
+        from harness.pretrained import tokenizer_of
+
+        described = tokenizer_of(name.removeprefix("hf:"))
+        if described is None or "vocab_size" not in described:
+            found = f"a tokenizer {described['tokenizer']}" if described else "none that can be had"
+            raise UserError(f"{name}: there has to be a tokenizer.json, and there is {found}")
+        return from_meta(described)
+    if name not in (known := {"bytes": Bytes, "gpt2": GPT2}):
+        raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} and hf:NAME_OR_FOLDER")
+    return known[name]()
 
 
 def from_meta(meta: dict) -> Tokenizer:
@@ -180,7 +206,18 @@ def from_meta(meta: dict) -> Tokenizer:
         return Ids(vocab_size)
     if name == "ids":
         raise UserError(f"vocab_size is {vocab_size!r}, but must be the number of token ids, a whole number above 0")
-    raise UserError(f"tokenizer {name!r} is not known, or lacks its vocabulary (known: bytes, chars, gpt2)")
+    if name == "hf" and isinstance(vocabulary, str):
+        return _hugging_face(vocabulary, meta.get("document_separator"))
+    if isinstance(name, str) and name.startswith("hf:"):  # in a meta.json of one's own
+        return from_name(name)
+    raise UserError(f"tokenizer {name!r} is not known, or lacks its vocabulary (known: bytes, chars, gpt2, hf)")
+
+
+@lru_cache(4)
+def _hugging_face(vocabulary: str, separator: int | None) -> Tokenizer:
+    from harness.huggingface_tokenizer import HuggingFace
+
+    return HuggingFace(vocabulary, separator)
 
 
 def _as_bytes(text: str | bytes) -> bytes:
@@ -199,4 +236,7 @@ def different_tokenizers(a: dict, b: dict) -> tuple[str, str] | None:
         return None
     if first == second and a.get("vocabulary") == b.get("vocabulary"):
         return None
+    if first == second == "hf":  # whose file may be written in many ways
+        same = a.get("vocabulary_sha256") == b.get("vocabulary_sha256")
+        return None if same else (first, f"{second} with other tokens")
     return first, second if first != second else f"{second} with other characters"

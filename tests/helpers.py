@@ -17,11 +17,13 @@ import torch
 import transformers
 from matplotlib.figure import Figure
 from matplotlib.text import Text
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, run
 from harness.errors import run_cli
+from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
 from model import GPT, GPTConfig, materialized_attention
@@ -122,6 +124,40 @@ def shakespeares_nanogpt() -> tuple[Path, np.ndarray]:
     characters = text.read_text()
     ids = {character: i for i, character in enumerate(sorted(set(characters)))}
     return checkpoint, np.array([ids[c] for c in characters[int(0.9 * len(characters)) :]], dtype=np.int64)
+
+
+# --- tokenizers of Hugging Face models --------------------------------------------------------------------------------
+
+BYTES = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+WORDS = pre_tokenizers.ByteLevel(add_prefix_space=False)
+PRE_TOKENIZERS = {
+    "gpt2": WORDS,
+    "smollm2": pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), WORDS]),
+    "llama3": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_LLAMA3), "isolated"), BYTES]),
+    "qwen2": pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_QWEN), "isolated"), BYTES]),
+}
+
+
+def byte_level(kind: str) -> Tokenizer:
+    """A tokenizer of 700 ids of the family's kind, with what the families have beside."""
+    tokenizer = Tokenizer(models.BPE(ignore_merges=kind == "llama3"))
+    tokenizer.pre_tokenizer, tokenizer.decoder = PRE_TOKENIZERS[kind], decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    if kind == "smollm2":
+        alphabet = sorted(set(alphabet) - {"ñ", "ď"})  # bytes that the model has never seen
+    trainer = trainers.BpeTrainer(
+        vocab_size=700, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
+    )
+    names = ("model.py", "README.md", "docs/attention.md")
+    tokenizer.train_from_iterator([(ROOT / name).read_text() for name in names], trainer)
+    if kind == "qwen2":
+        tokenizer.normalizer = normalizers.NFC()
+        tokenizer.add_tokens([AddedToken("<think>"), AddedToken("   "), AddedToken("  ")])
+    if kind == "llama3":
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<|endoftext|> $0", special_tokens=[("<|endoftext|>", 0)]
+        )
+    return tokenizer
 
 
 # --- programs ---------------------------------------------------------------------------------------------------------

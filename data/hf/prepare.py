@@ -30,7 +30,12 @@ def main():
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
     parser.add_argument("--streaming", action="store_true", help="encode while downloading, keep no copy of the text")
     parser.add_argument("--max-documents", type=positive, metavar="N", help="stop after N documents of --split")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes"), default="gpt2")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="NAME",
+        help="gpt2, bytes, or hf:NAME_OR_FOLDER for that of a Hugging Face model (default: gpt2)",
+    )
     args = parser.parse_args()
 
     def texts(split):

@@ -35,7 +35,12 @@ def main():
         "--glob", action="append", metavar="PATTERN", help="which files of a folder; may be repeated (default: *.txt)"
     )
     parser.add_argument("--val-fraction", type=fraction, default=0.05, metavar="F", help="default: 0.05")
-    parser.add_argument("--tokenizer", choices=("gpt2", "bytes", "chars"), default="gpt2", help="default: gpt2")
+    parser.add_argument(
+        "--tokenizer",
+        default="gpt2",
+        metavar="NAME",
+        help="gpt2, bytes, chars, or hf:NAME_OR_FOLDER for that of a Hugging Face model (default: gpt2)",
+    )
     args = parser.parse_args()
     patterns = args.glob or ["*.txt"]
     for pattern in patterns:

@@ -2,7 +2,9 @@
 
 import json
 import math
+import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +12,7 @@ import torch
 from harness.errors import run_cli
 from harness.pretrained import save_hf
 from scripts import sample
-from tests.helpers import save_model, tiny_corpus, tiny_gpt
+from tests.helpers import ROOT, byte_level, finished, run_python, save_model, tiny_corpus, tiny_gpt
 
 
 @pytest.fixture
@@ -139,3 +141,42 @@ def test_a_hugging_face_model_with_a_tokenizer_of_its_own_gives_ids(run, tmp_pat
     status, _, error = run("hf:./hf", "--data", tiny_corpus(tmp_path / "corpus"))
     assert status == 2
     assert "was trained with tokenizer of its own (vocab.json)" in error
+
+
+def test_a_hugging_face_model_brings_its_own_tokenizer(run, tmp_path):
+    tokenizer = byte_level("llama3")
+    word = tokenizer.token_to_id("Ġthe")
+    save_hf(always(word, vocab_size=768), tmp_path / "hf")
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    status, out, error = run("hf:./hf", "--prompt", "Two é", "--max_new_tokens", 2)
+    assert (status, out, error) == (0, "Two é the the\n".encode(), "")
+    assert run("hf:./hf", "--max_new_tokens", 1)[1] == b" the\n"
+
+
+def test_its_begin_of_text_stands_before_a_prompt_where_the_tokenizer_puts_one(run, tmp_path, monkeypatch):
+    tokenizer = byte_level("llama3")
+    save_hf(tiny_gpt(vocab_size=768), tmp_path / "hf")
+    tokenizer.save(str(tmp_path / "hf" / "tokenizer.json"))
+    seen = []
+    monkeypatch.setattr(sample, "generate", lambda _model, idx, *_, **__: seen.append(idx.tolist()) or iter(()))
+    assert run("hf:./hf", "--prompt", "Two words")[0] == 0
+    assert seen == [[tokenizer.encode("Two words").ids]]
+    assert seen[0][0][0] == 0
+
+
+@pytest.mark.slow
+def test_from_text_by_the_tokenizer_of_a_model_to_a_sample(run, training_folder):
+    Path("model").mkdir()
+    byte_level("smollm2").save("model/tokenizer.json")
+    Path("book.txt").write_text((ROOT / "docs" / "training.md").read_text())
+    prepared = run_python(
+        "data/text/prepare.py", "book.txt", "--tokenizer", "hf:model", "--out", "book", cwd=Path.cwd()
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    shutil.rmtree("model")
+    trained = finished("book", "--data.corpus", "book", "--training.max_steps", "20")
+    assert trained.metrics()[-1]["step"] == 20
+    assert trained.metrics()[-1]["val_full/bits_per_byte"] < 8  # below that of bytes taken for random
+    status, out, _ = run("out/book/ckpt.pt", "--prompt", "In 2024, é", "--max_new_tokens", 9, "--temperature", 0)
+    assert (status, out[:11]) == (0, "In 2024, é".encode())
+    assert len(out) > 12
