@@ -87,8 +87,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     a = raw_model.config
     if not NORMALIZERS[a.normalizer].is_softmax:
         say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
+    heads = f"{a.n_head} heads" + (f" on {a.kv_heads} of keys" if a.kv_heads != a.n_head else "")
     say(
-        f"{a.n_layer} layers, {a.n_head} heads, {a.n_embd} wide, context {a.block_size}: "
+        f"{a.n_layer} layers, {heads}, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention, {a.backward} backward, "
         f"by the {machine['attention']} kernel\n"
         f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "

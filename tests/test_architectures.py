@@ -200,6 +200,7 @@ def test_a_killed_run_goes_on_exactly():
     fields = {k: v for k, v in MODELS["qwen3"].items() if k not in ("block_size", "vocab_size")}
     how = [word for key, value in fields.items() for word in (f"--model.{key}", str(value).lower())]
     whole = finished("whole", *how, "--training.max_steps", "8")
+    assert "2 layers, 4 heads on 2 of keys, 16 wide" in whole.output()
     killed = TrainingRun("killed", *how, "--training.max_steps", "8")
     killed.wait_for_step(2)
     killed.process.kill()
@@ -274,8 +275,9 @@ def test_rmsnorm_is_the_formula_in_the_wider_type(weight):
     assert (norm(x).double() - exact).abs().max() <= exact.abs().max() * torch.finfo(torch.bfloat16).eps / 2
 
 
-def test_scores_under_rope_depend_on_the_distance_alone():
-    model = tiny_gpt(**LLAMA, noise=0.5).double()
+@pytest.mark.parametrize("name", ["llama", "qwen3"])  # the second only where q and k are normed before the rotation
+def test_scores_under_rope_depend_on_the_distance_alone(name):
+    model = tiny_gpt(**MODELS[name], noise=0.5).double()
     repeated = torch.tensor([[3, 5] * (T // 2)])
     seen = []
     model.transformer.h[0].attn.core.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs[:2]))
@@ -285,6 +287,29 @@ def test_scores_under_rope_depend_on_the_distance_alone():
     scores = q @ k.mT
     torch.testing.assert_close(scores[..., 2:, 2:], scores[..., :-2, :-2], rtol=0, atol=1e-12)
     assert (scores[..., 4, 4] - scores[..., 4, 2]).abs().min() > 1e-3  # and on it they do depend
+
+
+def test_groups_of_queries_share_the_keys_and_values_that_they_would_have_alike():
+    model = tiny_gpt(**MODELS["qwen3"], noise=0.3).double()
+    alone = tiny_gpt(**MODELS["qwen3"] | {"n_kv_head": 4}).double()
+    state = model.state_dict()
+    for name in [name for name in state if "c_attn" in name]:
+        q, k, v = state[name].split([4 * 8, 2 * 8, 2 * 8])
+        k, v = (torch.stack([x[:8], x[:8], x[8:], x[8:]]).flatten(0, 1) for x in (k, v))
+        state[name] = torch.cat((q, k, v))
+    alone.load_state_dict(state)
+    torch.testing.assert_close(alone(ids(2, T))[0], model(ids(2, T))[0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_a_block_adds_attention_and_a_gated_mlp_in_a_row_or_side_by_side(parallel):
+    block = tiny_gpt(**MODELS["llama"], parallel_residual=parallel, noise=0.3).transformer.h[0]
+    x = torch.randn(2, T, 16, generator=torch.Generator().manual_seed(0))
+    attended = x + block.attn(block.ln_1(x))
+    read = block.ln_2(x if parallel else attended)
+    gate, up = read @ block.mlp.c_gate.weight.T, read @ block.mlp.c_fc.weight.T
+    expected = attended + (gate * gate.sigmoid() * up) @ block.mlp.c_proj.weight.T
+    torch.testing.assert_close(block(x), expected, rtol=0, atol=1e-5)  # a hundred roundings of a few units
 
 
 @pytest.mark.parametrize(
