@@ -151,8 +151,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error."""
     try:
-        state = clean_state_dict(checkpoint["model"])
-        model = GPT(model_config(checkpoint["model_args"]))
+        model = GPT(config := model_config(checkpoint["model_args"]))
+        state = clean_state_dict(checkpoint["model"], config.tie_embeddings)
         names = model.state_dict().keys()
         for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
             if found:
@@ -186,14 +186,15 @@ def model_config(model_args: dict[str, Any]) -> GPTConfig:
     return GPTConfig(**args)
 
 
-def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+def clean_state_dict(state: dict[str, Any], tied: bool = True) -> dict[str, torch.Tensor]:
     """A GPT-2's weights as this model names and shapes them, whoever wrote them.
 
     Wrappers (torch.compile, DistributedDataParallel, …) and outer modules leave the names, and the model's trunk alone
     gets its own. Hugging Face's matrices are transposed. The causal masks (1, 1, T, T), which older models store as
-    buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias. A
-    head that is not there is the embedding, to which it is tied. ValueError or TypeError, naming the weight, for a head
-    that is not tied, for integers (a quantized model), where two weights come to one name, and for what is no weight.
+    buffers `attn.bias`, are left out; only the shape tells those, for a normalizer may have a parameter called bias.
+    Where the head is `tied` to the embedding, one that is not there is that. ValueError or TypeError, naming the
+    weight, for one that should be tied and is another, for integers (a quantized model), where two weights come to one
+    name, and for what is no weight.
     """
     if not (isinstance(state, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in state.items())):
         raise TypeError("the weights are not tensors by their names")
@@ -216,10 +217,12 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     c_attn, embedding = (clean.get(f"transformer.{name}.weight") for name in ("h.0.attn.c_attn", "wte"))
     if c_attn is not None and c_attn.dim() == 2 and c_attn.size(1) == 3 * c_attn.size(0):
         clean = {name: weight.t() if name.endswith(CONV1D) else weight for name, weight in clean.items()}
-    if embedding is not None:
+    if embedding is not None and tied:
         head = clean.setdefault("lm_head.weight", embedding)
         if head.shape != embedding.shape or not ((head == embedding) | (head.isnan() & embedding.isnan())).all():
-            raise ValueError("lm_head.weight is not transformer.wte.weight: a head that is not tied cannot be loaded")
+            raise ValueError(
+                "lm_head.weight is not transformer.wte.weight: a head that is not tied needs tie_embeddings false"
+            )
     return clean
 
 

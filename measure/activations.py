@@ -197,7 +197,8 @@ class AttentionStatistics:
 
     @torch.no_grad()
     def update(self, q: Tensor, k: Tensor, normalizer: str = "softmax", **parameters: Tensor) -> "AttentionStatistics":
-        """q and k (B, H, T, D) as they enter the scores; normalizer and parameters as `attention` takes them."""
+        """q (B, H, T, D) and k (B, H_kv, T, D) as they enter the scores; normalizer and parameters as `attention` takes
+        them."""
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
         parameters = {name: parameter.to(device) for name, parameter in parameters.items()}
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):

@@ -11,7 +11,7 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
@@ -315,7 +315,7 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
         "script": script,
         "checkpoint": subject.path if subject else path,
         "step": subject.step if subject else None,
-        "config": vars(subject.model.config) if subject else None,
+        "config": asdict(subject.model.config) if subject else None,
         "arguments": subject.arguments if subject else None,
         **finite,
         "notes": notes,

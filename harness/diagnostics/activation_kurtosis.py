@@ -84,7 +84,7 @@ def draw(result: Result, title: str) -> Figure:
         "transformer.h": "block's output",
         "attn.output": "heads' output",
         "attn.c_proj": "its projection",
-        "mlp.gelu": "MLP, hidden",
+        "mlp.hidden": "MLP, hidden",
         "mlp.c_proj": "MLP, output",
     }
     lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "attention weights"})

@@ -37,7 +37,7 @@ SPLIT = {
     "jacobian_offdiag": "(Σ_j A²)² − Σ_j A⁴, averaged over rows: that of the rest",
 }
 GRADIENTS = {
-    "parameter": "of the model, by name; the head is the token embedding (tied)",
+    "parameter": "of the model, by name; a head that is tied to the token embedding is part of it",
     "cos_diagonal": "cosine of its gradient under the diagonal backward with the full one's",
     "norm_ratio_diagonal": "norm of its gradient under the diagonal backward over the full one's",
     "cos_ste": "the same cosine, straight through",

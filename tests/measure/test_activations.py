@@ -245,7 +245,7 @@ def recomputed(model: GPT, idx: torch.Tensor) -> dict[str, torch.Tensor]:
         found[f"{name}.attn.c_proj"] = block.attn.c_proj(y)
         x = x + block.attn.c_proj(y)
         found[f"{name}.ln_2"] = block.ln_2(x)
-        found[f"{name}.mlp.gelu"] = hidden = block.mlp.gelu(block.mlp.c_fc(block.ln_2(x)))
+        found[f"{name}.mlp.hidden"] = hidden = block.mlp.gelu(block.mlp.c_fc(block.ln_2(x)))
         found[f"{name}.mlp.c_proj"] = block.mlp.c_proj(hidden)
         x = x + block.mlp.c_proj(hidden)
         found[name] = x

@@ -5,7 +5,7 @@ import math
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +61,7 @@ def corpus(tmp_path) -> Path:
 
 
 def checkpoint(path: Path, corpus: Path | None, config: GPTConfig = CONFIG) -> Path:
-    return save_model(tiny_gpt(**vars(config)), path, corpus)
+    return save_model(tiny_gpt(**asdict(config)), path, corpus)
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ OTHER_QUESTIONS = {  # than the checkpoint's with the defaults
     "an argument": lambda path: [path, "--split", "train"],
     "another checkpoint": lambda path: [path.with_name("best.pt")],
     "several checkpoints": lambda path: [path, path.with_name("best.pt")],
-    "a later step": lambda path: [save_model(tiny_gpt(**vars(CONFIG)), path, path.parents[1] / "corpus", step=8)],
+    "a later step": lambda path: [save_model(tiny_gpt(**asdict(CONFIG)), path, path.parents[1] / "corpus", step=8)],
 }
 
 
