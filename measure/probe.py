@@ -114,11 +114,11 @@ def side_by_side(x: Tensor) -> Tensor:
 def watch(
     model: GPT,
     on_tensor: Callable[[str, Tensor], None],
-    on_attention: Callable[[int, CausalSelfAttention, Tensor, Tensor], None],
+    on_attention: Callable[[int, CausalSelfAttention, Tensor, Tensor, Tensor], None],
 ) -> Iterator[None]:
     """While the model runs, call on_tensor(name, x) for every tensor on its way, as soon as it is there: x (B, T, C) of
-    each of `TENSORS`, and call on_attention(layer, attn, q, k) for each attention: q (B, H, T, D) and k (B, H_kv, T, D)
-    as they enter the scores."""
+    each of `TENSORS`, and call on_attention(layer, attn, q, k, v) for each attention: q (B, H, T, D) and k (B, H_kv, T,
+    D) as they enter the scores, v (B, H_kv, T, D)."""
     handles = []
 
     def outputs(module: nn.Module, name: str) -> None:
@@ -132,7 +132,7 @@ def watch(
             q, k, v = inputs
             for part, x in (("q", q), ("k", k), ("v", v)):
                 on_tensor(f"{name}.{part}", side_by_side(x))
-            on_attention(layer, attn, q, k)
+            on_attention(layer, attn, q, k, v)
 
         def after(_core, _inputs, out):
             on_tensor(f"{name}.output", side_by_side(out))

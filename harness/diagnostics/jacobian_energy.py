@@ -11,6 +11,7 @@ import math
 
 from matplotlib.figure import Figure
 
+from harness.device import add_dtype
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.figures import draw_heads, new_figure
 from measure.activations import no_distribution
@@ -99,6 +100,7 @@ DIAGNOSTIC = Diagnostic(
     columns={"layer": "from 0", "head": "from 0", **SPLIT},
     measure=measure,
     draw=draw,
+    add_arguments=add_dtype,
     headlines={
         "r_diag": "diagonal over full energy",
         "cos_diag": "of the scores' gradient; 1: as the full one",

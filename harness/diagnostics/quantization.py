@@ -36,7 +36,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator
 from tqdm import tqdm
 
-from harness.batches import gather, training_offsets
+from harness.batches import training_offsets
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, heat_map, new_figure
@@ -125,7 +125,7 @@ def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
     subject.offsets("train")  # a split shorter than one window is refused
     tokens = subject.corpus.tokens["train"]
     offsets = training_offsets(args.seed, draw, len(tokens), T, args.calibration)
-    return gather(tokens, offsets, T, subject.device)[0]
+    return subject.windows(tokens, offsets)[0]
 
 
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:

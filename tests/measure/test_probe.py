@@ -90,7 +90,7 @@ def test_queries_and_keys_are_seen_as_they_enter_the_scores(model, idx):
     for layer, (q, k, v, P, hidden) in enumerate(expected):
         for attn, *seen in (captured[layer], attended[layer][1:]):
             assert attn is model.transformer.h[layer].attn
-            close(seen, [q, k[:, ::2]])
+            close(seen, [q, k[:, ::2], v[:, ::2]][: len(seen)])
         name = f"transformer.h.{layer}"
         output = P[..., :T] @ v
         for part, x in (("q", q), ("k", k[:, ::2]), ("v", v[:, ::2]), ("output", output)):
