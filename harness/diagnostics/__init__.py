@@ -106,7 +106,8 @@ class Subject:
     def arguments(self) -> dict:
         """The arguments that the result depends on besides the checkpoint, with the corpus and the device that were
         chosen; those that only say where the result goes are left out."""
-        given = {k: v for k, v in vars(self.args).items() if k not in ("checkpoints", "out", "wandb")}
+        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if getattr(self.args, k) is None}
+        given = {k: v for k, v in vars(self.args).items() if k not in left_out}
         return given | {"data": self.corpus_folder, "device": str(self.device)}
 
     @property

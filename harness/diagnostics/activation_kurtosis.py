@@ -195,7 +195,6 @@ DIAGNOSTIC = Diagnostic(
         "max infinity norm": "|x|; lower: fewer outliers",
         "sink_rate": "share of sequences; lower: fewer sinks",
         "row_mass": "attention given to keys",
-        "residual_max_abs": "|x| of the residual stream; lower: fewer outliers",
     },
     shown=lambda row: not row["name"].endswith(" token]") and not row["name"].endswith(" tokens]"),
     tables={"layers": LAYERS, "heads": {"layer": "from 0", "head": "from 0"} | HEADS},
