@@ -43,6 +43,12 @@ def gather(
     return idx.to(device), targets.to(device)
 
 
+def begin_with(token: int, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Windows x and their targets y (B, T) with a begin-of-text token in front: the text is one token shorter, and its
+    first token becomes a target."""
+    return torch.cat((torch.full_like(x[:, :1], token), x[:, :-1]), 1), torch.cat((x[:, :1], y[:, :-1]), 1)
+
+
 def dropout_seed(seed: int, step: int, rank: int, micro_step: int) -> int:
     """The seed of a micro-step's dropout: hashed to the 32 bits that the CPU generator keeps of a seed."""
     return int(np.random.SeedSequence([seed, step, rank, micro_step]).generate_state(1)[0])

@@ -58,7 +58,7 @@ def forward_passes(model: GPT, idx: Tensor) -> None:
 
 
 def weights(model: GPT, idx: Tensor) -> None:
-    pooled_by_kind(weight_moments(model.named_parameters(), model.config.n_head))
+    pooled_by_kind(weight_moments(model.named_parameters(), model.config))
 
 
 def activations(model: GPT, idx: Tensor) -> None:

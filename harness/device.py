@@ -5,6 +5,7 @@ import platform
 import resource
 import shutil
 import sys
+from argparse import ArgumentParser
 from time import perf_counter
 
 import torch
@@ -27,6 +28,20 @@ def choose_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UserError("device 'mps' is not there: PyTorch sees no Apple GPU")
     return device
+
+
+def float64_on(device: torch.device) -> torch.dtype:
+    """float64, where the device computes in it; UserError where it does not."""
+    if device.type == "mps":
+        raise UserError("--dtype float64: device 'mps' has no such numbers; give --device cpu")
+    return torch.float64
+
+
+def add_dtype(parser: ArgumentParser, *more: str) -> None:
+    """--dtype float32 or float64, or one of `more`."""
+    choices = ("float32", "float64", *more)
+    what = "of the model's own numbers; default: float32. Sums are float64"
+    parser.add_argument("--dtype", choices=choices, default="float32", help=what)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

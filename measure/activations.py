@@ -14,12 +14,14 @@ from torch import Tensor
 
 from measure.moments import CHUNK_ACCELERATOR, Moments, RowMoments, float64
 from measure.probe import TENSORS, kind_of, watch
-from model import GPT, attention_rows, find_normalizer
+from model import GPT, attention_rows, attention_scores, find_normalizer, repeat_heads
 
 OUTLIER_RMS = 6.0
 """A channel is an outlier where its root mean square exceeds this many times the median channel's."""
 SINK = 0.3
 """A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
+DORMANT = 0.9
+"""A head is dormant at a query that gives the first key more than this (Guo et al. 2024)."""
 EARLY = 8
 """So many queries of a sequence are early. They see so few keys that their weights are large whatever the head attends
 to, unless a null slot takes them: where attention is even, the first 8 queries hold 99 % of all Σ_ij P_ij⁴."""
@@ -47,8 +49,8 @@ class Activations:
         if kind_of(name) in self.kinds:
             self.tensors.setdefault(name, TensorStatistics()).update(x)
 
-    def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor) -> None:
-        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, **attn.arguments())
+    def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, v, **attn.arguments())
 
 
 class TensorStatistics:
@@ -65,6 +67,13 @@ class TensorStatistics:
             self.others.update(RowMoments(*(field[:, 1:] for field in tokens)), others)
         self.all.update(tokens, first + others)
         return self
+
+    @property
+    def first_norm_ratio(self) -> float | None:
+        """‖x₀‖ of the first token over ‖x_j‖ of the others, each averaged over the sequences (Guo et al. 2024): of a
+        block's output the residual peak, of the values the value drain."""
+        first, others = self.first.mean_norm, self.others.mean_norm
+        return first / others if first is not None and others else None
 
 
 class SequenceStatistics:
@@ -108,13 +117,14 @@ class TokenStatistics(SequenceStatistics):
     def __init__(self):
         super().__init__()
         self._tokens, self._squares = 0, torch.zeros(())
-        self._token_kurtosis, self._token_count = 0.0, 0
+        self._token_kurtosis, self._token_count, self._norms = 0.0, 0, 0.0
 
     def update(self, tokens: RowMoments, squares: Tensor) -> None:
         """tokens (B, T), each the moments over the channels of one; squares (C,), summed over all of them."""
         self.add_sequences(tokens.pooled())
         self._tokens += tokens.count.numel()
         self._squares = self._squares.to(squares.device) + squares
+        self._norms += (tokens.m2 + tokens.count * tokens.mean.square()).sqrt().sum().item()
         kurtosis = tokens.excess_kurtosis
         self._token_kurtosis += kurtosis.nansum().item()
         self._token_count += int((~kurtosis.isnan()).sum())
@@ -124,6 +134,11 @@ class TokenStatistics(SequenceStatistics):
         """Excess, over the channels of each token, averaged over the tokens that vary (Kaul et al. 2025)."""
         exists = self._token_count > 0 and not self.moments.nonfinite
         return self._token_kurtosis / self._token_count if exists else None
+
+    @property
+    def mean_norm(self) -> float | None:
+        """The Euclidean norm of a token, averaged over the tokens."""
+        return self._norms / self._tokens if self._tokens and not self.moments.nonfinite else None
 
     @property
     def channel_rms(self) -> Tensor | None:
@@ -187,29 +202,40 @@ class AttentionStatistics:
 
     `visible` holds the probabilities on and below the diagonal, `all` the zeros above it too: the quantity that
     quietGPT logs. `late` is `all` without the first `EARLY` queries, whose large weights a null slot takes away by its
-    definition. The figures of a head are (H,) float64.
+    definition. `figures` are those of a head.
     """
 
     def __init__(self):
         self.all, self.visible, self.late = SequenceStatistics(), SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
-        self._row_mass = self._entropy = self._sinks = torch.zeros((), dtype=torch.float64)
+        self._sums: dict[str, Tensor] = {}  # over the sequences
+        self._max_score, self._value_norms = torch.tensor(-math.inf, dtype=torch.float64), torch.zeros(2, 1)
 
     @torch.no_grad()
-    def update(self, q: Tensor, k: Tensor, normalizer: str = "softmax", **parameters: Tensor) -> "AttentionStatistics":
-        """q and k (B, H, T, D) as they enter the scores; normalizer and parameters as `attention` takes them."""
+    def update(
+        self, q: Tensor, k: Tensor, v: Tensor | None = None, normalizer: str = "softmax", **parameters: Tensor
+    ) -> "AttentionStatistics":
+        """q (B, H, T, D) and k (B, H_kv, T, D) as they enter the scores, v (B, H_kv, T, D); normalizer and parameters
+        as `attention` takes them. Without v there is no value drain."""
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
         parameters = {name: parameter.to(device) for name, parameter in parameters.items()}
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):
             self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
+        if v is not None:
+            norms = repeat_heads(float64(v), q.size(1)).norm(dim=-1)  # (B, H, T)
+            first, others = norms[..., :1].mean(-1).sum(0), norms[..., 1:].mean(-1).sum(0)
+            self._value_norms = self._value_norms.to(norms) + torch.stack((first, others))
         return self
 
     def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]) -> None:
-        _, H, T, _ = q.shape
-        blocks, entropy, first_key = [], q.new_zeros(H, dtype=torch.float64), q.new_zeros(H, dtype=torch.float64)
+        _, H, T, D = q.shape
+        blocks, queries = [], []
         for start in range(0, T, QUERIES):
             end = min(start + QUERIES, T)
-            P, null = attention_rows(q[:, :, start:end], k[:, :, :end], normalizer=normalizer, **parameters)
+            q_rows, k_seen = q[:, :, start:end], k[:, :, :end]
+            largest = attention_scores(q_rows, k_seen, D**-0.5).amax((0, 2, 3)).double()
+            self._max_score = torch.maximum(self._max_score.to(largest), largest)
+            P, null = attention_rows(q_rows, k_seen, normalizer=normalizer, **parameters)
             P, null = P[0], None if null is None else null[0]  # (H, end − start, end) and (H, end − start, 1)
             # Before the block all keys are visible; within it a query sees those up to its own.
             visible = torch.ones(end - start, end - start, dtype=torch.bool, device=q.device).tril()
@@ -219,15 +245,23 @@ class AttentionStatistics:
                 before = RowMoments(*map(torch.cat, zip(*map(RowMoments.of, heads), strict=True)))
                 rows = RowMoments(*map(torch.stack, zip(before, rows, strict=True), repeat(-1))).pooled()
             blocks.append(rows)
-            row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
-            self._row_mass = self._row_mass + row_mass.sum(-1) / T
-            first_key += P[:, :, 0].double().sum(-1)
-            entropy += row_entropy(P, null, normalizer).double().sum(-1)
+            entropy = row_entropy(P, null, normalizer).double()
+            null_mass = torch.zeros_like(entropy) if null is None else null[..., 0].double()
+            queries.append(torch.stack((P[:, :, 0].double(), entropy, null_mass)))
         rows = RowMoments(*(torch.cat(field, dim=-1) for field in zip(*blocks, strict=True)))  # (H, T)
-        self._entropy = self._entropy + entropy / T
-        # NaN stays NaN: a comparison would give False, and so claim that the head does not sink.
-        sinks = torch.where(first_key.isnan(), math.nan, (first_key / T > SINK).double())
-        self._sinks = self._sinks + sinks
+        first, entropy, null_mass = torch.cat(queries, dim=-1)  # (H, T) each
+        if not find_normalizer(normalizer).is_softmax:
+            null_mass = torch.full_like(null_mass, math.nan)  # it has no such slot, though its rows may not sum to 1
+        row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
+        figures = {"row_mass": row_mass.mean(-1), "null_mass": null_mass.mean(-1), "entropy": entropy.mean(-1)}
+        for suffix, mass in (("", first), ("_over_row_mass", torch.where(row_mass == 0, 0.0, first / row_mass))):
+            figures |= {
+                f"sink_rate{suffix}": _exceeds(mass.mean(-1), SINK),
+                f"first_mass{suffix}": mass.mean(-1),
+                f"first_mass_without_query0{suffix}": mass[:, 1:].mean(-1),
+                f"dormant{suffix}": _exceeds(mass[:, 1:], DORMANT).mean(-1),
+            }
+        self._sums = {name: self._sums.get(name, 0) + figure for name, figure in figures.items()}
         self.sequences += 1
         sequence = RowMoments(*(field.reshape(1, -1) for field in rows)).pooled()
         self.visible.add_sequences(sequence)
@@ -237,19 +271,39 @@ class AttentionStatistics:
             self.late.add_sequences(late.with_zeros(H * n * (n - 1) // 2))
 
     @property
+    def figures(self) -> dict[str, Tensor]:
+        """Of each head (H,) float64, NaN where there is no value; all but sink rates and the last two are averages over
+        queries and sequences.
+
+        row_mass: what a query gives to keys, Σ_j P_ij: 1 under softmax. null_mass: what the null slot gets.
+        entropy: of a query's attention in nats (see `row_entropy`).
+        first_mass: what a query gives to the first key; …_without_query0, which sees no other.
+        sink_rate: the share of sequences in which that, averaged over all queries, exceeds `SINK`.
+        dormant: the share of queries, without query 0, that give the first key more than `DORMANT`.
+        …_over_row_mass: the same of what a query gives to the first key over its row mass; 0 where it gives nothing.
+        max_score: the largest visible scaled score q·k/√D.
+        value_drain: ‖v₀‖ over ‖v_j‖, j ≥ 1, of the head's values, each averaged.
+        """
+        first, others = self._value_norms
+        means = {name: total / self.sequences for name, total in self._sums.items()}
+        return means | {"max_score": self._max_score, "value_drain": (first / others).expand(self._max_score.shape)}
+
+    @property
     def sink_rate(self) -> Tensor:
-        """The share of sequences in which the first key's attention, averaged over all queries, exceeds `SINK`."""
-        return self._sinks / self.sequences
+        return self.figures["sink_rate"]
 
     @property
     def row_mass(self) -> Tensor:
-        """What a query gives to keys, Σ_j P_ij, averaged over queries: 1 under softmax."""
-        return self._row_mass / self.sequences
+        return self.figures["row_mass"]
 
     @property
     def entropy(self) -> Tensor:
-        """The entropy of a query's attention in nats (see `row_entropy`), averaged over queries."""
-        return self._entropy / self.sequences
+        return self.figures["entropy"]
+
+
+def _exceeds(x: Tensor, limit: float) -> Tensor:
+    """1 or 0. NaN stays NaN: a comparison would give False, and so claim that the head does not sink."""
+    return torch.where(x.isnan(), math.nan, (x > limit).double())
 
 
 def no_distribution(model: GPT) -> list[str]:

@@ -15,7 +15,7 @@ from measure.jacobian import (
     take_gradients,
 )
 from measure.probe import rows_of_c_attn
-from model import GPT, find_normalizer
+from model import GPT, GPTConfig, find_normalizer
 
 MODES = ("diagonal", "ste")
 """The backward passes that are compared with the full one."""
@@ -50,17 +50,19 @@ def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Te
         with backward_mode(model, mode):
             for x, y in batches(f"{mode} backward"):
                 backpropagate(model, x, y)
-        products[mode] = products_of_parameters(take_gradients(model), full, model.config.n_head)
+        products[mode] = products_of_parameters(take_gradients(model), full, model.config)
     return Backwards(loss / sequences, sequences, splits, list(full), products)
 
 
-def products_of_parameters(gradients: dict[str, Tensor], full: dict[str, Tensor], n_head: int) -> dict[str, Tensor]:
+def products_of_parameters(
+    gradients: dict[str, Tensor], full: dict[str, Tensor], config: GPTConfig
+) -> dict[str, Tensor]:
     """`dot_products` with the full gradient, by parameter; of c_attn also those of its q and k, without v."""
     products = {}
     for name, gradient in gradients.items():
         products[name] = dot_products(gradient, full[name])
         if ".c_attn." in name:
-            own, whole = rows_of_c_attn(gradient, n_head), rows_of_c_attn(full[name], n_head)
+            own, whole = rows_of_c_attn(gradient, config), rows_of_c_attn(full[name], config)
             products[f"{name} q, k"] = dot_products(own["q"], whole["q"]) + dot_products(own["k"], whole["k"])
     return products
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from measure.activations import row_entropy
 from measure.moments import float64
 from measure.probe import capture_attention
-from model import GPT, attention_rows, attention_scores, find_normalizer
+from model import GPT, attention_rows, attention_scores, find_normalizer, repeat_heads
 
 # Elements of one map of a row block: 2 MiB in float64, of which some eight are alive at once. (Four times as many leave
 # the cache and take half as long again, a quarter as many make more calls than sums.)
@@ -42,7 +42,8 @@ def jacobian_energy(
     null_logit: Tensor | None = None,
     **parameters: Tensor,
 ) -> dict[str, Tensor]:
-    """The split of causal attention's score gradient, per head: q, k, v and dL/dO (B, H, T, D) → (H,) float64 each.
+    """The split of causal attention's score gradient, per head: q and dL/dO (B, H, T, D), k and v (B, H_kv, T, D), the
+    keys of query head h those of head h // (H / H_kv) → (H,) float64 each.
 
     e_full, e_diag, e_lateral, e_cross: energies summed over batch and positions; e_full is the sum of the others.
     r_diag, r_lateral, r_cross: those over e_full, adding up to 1; r_offdiag = 1 − r_diag.
@@ -55,9 +56,13 @@ def jacobian_energy(
     `scale` multiplies q·k, 1/√D by default; `null_logit` (H,) goes with the normalizer "sink", `parameters` with those
     that take some. ValueError where the arguments do not fit.
     """
-    shapes = {tuple(x.shape) for x in (q, k, v, grad_out)}
-    if len(shapes) > 1 or q.dim() != 4 or not q.numel():
-        raise ValueError(f"q, k, v and grad_out must share one shape (B, H, T, D), not {sorted(shapes)}")
+    shapes = [tuple(x.shape) for x in (q, k, v, grad_out)]
+    grouped = q.dim() == k.dim() == 4 and k.size(1) > 0 and q.size(1) % k.size(1) == 0
+    if not grouped or not q.numel() or q.shape != grad_out.shape or not k.shape == v.shape == q[:, : k.size(1)].shape:
+        raise ValueError(
+            "q and grad_out must share one shape (B, H, T, D), and k and v the same with H or fewer heads, of which H "
+            f"is a multiple, not {', '.join(map(str, shapes))}"
+        )
     learned = isinstance(find_normalizer(normalizer).null_logit, str)
     if (null_logit is not None) != learned:
         if learned:
@@ -73,9 +78,10 @@ def jacobian_energy(
 def split_of_sequence(
     q, k, v, grad_out, normalizer: str = "softmax", scale: float | None = None, **parameters: Tensor
 ) -> dict[str, Tensor]:
-    """The sums and means of one sequence, from which `pool` makes the columns: q, k, v and dL/dO (H, T, D) → (H,)
-    float64 each. The normalizer, its parameters (a null logit among them) and the scale as `attention` takes them."""
-    q, k, v, grad_out = (float64(x) for x in (q, k, v, grad_out))
+    """The sums and means of one sequence, from which `pool` makes the columns: q and dL/dO (H, T, D), k and
+    v (H_kv, T, D) → (H,) float64 each. The normalizer, its parameters (a null logit among them) and the scale as
+    `attention` takes them."""
+    q, k, v, grad_out = (repeat_heads(float64(x)[None], len(q))[0] for x in (q, k, v, grad_out))
     parameters = {name: float64(x) for name, x in parameters.items()}
     scale = q.size(-1) ** -0.5 if scale is None else scale
     H, T, _ = q.shape

@@ -1,13 +1,14 @@
 """What the statistics of a model's activations come to: a summary in a few figures, and findings in words.
 
-`rows` are those of diagnostics/activation_kurtosis: a dict for each tensor (SequenceStatistics.row), under its `name`;
-`heads` have `layer`, `head`, `sink_rate`, `row_mass` and `entropy`. A figure that does not exist is None.
+`rows` are those of diagnostics/activation_kurtosis: a dict for each tensor (SequenceStatistics.row, massive_row), under
+its `name`; `heads` have `layer`, `head` and the figures of AttentionStatistics. A figure that does not exist is None.
 """
 
 import numpy as np
 from torch import Tensor
 
 from measure.activations import Activations
+from measure.massive import Massive
 from measure.probe import TENSORS, kind_of
 from model import GPT
 
@@ -28,9 +29,48 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
     for which in ("", " [visible]", " [late]"):
         kurtosis = [row["excess_kurtosis"] for row in rows if row["name"].endswith(f"attn.probabilities{which}")]
         summary[f"kurtosis of attention probabilities{which}"] = over(np.mean, kurtosis)
-    return summary | {
-        name: over(np.mean, [head[name] for head in heads]) for name in ("sink_rate", "row_mass", "entropy")
-    }
+    residual, values = ([row for row in rows if kind_of(row["name"]) == kind] for kind in ("transformer.h", "attn.v"))
+    means = [name for name in heads[0] if name not in ("layer", "head", "max_score", "value_drain")]
+    return (
+        summary
+        | {name: over(np.mean, [head[name] for head in heads]) for name in means}
+        | {
+            "max_score": over(max, [head["max_score"] for head in heads]),
+            "value_drain": over(min, [row["first_norm_ratio"] for row in values]),
+            "residual_peak": over(max, [row["first_norm_ratio"] for row in residual]),
+            "residual_max_abs": over(max, [row["max_abs"] for row in residual]),
+            "residual_max_over_median": over(max, [row["max_over_median"] for row in residual]),
+            "massive_layers": over(
+                sum, [None if row["massive_at"] is None else bool(row["massive_at"]) for row in residual]
+            ),
+        }
+    )
+
+
+def by_layer(rows: list[dict], heads: list[dict]) -> list[dict]:
+    """A row for each layer: means over its heads, their largest score, the value drain of all its values together, and
+    the residual peak and the largest element of its block's output."""
+    named, layers = {row["name"]: row for row in rows}, []
+    for layer in dict.fromkeys(head["layer"] for head in heads):
+        of_layer = [head for head in heads if head["layer"] == layer]
+        block, values = named[f"transformer.h.{layer}"], named[f"transformer.h.{layer}.attn.v"]
+        means = [name for name in of_layer[0] if name not in ("layer", "head", "max_score", "value_drain")]
+        at = block["max_at"] or (None, None, None)
+        layers.append(
+            {"layer": layer}
+            | {name: over(np.mean, [head[name] for head in of_layer]) for name in means}
+            | {
+                "max_score": over(max, [head["max_score"] for head in of_layer]),
+                "value_drain": values["first_norm_ratio"],
+                "residual_peak": block["first_norm_ratio"],
+                "max_abs": block["max_abs"],
+                "token": at[1],
+                "channel": at[2],
+                "max_over_median": block["max_over_median"],
+                "massive": None if block["massive_at"] is None else bool(block["massive_at"]),
+            }
+        )
+    return layers
 
 
 def of_their_tensors(rows: list[dict]) -> list[dict]:
@@ -111,6 +151,40 @@ def first_token_spikes(activations: Activations) -> list[str]:
             continue
         times = f"{first / others:.1f} × that of all other tokens" if others else "0 in all other tokens"
         found.append(f"first-token spike in {name}, channel {rms.argmax()}: max |x| {first:.4g}, {times}")
+    return found
+
+
+def massive_row(found: Massive | None) -> dict:
+    """The columns of a tensor that say where its largest element is and which are massive."""
+    if found is None:
+        return dict.fromkeys(("max_at", "median_abs", "max_over_median", "massive_at"))
+    return {
+        "max_at": list(found.max_at),
+        "median_abs": found.median_abs,
+        "max_over_median": found.max_over_median,
+        "massive_at": [list(at) for at in found.massive_at],
+    }
+
+
+def massive(rows: list[dict]) -> list[str]:
+    """A line for each kind of tensor that has massive activations: where, in how many layers, and the largest."""
+    found = []
+    for kind, meaning in TENSORS.items():
+        tensors = [row for row in rows if kind_of(row["name"]) == kind]
+        hit = [row for row in tensors if row["massive_at"]]
+        if not hit:
+            continue
+        counts: dict[tuple[int, int], int] = {}
+        for row in hit:
+            for token, channel in row["massive_at"]:
+                counts[token, channel] = counts.get((token, channel), 0) + 1
+        worst = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        named = ", ".join(f"token {t} channel {c} ({n} of {len(tensors)})" for (t, c), n in worst[:3])
+        more = f", and {len(worst) - 3} places more" if len(worst) > 3 else ""
+        row = max(hit, key=lambda row: row["max_abs"])
+        ratio = f", {row['max_over_median']:.0f} × the median" if row["max_over_median"] else ""
+        largest = f"largest |x| {row['max_abs']:.5g} in {row['name']}{ratio}"
+        found.append(f"massive activations of {meaning}: {named}{more}; {largest}")
     return found
 
 

@@ -17,9 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from model import GPT, CausalSelfAttention, attention_rows, find_normalizer
+from model import GPT, Block, CausalSelfAttention, attention_rows, find_normalizer, repeat_heads
 
-LINEAR = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")  # of each block
+LINEAR = {  # a block's linear layers, in the order of the forward pass → what each reads; not all blocks have a gate
+    "attn.c_attn": "attn.c_attn input",
+    "attn.c_proj": "attn.c_proj input",
+    "mlp.c_gate": "mlp.c_fc input",  # the same tensor
+    "mlp.c_fc": "mlp.c_fc input",
+    "mlp.c_proj": "mlp.c_proj input",
+}
 PROBABILITIES, RESIDUAL, HEAD = "attention probabilities", "residual stream", "lm_head input"
 KINDS = ("attn.c_attn input", PROBABILITIES, "attn.c_proj input", "mlp.c_fc input", "mlp.c_proj input", RESIDUAL)
 
@@ -77,25 +83,31 @@ class Site(NamedTuple):
     module: nn.Module
     """the module that takes the tensor (a linear layer), computes it (the attention) or returns it (a block)"""
     then: Callable[..., Tensor]
-    """what the model makes of it: the linear layer's output (`forward`, past its hooks), the next layer norm's, or, for
-    the probabilities P, their product with v, which is known only while the model runs: `then(P, v)`"""
+    """what the model makes of it: the linear layer's output (`forward`, past its hooks), that of the norm or norms that
+    read it next, or, for the probabilities P, their product with v, which is known only while the model runs:
+    `then(P, v)`"""
 
 
 def sites(model: GPT, head: bool = False) -> list[Site]:
     """All sites of a model, in the order of the forward pass; that of lm_head only with `head`."""
     t = model.transformer
-    found, next_norm = [], [*(block.ln_1 for block in t.h), t.ln_f]
-    found.append(Site(RESIDUAL, "residual after embedding", None, t.drop, next_norm[0]))
+    found, readers = [], [*(partial(_norms, block) for block in t.h), t.ln_f]
+    found.append(Site(RESIDUAL, "residual after embedding", None, t.drop, readers[0]))
     for layer, block in enumerate(t.h):
-        for name in LINEAR:
+        linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+        for name in sorted(linears, key=list(LINEAR).index):
             if name == "attn.c_proj":
                 found.append(Site(PROBABILITIES, f"h.{layer}.attn probabilities", layer, block.attn, torch.matmul))
-            linear = block.get_submodule(name)
-            found.append(Site(f"{name} input", f"h.{layer}.{name}", layer, linear, linear.forward))
-        found.append(Site(RESIDUAL, f"residual after h.{layer}", layer, block, next_norm[layer + 1]))
+            found.append(Site(LINEAR[name], f"h.{layer}.{name}", layer, linears[name], linears[name].forward))
+        found.append(Site(RESIDUAL, f"residual after h.{layer}", layer, block, readers[layer + 1]))
     if head:
         found.append(Site(HEAD, "lm_head", None, model.lm_head, model.lm_head.forward))
     return found
+
+
+def _norms(block: Block, x: Tensor) -> Tensor:
+    """What a block's norms make of its input: ln_1 alone, or, where attention and MLP both read it, ln_1 and ln_2."""
+    return torch.cat((block.ln_1(x), block.ln_2(x)), -1) if block.parallel_residual else block.ln_1(x)
 
 
 def has_static_range(site: Site) -> bool:
@@ -130,7 +142,7 @@ def _attend(site: Site, visit: Visit, attn: CausalSelfAttention, q: Tensor, k: T
     outputs = []
     for q_, k_, v_ in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
         P, _ = attention_rows(q_, k_, **attn.arguments())
-        then = partial(site.then, other=v_)
+        then = partial(site.then, other=repeat_heads(v_, q.size(1)))
         outputs.append(then(visit(site, P, then)))
     return torch.cat(outputs)
 
@@ -253,10 +265,11 @@ def signal_to_noise(
     """What each site alone adds to the noise: rows with `name`, `site` (its kind), `layer` and, by scheme, the
     signal-to-noise ratio in dB, `10 log₁₀ Σy² / Σ(ŷ − y)²`, of what the model makes of the tensor.
 
-    y is the linear layer's output, the attention's P v, or the next layer norm's output, for the float model's own
-    tensors on `batches` of (B, T) int64; ŷ is the same with the tensor (and the linear layer's weight) as the scheme
-    has it. The ratio is not that of the tensor itself, where one outlier channel would pass for a strong signal. It is
-    None where there is no noise.
+    y is the linear layer's output, the attention's P v, or the output of the norm that reads the residual stream next
+    (of both norms, where a block's attention and MLP read it in parallel), for the float model's own tensors on
+    `batches` of (B, T) int64; ŷ is the same with the tensor (and the linear layer's weight) as the scheme has it. The
+    ratio is not that of the tensor itself, where one outlier channel would pass for a strong signal. It is None where
+    there is no noise.
     """
     places = sites(model, head)
     signal = {site.name: 0.0 for site in places}

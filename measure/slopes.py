@@ -13,7 +13,7 @@ from torch import Tensor
 
 from measure.jacobian import backward_mode, take_gradients
 from measure.probe import capture_qk
-from model import GPT, NORMALIZERS, attention_rows, materialized_attention
+from model import GPT, NORMALIZERS, attention_rows, materialized_attention, repeat_heads
 
 Direction = dict[str, Tensor]
 DIRECTIONS = ("adamw", "gradient", "random")
@@ -81,11 +81,11 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     """Of each layer the attention probabilities α⁰ and the slopes a of their logits along `direction`, for one sequence
     idx (T,): (H, T, n) each, n = T, or T + 1 with the null slot last.
 
-    a is the total derivative of the logits S = QKᵀ/√D, through everything below: `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot
-    has slope 0, a sink's that of its parameter. A key that a query cannot see (α⁰ = 0) is given the slope of the first
-    key, so that it does not widen the spread. All this takes one forward pass with its tangents; that pass does not
-    depend on `backward`, so neither do the slopes. ValueError for a normalizer that is no softmax: its weights are not
-    α ∝ e^S, and the KL has its bounds only along the ray of such weights.
+    a is the total derivative of the logits S = QKᵀ/√D, through everything below (norms and rotations of Q and K too):
+    `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot has slope 0, a sink's that of its parameter. A key that a query cannot see
+    (α⁰ = 0) is given the slope of the first key, so that it does not widen the spread. All this takes one forward pass
+    with its tangents; that pass does not depend on `backward`, so neither do the slopes. ValueError for a normalizer
+    that is no softmax: its weights are not α ∝ e^S, and the KL has its bounds only along the ray of such weights.
     """
     normalizer = NORMALIZERS[model.config.normalizer]
     if not normalizer.is_softmax:
@@ -97,7 +97,7 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     def queries_and_keys(parameters):
         with capture_qk(model) as captured, materialized_attention():
             torch.func.functional_call(_Features(model), {f"model.{n}": p for n, p in parameters.items()}, (idx[None],))
-        return [(q[0], k[0]) for _, q, k in captured]
+        return [(q[0], repeat_heads(k, q.size(1))[0]) for _, q, k in captured]
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     with backward_mode(model, "full"):  # forward-mode differentiation has no other

@@ -6,30 +6,33 @@ from torch import Tensor
 
 from measure.moments import Moments
 from measure.probe import rows_of_c_attn
+from model import GPTConfig
 
 KINDS = {
     "embedding": ("wte", "wpe"),
     "attention qkv": ("c_attn",),
     "attention projection": ("attn.c_proj",),
-    "MLP": ("mlp.c_fc", "mlp.c_proj"),
+    "MLP": ("mlp.c_gate", "mlp.c_fc", "mlp.c_proj"),
     "layer norm": ("ln_1", "ln_2", "ln_f"),
+    "query and key norm": ("q_norm", "k_norm"),
+    "head": ("lm_head",),
     "sink": ("sink",),
 }
 
 
-def weight_moments(parameters: Iterable[tuple[str, Tensor]], n_head: int) -> dict[str, dict[str, Moments]]:
+def weight_moments(parameters: Iterable[tuple[str, Tensor]], config: GPTConfig) -> dict[str, dict[str, Moments]]:
     """Of a GPT's named_parameters(): name → its parts' moments. The first part is the whole, under the same name; the
     fused c_attn has more, see `parts_of_qkv`."""
     return {
-        name: parts_of_qkv(name, parameter, n_head) if ".c_attn." in name else {name: Moments().update(parameter)}
+        name: parts_of_qkv(name, parameter, config) if ".c_attn." in name else {name: Moments().update(parameter)}
         for name, parameter in parameters
     }
 
 
-def parts_of_qkv(name: str, parameter: Tensor, n_head: int) -> dict[str, Moments]:
+def parts_of_qkv(name: str, parameter: Tensor, config: GPTConfig) -> dict[str, Moments]:
     """The moments of the fused c_attn: of the whole, of q, k and v, and of each of their heads, in that order."""
     whole, thirds, single = Moments(), {}, {}
-    for part, heads in rows_of_c_attn(parameter, n_head).items():
+    for part, heads in rows_of_c_attn(parameter, config).items():
         thirds[f"{name}[{part}]"] = third = Moments()
         for head, rows in enumerate(heads):
             single[f"{name}[{part}, head {head}]"] = moments = Moments().update(rows)

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,19 @@ from model import GPT, GPTConfig, materialized_attention
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # larger files that a checkout may have beside it
 TINY = {"block_size": 12, "vocab_size": 256, "n_layer": 2, "n_head": 2, "n_embd": 8}
+TODAY = {  # what a model of today has and GPT-2 has not, two query heads to each head of keys
+    "n_head": 4,
+    "n_kv_head": 2,
+    "head_dim": 6,
+    "n_inner": 10,
+    "position": "rope",
+    "rope_theta": 100.0,
+    "norm": "rmsnorm",
+    "qk_norm": True,
+    "mlp": "swiglu",
+    "bias": False,
+    "tie_embeddings": False,
+}
 LETTERS = "abcdefghijklm"
 
 
@@ -51,6 +64,19 @@ def tiny_gpt(seed: int = 0, std: float | None = None, noise: float = 0.0, **conf
             if noise:
                 parameter += noise * torch.randn(parameter.shape)
     return model
+
+
+def with_repeated_keys(model: GPT) -> GPT:
+    """The same function as a model in which each query head has a head of keys and values of its own."""
+    config, state = model.config, dict(model.state_dict())
+    for name in [name for name in state if ".c_attn." in name]:
+        heads = state[name].unflatten(0, (-1, config.head_size))
+        q, k, v = heads.split([config.n_head, config.kv_heads, config.kv_heads])
+        k, v = (x.repeat_interleave(config.n_head // config.kv_heads, 0) for x in (k, v))
+        state[name] = torch.cat((q, k, v)).flatten(0, 1)
+    whole = GPT(replace(config, n_kv_head=config.n_head)).to(model.lm_head.weight.dtype).eval()
+    whole.load_state_dict(state)
+    return whole
 
 
 def random_ids(*shape: int, vocab_size: int = 256, seed: int = 0) -> torch.Tensor:

@@ -11,22 +11,24 @@ import math
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
+import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.batches import gather, validation_offsets
+from harness.batches import begin_with, gather, validation_offsets
 from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
-from harness.device import choose_device
+from harness.device import choose_device, float64_on
 from harness.errors import UserError
 from harness.figures import print_table, save_figure, share_scales
 from harness.files import check_folder, make_folder, write_text
+from harness.resuming import crop_block_size
 from harness.tracking import log_diagnostic, wandb_run
 from model import GPT
 
@@ -87,6 +89,14 @@ class Subject:
         self.path, self.args, self.device = path, args, choose_device(args.device)
         self.model: GPT
         self.model, self.info = load_model(path, self.device)
+        config = self.model.config
+        if args.block_size and args.block_size > config.block_size:
+            raise UserError(f"--block-size {args.block_size}: the context of {path} is {config.block_size}")
+        if (args.bos or 0) >= config.vocab_size:
+            raise UserError(f"--bos {args.bos}: {path} has {config.vocab_size} token ids, from 0")
+        crop_block_size(self.model, args.block_size or config.block_size)
+        if getattr(args, "dtype", None) == "float64":
+            self.model.to(float64_on(self.device))
 
     @property
     def step(self) -> int | None:
@@ -96,7 +106,8 @@ class Subject:
     def arguments(self) -> dict:
         """The arguments that the result depends on besides the checkpoint, with the corpus and the device that were
         chosen; those that only say where the result goes are left out."""
-        given = {k: v for k, v in vars(self.args).items() if k not in ("checkpoints", "out", "wandb")}
+        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if getattr(self.args, k) is None}
+        given = {k: v for k, v in vars(self.args).items() if k not in left_out}
         return given | {"data": self.corpus_folder, "device": str(self.device)}
 
     @property
@@ -148,10 +159,14 @@ class Subject:
         args, split = self.args, split or self.args.split
         if offsets is None:
             offsets = self.offsets(split, args.batches and args.batches * args.batch_size)
-        tokens, block_size = self.corpus.tokens[split], self.model.config.block_size
         starts = range(0, len(offsets), args.batch_size)
         for start in tqdm(starts, desc=what, leave=False, disable=None):
-            yield gather(tokens, offsets[start : start + args.batch_size], block_size, self.device)
+            yield self.windows(self.corpus.tokens[split], offsets[start : start + args.batch_size])
+
+    def windows(self, tokens: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
+        """(x, y), (B, T) int64 each, of the text from each of the `offsets` on, with --bos in front."""
+        x, y = gather(tokens, offsets, self.model.config.block_size, self.device)
+        return (x, y) if self.args.bos is None else begin_with(self.args.bos, x, y)
 
 
 def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
@@ -192,6 +207,9 @@ def argument_parser(
     parser.add_argument("--split", choices=SPLITS, default="val", help="default: val")
     for option, letter, default in (("--batches", "N", batches), ("--batch-size", "B", batch_size)):
         parser.add_argument(option, type=int, default=default, metavar=letter, help=f"default: {default or otherwise}")
+    parser.add_argument("--block-size", type=int, metavar="T", help="tokens a window; default: the model's, the most")
+    bos = "id of a begin-of-text token in front of each window, whose text is then one token shorter; default: none"
+    parser.add_argument("--bos", type=token_id, metavar="TOKEN|none", help=bos)
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
     parser.add_argument(
@@ -203,6 +221,10 @@ def argument_parser(
     )
     parser.add_argument("--wandb", action="store_true", help="log summary and picture to the checkpoint's own run")
     return parser
+
+
+def token_id(text: str) -> int | None:
+    return None if text == "none" else int(text)
 
 
 def arguments_for(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
@@ -217,9 +239,11 @@ def arguments_for(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    for name in ("batches", "batch_size"):
+    for name in ("batches", "batch_size", "block_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
+    if args.bos is not None and args.bos < 0:
+        raise UserError(f"--bos {args.bos}: a token's id, from 0, or none")
     if not 0 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
 
@@ -315,7 +339,7 @@ def entry(script: str, subject: Subject | None, result: Result, path: str | None
         "script": script,
         "checkpoint": subject.path if subject else path,
         "step": subject.step if subject else None,
-        "config": vars(subject.model.config) if subject else None,
+        "config": asdict(subject.model.config) if subject else None,
         "arguments": subject.arguments if subject else None,
         **finite,
         "notes": notes,

@@ -4,15 +4,21 @@ channel, token and sequence; and of the attention, by head: does it sink into th
 import math
 
 import numpy as np
+import torch
 from matplotlib.figure import Figure
 
+from harness.device import add_dtype
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.figures import RUN_STYLES, draw_heads, integer_ticks, new_figure, scale_tails
-from measure.activations import EARLY, OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
+from measure.activations import DORMANT, EARLY, OUTLIER_RMS, SINK, Activations, SequenceStatistics, no_distribution
+from measure.massive import LARGE, TIMES, Magnitudes, looking
 from measure.moments import COLUMNS
 from measure.outliers import (
+    by_layer,
     constant,
     first_token_spikes,
+    massive,
+    massive_row,
     nonfinite,
     outlier_channels,
     sink_heads,
@@ -24,10 +30,15 @@ from measure.probe import TENSORS, kind_of
 
 def measure(subject: Subject) -> Result:
     activations = Activations(subject.model)
+    magnitudes: dict[str, Magnitudes] = {}
     T = 0
-    for x, _ in subject.batches(what="activations"):
-        activations.update(x)
-        T = x.size(1)
+    with looking(subject.model, magnitudes, Magnitudes.count):
+        for x, _ in subject.batches(what="activations"):
+            activations.update(x)
+            T = x.size(1)
+    with looking(subject.model, magnitudes, Magnitudes.collect), torch.no_grad():
+        for x, _ in subject.batches(what="medians"):
+            subject.model.features(x)
     columns, rows = list(DIAGNOSTIC.columns), []
 
     def add(name: str, statistics: SequenceStatistics) -> None:
@@ -35,6 +46,8 @@ def measure(subject: Subject) -> Result:
 
     for name, tensor in activations.tensors.items():
         add(name, tensor.all)
+        found = magnitudes[name].found() if name in magnitudes else None
+        rows[-1] |= massive_row(found) | {"first_norm_ratio": tensor.first_norm_ratio}
         add(f"{name} [first token]", tensor.first)
         add(f"{name} [other tokens]", tensor.others)
         if name.endswith("attn.v"):
@@ -44,10 +57,11 @@ def measure(subject: Subject) -> Result:
             add(f"{where} [visible]", attention.visible)
             add(f"{where} [late]", attention.late)
 
-    figures = ("sink_rate", "row_mass", "entropy")
+    of_heads = {layer: attention.figures for layer, attention in activations.attention.items()}
     heads = [
-        {"layer": layer, "head": head} | {name: finite(getattr(attention, name)[head].item()) for name in figures}
-        for layer, attention in activations.attention.items()
+        {"layer": layer, "head": head}
+        | {name: finite(figures[name][head].item()) for name in DIAGNOSTIC.tables["heads"] if name in figures}
+        for layer, figures in of_heads.items()
         for head in range(subject.model.config.n_head)
     ]
     sequences = activations.attention[0].sequences
@@ -58,11 +72,13 @@ def measure(subject: Subject) -> Result:
         where_largest(rows)
         + nonfinite(rows)
         + constant(rows)
+        + massive(rows)
         + first_token_spikes(activations)
         + outlier_channels(activations)
         + sink_heads(heads)
     )
-    return Result(rows, summarize(rows, heads) | {"sequences": sequences, "T": T}, notes, {"heads": heads})
+    tables = {"layers": by_layer(rows, heads), "heads": heads}
+    return Result(rows, summarize(rows, heads) | {"sequences": sequences, "T": T}, notes, tables)
 
 
 def finite(value: float) -> float | None:
@@ -84,7 +100,7 @@ def draw(result: Result, title: str) -> Figure:
         "transformer.h": "block's output",
         "attn.output": "heads' output",
         "attn.c_proj": "its projection",
-        "mlp.gelu": "MLP, hidden",
+        "mlp.hidden": "MLP, hidden",
         "mlp.c_proj": "MLP, output",
     }
     lines(panels[0], "excess_kurtosis", parts | {"attn.probabilities": "attention weights"})
@@ -113,6 +129,38 @@ def draw(result: Result, title: str) -> Figure:
     return figure
 
 
+SINKS = {
+    "sink_rate": "the share of sequences in which the first key's attention, averaged over all queries, "
+    f"exceeds {SINK} (Gu et al. 2024); it depends on T, which is in the summary",
+    "first_mass": "what a query gives to the first key, averaged over all queries; the first one sees no other",
+    "first_mass_without_query0": "the same without the first query",
+    "dormant": f"the share of queries, without the first, that give the first key more than {DORMANT} (Guo et al. "
+    "2024)",
+}
+HEADS = {
+    **SINKS,
+    **{f"{name}_over_row_mass": f"{name} of each query's weights over their sum" for name in SINKS},
+    "max_score": "the largest visible score q·k/√D, before the normalizer",
+    "value_drain": "‖v₀‖ of the first token over ‖v_j‖ of the others, each averaged over sequences (Guo et al. 2024); "
+    "where queries are grouped, of the values that they share",
+    "row_mass": "what a query gives to keys, averaged over queries: 1 under softmax, less with a null slot",
+    "null_mass": "what the null slot gets, averaged over queries; – of weights that are no softmax",
+    "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the "
+    "distribution; where the normalizer is no softmax, of the row over its own mass",
+}
+LAYERS = {
+    "layer": "from 0",
+    **{name: "mean over the layer's heads, see heads" for name in HEADS},
+    "max_score": "the largest of its heads",
+    "value_drain": "that of all its values together",
+    "residual_peak": "first_norm_ratio of its block's output: ‖h₀‖ over ‖h_j‖",
+    "max_abs": "the largest |h| of its block's output",
+    "token": "where that is: its position in the window, from 0",
+    "channel": "and its channel",
+    "max_over_median": "max_abs over the median |h|",
+    "massive": f"whether that output has massive activations: |h| > {LARGE:g} and > {TIMES:g} × the median",
+}
+
 DIAGNOSTIC = Diagnostic(
     name="activation_kurtosis",
     about=__doc__,
@@ -130,9 +178,18 @@ DIAGNOSTIC = Diagnostic(
         "per_sequence_kurtosis": "kurtosis of a sequence's elements, averaged over sequences: not excess, a Gaussian "
         "gives 3 (Bondarenko et al. 2023, without their 1e-6 in the denominator)",
         "per_sequence_max_abs": "largest |x| of a sequence, averaged over sequences: their infinity norm",
+        "median_abs": "median |x| of all elements, of an even number the lower one; this and the following columns are "
+        "of the whole tensor alone, and but for first_norm_ratio not of the logits",
+        "max_over_median": "max_abs / median_abs",
+        "max_at": "where the largest |x| is: sequence, token (its position in the window) and channel, from 0",
+        "massive_at": f"token and channel of the massive activations: |x| > {LARGE:g} and > {TIMES:g} × the median "
+        "(Sun et al. 2024), in whichever sequences; empty where there is none",
+        "first_norm_ratio": "‖x₀‖ of the first token over ‖x_j‖ of the others, each averaged over sequences: of a "
+        "block's output the residual peak, of attn.v the value drain (Guo et al. 2024)",
     },
     measure=measure,
     draw=draw,
+    add_arguments=add_dtype,
     headlines={
         "avg kurtosis": "a Gaussian's is 3; lower: fewer outliers",
         "max infinity norm": "|x|; lower: fewer outliers",
@@ -140,17 +197,7 @@ DIAGNOSTIC = Diagnostic(
         "row_mass": "attention given to keys",
     },
     shown=lambda row: not row["name"].endswith(" token]") and not row["name"].endswith(" tokens]"),
-    tables={
-        "heads": {
-            "layer": "from 0",
-            "head": "from 0",
-            "sink_rate": "the share of sequences in which the first key's attention, averaged over all queries, "
-            f"exceeds {SINK} (Gu et al. 2024); it depends on T, which is in the summary",
-            "row_mass": "what a query gives to keys, averaged over queries: 1 under softmax, less with a null slot",
-            "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the "
-            "distribution; where the normalizer is no softmax, of the row over its own mass",
-        },
-    },
+    tables={"layers": LAYERS, "heads": {"layer": "from 0", "head": "from 0"} | HEADS},
     reading="How to read it: the pooled kurtosis is large where few elements lie far out, but it is the same whether "
     "they lie in one channel, in one token or anywhere. If channel_rms_kurtosis is far above 1, some channels are "
     "large in all tokens; if per_token_kurtosis is far above 0, tokens have channels far out; if the first token's "

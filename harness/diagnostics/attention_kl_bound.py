@@ -148,6 +148,10 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
             yield x.to(device), y.to(device)
 
     if kind == "adamw":
+        trained = subject.info.get("model_args", {}).get("block_size")
+        if model.config.position == "learned" and trained not in (None, model.config.block_size):
+            problem = f"the saved optimizer steps {trained} positions: take another --direction"
+            raise UserError(f"--block-size {args.block_size}: {problem}")
         notes = [f"τ = 1 is the next AdamW update, at the learning rate {lr:g}"]
         optimizer = saved_optimizer(model, subject.info, subject.path)
         return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes

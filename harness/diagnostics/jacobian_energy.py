@@ -11,6 +11,7 @@ import math
 
 from matplotlib.figure import Figure
 
+from harness.device import add_dtype
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.figures import draw_heads, new_figure
 from measure.activations import no_distribution
@@ -37,7 +38,7 @@ SPLIT = {
     "jacobian_offdiag": "(Σ_j A²)² − Σ_j A⁴, averaged over rows: that of the rest",
 }
 GRADIENTS = {
-    "parameter": "of the model, by name; the head is the token embedding (tied)",
+    "parameter": "of the model, by name; a head that is tied to the token embedding is part of it",
     "cos_diagonal": "cosine of its gradient under the diagonal backward with the full one's",
     "norm_ratio_diagonal": "norm of its gradient under the diagonal backward over the full one's",
     "cos_ste": "the same cosine, straight through",
@@ -99,6 +100,7 @@ DIAGNOSTIC = Diagnostic(
     columns={"layer": "from 0", "head": "from 0", **SPLIT},
     measure=measure,
     draw=draw,
+    add_arguments=add_dtype,
     headlines={
         "r_diag": "diagonal over full energy",
         "cos_diag": "of the scores' gradient; 1: as the full one",

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
+from harness.device import add_dtype
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure
@@ -48,13 +49,9 @@ def measure(subject: Subject) -> Result:
         raise UserError(
             f"--stride {stride} would skip tokens, the context of {subject.path} is {block_size}: give at most that"
         )
-    if args.dtype == "float64":
-        if subject.device.type == "mps":
-            raise UserError("--dtype float64: device 'mps' has no such numbers; give --device cpu")
-        subject.model.double()
-
     subject.offsets()  # a split shorter than one window is refused
-    offsets = sliding_offsets(len(subject.corpus.tokens[args.split]), block_size, stride)
+    early = int(args.bos is not None)  # behind a token of its own, the text's first token is a target too
+    offsets = sliding_offsets(len(subject.corpus.tokens[args.split]) + early, block_size, stride)
     if args.batches is not None and args.batches * args.batch_size < len(offsets):
         offsets = offsets[np.linspace(0, len(offsets) - 1, args.batches * args.batch_size).astype(np.int64)]
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
@@ -64,7 +61,8 @@ def measure(subject: Subject) -> Result:
     if bad := int((~np.isfinite(scores.losses)).sum()):
         first = int(np.isfinite(scores.losses).argmin())
         notes.append(
-            f"{bad} of {len(scores.losses)} losses are NaN or Inf, the first that of token {scores.targets[first]}"
+            f"{bad} of {len(scores.losses)} losses are NaN or Inf, the first that of token "
+            f"{scores.targets[first] - early}"
         )
         window = scores.targets[first : first + 1] - scores.positions[first]  # where the one that scored it starts
         x, _ = next(subject.batches(window))
@@ -114,12 +112,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stride", type=int, metavar="S", help="tokens from one window to the next; default: block_size, no overlap"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=("float32", "float64", "bfloat16"),
-        default="float32",
-        help="default: float32; sums are float64",
-    )
+    add_dtype(parser, "bfloat16")
 
 
 def check_arguments(args: argparse.Namespace) -> None:

@@ -3,9 +3,10 @@
 Outliers stretch the range that an integer grid has to cover. So weights (W) and activations (A) are rounded to 8, 6 or
 4 bits by PyTorch's fake_quantize operators, everything else computes in float, and the loss on the evaluation windows
 says what it cost. Weights have a symmetric grid, activations an asymmetric one, which holds 0 exactly. Activations are
-rounded where integer kernels would read them: the inputs of the four linear layers of each block, the attention
-probabilities, and the residual stream after the embedding and after each block. The head stays in float without --head,
-the embedding and the layer norms always.
+rounded where integer kernels would read them: the inputs of the linear layers of each block (attn.c_attn, attn.c_proj,
+mlp.c_fc, whose input the gate mlp.c_gate of a SwiGLU reads too, and mlp.c_proj, which reads the MLP's hidden layer,
+gelu(c_fc(x)) or silu(c_gate(x)) · c_fc(x)), the attention probabilities, and the residual stream after the embedding
+and after each block. The head stays in float without --head, the embedding and the norms always.
 
 The schemes:
   W8, W4 per channel       weights alone, a scale for each output channel
@@ -17,8 +18,9 @@ The calibration windows are drawn at random from the training split, --seeds tim
 softmax need no calibration, their static range is [0, 1].
 
 The layers' signal-to-noise ratio is 10 log₁₀ Σy² / Σ(ŷ − y)², where ŷ is computed from the quantized tensor (and linear
-layer's weight) alone and y without: y is the linear layer's output, P v for the attention probabilities P, and the next
-layer norm's output for the residual stream. In the tensor itself, one outlier channel would pass for a strong signal.
+layer's weight) alone and y without: y is the linear layer's output, P v for the attention probabilities P, and for the
+residual stream the output of the norm that reads it next (of both norms, where the next block's attention and MLP read
+it in parallel). In the tensor itself, one outlier channel would pass for a strong signal.
 
 The summary: the float model's loss and perplexity, and the perplexity_rise of each scheme with weights.
 """
@@ -34,7 +36,7 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator
 from tqdm import tqdm
 
-from harness.batches import gather, training_offsets
+from harness.batches import training_offsets
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, heat_map, new_figure
@@ -123,7 +125,7 @@ def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
     subject.offsets("train")  # a split shorter than one window is refused
     tokens = subject.corpus.tokens["train"]
     offsets = training_offsets(args.seed, draw, len(tokens), T, args.calibration)
-    return gather(tokens, offsets, T, subject.device)[0]
+    return subject.windows(tokens, offsets)[0]
 
 
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
@@ -204,7 +206,9 @@ def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: f
     grid = np.full((max(len(kinds), 1), len(blocks)), np.nan)
     for row in layers:
         column = row["layer"] + 1 if row["layer"] is not None else len(blocks) - 1 if row["site"] == HEAD else 0
-        grid[kinds.index(row["site"]), column] = np.nan if row[scheme] is None else row[scheme]
+        value = np.nan if row[scheme] is None else row[scheme]
+        cell = kinds.index(row["site"]), column
+        grid[cell] = np.fmin(grid[cell], value)  # c_gate and c_fc read one tensor: the worse of the two
     image = heat_map(axes, grid, low, high, "{:.0f}" if len(blocks) <= 14 else "")
     axes.set_yticks(range(len(kinds)), kinds)
     step = -(-len(blocks) // 16)

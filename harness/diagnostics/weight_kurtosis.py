@@ -13,15 +13,16 @@ DRAWN = (
     "c_attn.weight[k]",
     "c_attn.weight[v]",
     "attn.c_proj.weight",
+    "c_gate.weight",
     "c_fc.weight",
     "mlp.c_proj.weight",
 )
 
 
 def measure(subject: Subject) -> Result:
-    parameters = list(subject.model.named_parameters())  # the head is tied to wte, which stands here once
+    parameters = list(subject.model.named_parameters())  # a head that is tied to wte stands here once
     watched = tqdm(parameters, desc="weights", leave=False, disable=None)
-    moments = weight_moments(watched, subject.model.config.n_head)
+    moments = weight_moments(watched, subject.model.config)
     rows = [{"name": part} | found.row() for parts in moments.values() for part, found in parts.items()]
     notes = [note for name, parts in moments.items() for note in findings(name, parts)]
     kinds = pooled_by_kind(moments)
@@ -44,7 +45,8 @@ def draw(result: Result, title: str) -> Figure:
     for panel, (statistic, label) in zip(panels, labels.items(), strict=True):
         for part, style in zip(DRAWN, RUN_STYLES, strict=False):
             values = [row[statistic] for name, row in rows.items() if name.endswith(part)]
-            panel.plot(range(len(values)), [float("nan") if v is None else v for v in values], label=part, **style)
+            if values:  # not every model has a c_gate
+                panel.plot(range(len(values)), [float("nan") if v is None else v for v in values], label=part, **style)
         panel.set(xlabel="layer", **label)
         integer_ticks(panel.xaxis)
         scale_tails(panel)
@@ -58,7 +60,7 @@ DIAGNOSTIC = Diagnostic(
     about=__doc__,
     columns={
         "name": "the parameter. [q], [k], [v]: that part of the fused c_attn; [q, head 0]: one head of it (in the "
-        "JSON). The model's head is tied to wte and counted once",
+        "JSON), as many of k and v as the model has. A head (lm_head) that is tied to wte is counted once",
         **COLUMNS,
     },
     measure=measure,

@@ -182,7 +182,8 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
     monkeypatch.setattr(activations_module, "QUERIES", queries)
     q, k = 2 * heavy_tailed(2, 3, 11, 4, seed=1), heavy_tailed(2, 3, 11, 4, seed=2)
     parameters = {} if null_logit is None else {"null_logit": null_logit}
-    found = AttentionStatistics().update(q, k, **parameters)
+    v = heavy_tailed(2, 3, 11, 4, seed=3)
+    found = AttentionStatistics().update(q, k, v, **parameters)
     P = explicit_probabilities(q, k, null_logit)
     visible = np.tril(np.ones((11, 11), dtype=bool))
     same_moments(found.all.moments, P[..., :11])
@@ -190,9 +191,24 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
     same_moments(found.late.moments, P[..., 8:, :11])
     expected = stats.kurtosis(P[..., :11].reshape(2, -1), axis=-1, fisher=False).mean()
     assert found.all.per_sequence_kurtosis == pytest.approx(expected, rel=1e-9)
-    np.testing.assert_allclose(found.row_mass, P[..., :11].sum(-1).mean((0, 2)), rtol=1e-12)
-    np.testing.assert_allclose(found.entropy, stats.entropy(P, axis=-1).mean((0, 2)), rtol=1e-12)
-    np.testing.assert_allclose(found.sink_rate, (P[..., 0].mean(-1) > 0.3).mean(0), rtol=0)
+    scores, norms = (q @ k.mT).numpy() / 2, v.norm(dim=-1).numpy()
+    expected = {
+        "row_mass": P[..., :11].sum(-1).mean((0, 2)),
+        "null_mass": P[..., 11].mean((0, 2)),
+        "entropy": stats.entropy(P, axis=-1).mean((0, 2)),
+        "max_score": np.where(visible, scores, -np.inf).max((0, 2, 3)),
+        "value_drain": norms[..., 0].mean(0) / norms[..., 1:].mean((0, 2)),
+    }
+    for suffix, first in (("", P[..., 0]), ("_over_row_mass", P[..., 0] / P[..., :11].sum(-1))):
+        expected |= {
+            f"sink_rate{suffix}": (first.mean(-1) > 0.3).mean(0),
+            f"first_mass{suffix}": first.mean((0, 2)),
+            f"first_mass_without_query0{suffix}": first[..., 1:].mean((0, 2)),
+            f"dormant{suffix}": (first[..., 1:] > 0.9).mean((0, 2)),
+        }
+    assert found.figures.keys() == expected.keys()
+    for name, figure in found.figures.items():
+        np.testing.assert_allclose(figure, expected[name], rtol=1e-12, err_msg=name)
 
 
 def test_sink_rate_and_row_mass_by_hand():
@@ -209,19 +225,21 @@ def test_sink_rate_and_row_mass_by_hand():
     spread = math.log(math.factorial(n)) / n  # rows of entropy log 1, log 2, log 3, log 4
     assert even.entropy.tolist() == pytest.approx([0, spread, spread], abs=1e-12)
     # with a null slot of logit 0, row i of an even head gives 1/(i + 1) to each of its i keys
-    null = AttentionStatistics().update(q, k, "softmax1")
+    null = AttentionStatistics().update(q, k, normalizer="softmax1")
     assert null.row_mass.tolist() == pytest.approx([1, *2 * [(1 / 2 + 2 / 3 + 3 / 4 + 4 / 5) / 4]], abs=1e-12)
     # its first key then has (1/2 + 1/3 + 1/4 + 1/5) / 4 = 0.3208, and of eight queries 0.2286
     assert null.sink_rate.tolist() == [1, 1, 1]
     q, k = q.repeat(1, 1, 2, 1), torch.cat((k, torch.zeros_like(k)), 2)
-    assert AttentionStatistics().update(q, k, "softmax1").sink_rate.tolist() == [1, 0, 0]
+    assert AttentionStatistics().update(q, k, normalizer="softmax1").sink_rate.tolist() == [1, 0, 0]
 
 
 def test_late_queries_alone_do_not_reward_a_null_slot_by_its_definition():
     """Where attention is even, a null slot takes 1/2 of the first query's weight and 1/9 of the eighth's. By that alone
     the kurtosis of all queries falls to a quarter."""
     q = torch.zeros(1, 1, 64, 1)
-    softmax, softmax1 = (AttentionStatistics().update(q, q, normalizer) for normalizer in ("softmax", "softmax1"))
+    softmax, softmax1 = (
+        AttentionStatistics().update(q, q, normalizer=normalizer) for normalizer in ("softmax", "softmax1")
+    )
     assert softmax.all.moments.excess_kurtosis > 4 * softmax1.all.moments.excess_kurtosis
     assert softmax.late.moments.excess_kurtosis < 1.3 * softmax1.late.moments.excess_kurtosis
     assert AttentionStatistics().update(q[:, :, :8], q[:, :, :8]).late.row()["count"] == 0
@@ -245,7 +263,7 @@ def recomputed(model: GPT, idx: torch.Tensor) -> dict[str, torch.Tensor]:
         found[f"{name}.attn.c_proj"] = block.attn.c_proj(y)
         x = x + block.attn.c_proj(y)
         found[f"{name}.ln_2"] = block.ln_2(x)
-        found[f"{name}.mlp.gelu"] = hidden = block.mlp.gelu(block.mlp.c_fc(block.ln_2(x)))
+        found[f"{name}.mlp.hidden"] = hidden = block.mlp.gelu(block.mlp.c_fc(block.ln_2(x)))
         found[f"{name}.mlp.c_proj"] = block.mlp.c_proj(hidden)
         x = x + block.mlp.c_proj(hidden)
         found[name] = x

@@ -22,7 +22,7 @@ def test_the_summarys_maxima_say_which_tensor_they_are_of():
     names = (
         "transformer.h.0",
         "transformer.h.1.mlp.c_proj",
-        "transformer.h.1.mlp.gelu",
+        "transformer.h.1.mlp.hidden",
         "transformer.h.0 [first token]",
     )
     values = ((3.0, 7.0), (4.0, 5.0), (99.0, 99.0), (99.0, 99.0))  # the last two are not among Bondarenko et al.'s

@@ -11,34 +11,20 @@ from measure.outliers import activation_metrics
 from measure.probe import capture_attention, capture_qk, rows_of_c_attn, watch
 from measure.quantize import PROBABILITIES, sites, visiting
 from measure.slopes import attention_slopes, float64_copy, random_direction
-from model import GPT, CausalSelfAttention, attention
-from tests.helpers import tiny_gpt
+from model import GPT
+from tests.helpers import TODAY, tiny_gpt
 
-T, H = 12, 2
-
-
-def rotation(x: torch.Tensor) -> torch.Tensor:
-    """x (B, H, T, D): pairs of channels turned by an angle that grows with the position, as by RoPE."""
-    angle = torch.arange(x.size(-2)).view(-1, 1) * torch.tensor([1.0, 0.3]).to(x)  # (T, D / 2)
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()), dim=-1)
+T, H, H_KV, D = 12, 4, 2, 6
 
 
-def rotated_forward(self, x, cache=None):
-    q, k, v = heads_of(self, x)
-    y = self.core(rotation(q), rotation(k), v, backward=self.backward_mode, dropout_p=0.0, **self.arguments())
-    return self.c_proj(y.transpose(1, 2).flatten(2))
-
-
-def heads_of(attn, x):
-    return [z.unflatten(-1, (H, -1)).transpose(1, 2) for z in attn.c_attn(x).chunk(3, dim=-1)]
-
-
-@pytest.fixture(params=["softmax", "softmax1", "sink"])
-def model(request, monkeypatch) -> GPT:
-    """One whose attention rotates q and k before they enter the scores."""
-    monkeypatch.setattr(CausalSelfAttention, "forward", rotated_forward)
-    return tiny_gpt(3, std=0.5, vocab_size=64, normalizer=request.param).double()
+@pytest.fixture(
+    params=[("softmax", False), ("softmax1", True), ("sink", False)], ids=["softmax", "softmax1 parallel", "sink"]
+)
+def model(request) -> GPT:
+    """A model of today: grouped queries, normed and rotated before they enter the scores, and a gated MLP."""
+    normalizer, parallel = request.param
+    own = {"normalizer": normalizer, "parallel_residual": parallel, "qkv_bias": True}
+    return tiny_gpt(3, std=0.7, vocab_size=64, **TODAY | own).double()
 
 
 @pytest.fixture
@@ -46,22 +32,43 @@ def idx() -> torch.Tensor:
     return torch.randint(64, (3, T), generator=torch.Generator().manual_seed(0))
 
 
+def rms_norm(x: torch.Tensor, norm) -> torch.Tensor:
+    return norm.weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+
+def rotated(x: torch.Tensor) -> torch.Tensor:
+    """x (B, H, T, 6): channels i and i + 3 as a complex number, turned by position · 100^(−i/3)."""
+    turns = torch.exp(1j * torch.outer(torch.arange(T).double(), 100.0 ** -(torch.arange(3).double() / 3)))
+    z = torch.complex(x[..., :3], x[..., 3:]) * turns
+    return torch.cat((z.real, z.imag), dim=-1)
+
+
+def heads_of(attn, x):
+    """q (B, 4, T, 6) as they enter the scores, k, v of four heads, each of the two twice."""
+    q, k, v = (z.unflatten(-1, (-1, D)).transpose(1, 2) for z in attn.c_attn(x).split([24, 12, 12], dim=-1))
+    q, k = rotated(rms_norm(q, attn.q_norm)), rotated(rms_norm(k, attn.k_norm))
+    return q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]
+
+
 def expected_of(model: GPT, idx) -> list[tuple]:
-    """(q, k, v, P with the null slot last or without) of each layer, in the blocks' own steps."""
-    found, x = [], model.transformer.wte(idx) + model.transformer.wpe.weight[: idx.size(1)]
+    """(q, k, v, P with the null slot last or without, the MLP's hidden layer) of each layer, k and v repeated for the
+    query heads that read them, in the blocks' own steps."""
+    found, x = [], model.transformer.wte(idx)
     for block in model.transformer.h:
-        q, k, v = heads_of(block.attn, block.ln_1(x))
-        q, k = rotation(q), rotation(k)
+        q, k, v = heads_of(block.attn, rms_norm(x, block.ln_1))
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
-        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(future, -math.inf)
+        scores = (q @ k.mT / math.sqrt(D)).masked_fill(future, -math.inf)
         nulls = {"softmax": None, "softmax1": torch.zeros(H), "sink": getattr(block.attn, "sink", None)}
         null = nulls[model.config.normalizer]
         if null is not None:
             scores = torch.cat((scores, null.to(scores).view(1, H, 1, 1).expand(*scores.shape[:3], 1)), -1)
         P = scores.softmax(-1)
-        found.append((q, k, v, P))
-        x = x + block.attn.c_proj((P[..., :T] @ v).transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.ln_2(x))
+        attended = x + block.attn.c_proj((P[..., :T] @ v).transpose(1, 2).flatten(2))
+        normed = rms_norm(x if block.parallel_residual else attended, block.ln_2)
+        gate = block.mlp.c_gate(normed)
+        hidden = gate * gate.sigmoid() * block.mlp.c_fc(normed)
+        found.append((q, k, v, P, hidden))
+        x = attended + block.mlp.c_proj(hidden)
     return found
 
 
@@ -80,14 +87,15 @@ def test_queries_and_keys_are_seen_as_they_enter_the_scores(model, idx):
         model(idx)
     with watch(model, tensors.__setitem__, lambda *seen: attended.append(seen)):
         model(idx)
-    for layer, (q, k, v, P) in enumerate(expected):
+    for layer, (q, k, v, P, hidden) in enumerate(expected):
         for attn, *seen in (captured[layer], attended[layer][1:]):
             assert attn is model.transformer.h[layer].attn
-            close(seen, [q, k])
-        name = f"transformer.h.{layer}.attn"
+            close(seen, [q, k[:, ::2], v[:, ::2]][: len(seen)])
+        name = f"transformer.h.{layer}"
         output = P[..., :T] @ v
-        for part, x in (("q", q), ("k", k), ("v", v), ("output", output)):
-            close(tensors[f"{name}.{part}"], side_by_side(x))
+        for part, x in (("q", q), ("k", k[:, ::2]), ("v", v[:, ::2]), ("output", output)):
+            close(tensors[f"{name}.attn.{part}"], side_by_side(x))
+        close(tensors[f"{name}.mlp.hidden"], hidden)
 
 
 @torch.no_grad()
@@ -95,7 +103,7 @@ def test_the_attention_measured_is_that_of_the_rotated(model, idx):
     expected = expected_of(model, idx)
     kurtoses = []
     activations = Activations(model).update(idx)
-    for layer, (*_, P) in enumerate(expected):
+    for layer, (*_, P, _) in enumerate(expected):
         found, keys = activations.attention[layer], P[..., :T]
         close(found.row_mass, keys.sum(-1).mean((0, 2)))
         close(found.entropy, torch.special.entr(P).sum(-1).mean((0, 2)))
@@ -114,19 +122,32 @@ def test_the_gradient_split_is_that_of_the_rotated(model, idx):
     splits = [[], []]
     model.zero_grad()
     backpropagate(model, idx, idx, splits)
-    for layer, (q, k, v, _) in enumerate(expected):
-        seen = captured[layer]
-        close([seen.q, seen.k, seen.v], [x.detach() for x in (q, k, v)])
-        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
-        attn = model.transformer.h[layer].attn
-        out = attention(q, k, v, **attn.arguments())
-        (c_attn_v,) = torch.autograd.grad(out, v, seen.grad_out)
-        rows = attn.c_attn.weight.size(0) // 3  # the gradient of v's bias is that of v, over batch and positions
-        close(c_attn_v.sum((0, 2)).flatten(), gradient_of_bias(model, idx, layer)[2 * rows :], rtol=1e-8)
+    for layer, (q, k, v, P, _) in enumerate(expected):
+        seen, attn = captured[layer], model.transformer.h[layer].attn
+        close([seen.q, seen.k, seen.v], [x.detach() for x in (q, k[:, ::2], v[:, ::2])])
+        c_attn_v = (P[..., :T].mT @ seen.grad_out).unflatten(1, (H_KV, 2)).sum(2)  # both query heads' of a group
+        # the gradient of v's bias is that of v, over batch and positions
+        close(c_attn_v.sum((0, 2)).flatten(), gradient_of_bias(model, idx, layer)[-H_KV * D :], rtol=1e-8)
+        s, g, A = score_gradients(P, v, seen.grad_out)
+        d = A * (1 - A) * g
+        energies = {"e_full": s, "e_diag": d, "e_lateral": s - d}
+        found = pool(splits[layer])
+        for name, x in energies.items():
+            close(found[name], x.square().sum((0, 2, 3)), rtol=1e-8)
+        for name, x in (("cos_diag", d), ("cos_ste", g)):
+            close(found[name], torch.cosine_similarity(x.flatten(2), s.flatten(2), dim=-1).mean(0), rtol=1e-8)
         null = {} if model.config.normalizer != "sink" else {"null_logit": attn.sink}
-        whole = jacobian_energy(q, k, v, seen.grad_out, model.config.normalizer, **null)
-        for name, value in pool(splits[layer]).items():
+        whole = jacobian_energy(seen.q, seen.k, seen.v, seen.grad_out, model.config.normalizer, **null)
+        for name, value in found.items():
             close(value, whole[name], rtol=1e-8)
+
+
+def score_gradients(P, v, grad_out) -> tuple[torch.Tensor, ...]:
+    """dL/dS by autograd, g = dL/dA over the visible keys, and A, (B, H, T, T) each."""
+    g = (grad_out @ v.mT).tril().detach()
+    log_P = P.detach().log().requires_grad_()  # these scores' softmax is P itself
+    A = log_P.softmax(-1)[..., :T]
+    return torch.autograd.grad(A, log_P, g)[0][..., :T], g, A.detach()
 
 
 def gradient_of_bias(model: GPT, idx, layer: int) -> torch.Tensor:
@@ -146,7 +167,7 @@ def test_quantized_attention_is_that_of_the_rotated(model, idx):
     before = model(idx)[0]
     with visiting([site for site in sites(model) if site.kind == PROBABILITIES], look):
         close(model(idx)[0], before)
-    close(seen, [P[..., :T] for *_, P in expected])
+    close(seen, [P[..., :T] for *_, P, _ in expected])
 
 
 def test_slopes_are_those_of_the_rotated(model, idx):
@@ -174,12 +195,13 @@ def test_slopes_are_those_of_the_rotated(model, idx):
 
 def test_the_rows_of_c_attn_are_those_that_make_queries_keys_and_values():
     torch.manual_seed(0)
-    attn = tiny_gpt().transformer.h[0].attn
+    model = tiny_gpt(**TODAY | {"qk_norm": False})
+    attn, config = model.transformer.h[0].attn, model.config
     seen, x = [], torch.randn(1, 3, 8)
     attn.core.register_forward_pre_hook(lambda _core, qkv: seen.extend(qkv))
     attn(x)
-    for (part, rows), expected in zip(rows_of_c_attn(attn.c_attn.weight, 2).items(), seen, strict=True):
-        assert rows.shape == (2, 4, 8), part
+    for (part, rows), expected in zip(rows_of_c_attn(attn.c_attn.weight, config).items(), seen, strict=True):
+        assert rows.shape == (4 if part == "q" else 2, 6, 8), part
         torch.testing.assert_close(x @ rows.mT, expected[0])  # (H, T, D); the biases are 0
 
 

@@ -23,8 +23,8 @@ from measure.quantize import (
     sites,
     visiting,
 )
-from model import GPT, attention_rows
-from tests.helpers import tiny_gpt
+from model import GPT, attention_rows, rotate, rotation
+from tests.helpers import TODAY, tiny_gpt
 
 T, V = 16, 256
 IDX = torch.randint(V, (5, T), generator=torch.Generator().manual_seed(0))
@@ -126,24 +126,39 @@ def written_out(model: GPT, idx: torch.Tensor, weight, activation) -> torch.Tens
     def linear(layer, kind, x):
         return F.linear(activation(kind, x), weight(layer), layer.bias)
 
-    x = activation(RESIDUAL, t.wte(idx) + t.wpe.weight[: idx.size(1)])
+    x = t.wte(idx) + (t.wpe.weight[: idx.size(1)] if "wpe" in t else 0)
+    x = activation(RESIDUAL, x)
     for block in t.h:
         q, k, v = (
-            z.unflatten(-1, (2, -1)).transpose(1, 2)
-            for z in linear(block.attn.c_attn, "attn.c_attn input", block.ln_1(x)).chunk(3, dim=-1)
+            z.unflatten(-1, (-1, block.attn.head_dim)).transpose(1, 2)
+            for z in linear(block.attn.c_attn, "attn.c_attn input", block.ln_1(x)).split(block.attn.sizes, dim=-1)
         )
+        q, k = block.attn.q_norm(q), block.attn.k_norm(k)
+        if "wpe" not in t:
+            turns = rotation(model.config, 0, idx.size(1), like=x)
+            q, k = rotate(q, *turns), rotate(k, *turns)
         P = attention_rows(q, k, **block.attn.arguments())[0]
+        v = v.repeat_interleave(q.size(1) // v.size(1), dim=1)
         y = (activation(PROBABILITIES, P) @ v).transpose(1, 2).flatten(2)
-        x = x + linear(block.attn.c_proj, "attn.c_proj input", y)
-        y = block.mlp.gelu(linear(block.mlp.c_fc, "mlp.c_fc input", block.ln_2(x)))
-        x = activation(RESIDUAL, x + linear(block.mlp.c_proj, "mlp.c_proj input", y))
+        attended = x + linear(block.attn.c_proj, "attn.c_proj input", y)
+        normed = block.ln_2(x if block.parallel_residual else attended)
+        y = linear(block.mlp.c_fc, "mlp.c_fc input", normed)
+        if block.mlp.c_gate is None:
+            y = block.mlp.gelu(y)
+        else:
+            y = F.silu(linear(block.mlp.c_gate, "mlp.c_fc input", normed)) * y
+        x = activation(RESIDUAL, attended + linear(block.mlp.c_proj, "mlp.c_proj input", y))
     return linear(model.lm_head, HEAD, t.ln_f(x))
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
+SHAPES = {"softmax": {}, "softmax1": {}, "sink": {}, "today": TODAY, "parallel": TODAY | {"parallel_residual": True}}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_quantized_model_is_the_forward_pass_written_out(normalizer):
-    model = random_gpt(normalizer=normalizer).double()  # sums in another order then round to the same points
+def test_quantized_model_is_the_forward_pass_written_out(shape):
+    normalizer = {"normalizer": shape} if shape in ("softmax1", "sink") else {}
+    model = random_gpt(**SHAPES[shape] | normalizer).double()  # sums in another order then round to the same points
     scheme = Scheme("", 6, False, 6, "per token", (*KINDS, HEAD))
     expected = written_out(
         model, IDX, lambda m: quantize_weight(m.weight, 6, False), lambda _, x: quantize_per_token(x, 6)
@@ -155,10 +170,11 @@ def test_quantized_model_is_the_forward_pass_written_out(normalizer):
     assert (logits - plain).abs().max() > 0.1
 
 
+@pytest.mark.parametrize("shape", [{}, TODAY], ids=["GPT-2", "today"])
 @pytest.mark.parametrize("kind", [*KINDS, HEAD])
 @torch.no_grad()
-def test_each_kind_of_site_alone(kind):
-    model = random_gpt().double()
+def test_each_kind_of_site_alone(kind, shape):
+    model = random_gpt(**shape).double()
     expected = written_out(model, IDX, lambda m: m.weight, lambda k, x: quantize_per_token(x, 6) if k == kind else x)
     with quantized(model, Scheme("", activation_bits=6, activations="per token", kinds=(kind,)), {}, head=True):
         torch.testing.assert_close(model(IDX)[0], expected)

@@ -17,7 +17,7 @@ from harness.figures import new_figure
 from harness.pretrained import save_hf
 from measure.activations import Activations
 from model import GPT
-from tests.helpers import read_json, save_model, tiny_corpus, tiny_gpt
+from tests.helpers import TODAY, read_json, save_model, tiny_corpus, tiny_gpt
 
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
 
@@ -197,3 +197,70 @@ def test_the_batches_are_those_of_the_split_and_the_count(corpus):
     rows = {row["name"]: row for row in result["rows"]}
     expected = Activations(model).update(idx).tensors["lm_head"].all.moments.excess_kurtosis
     assert rows["lm_head"]["excess_kurtosis"] == pytest.approx(expected, rel=1e-4)  # float32, other batch sizes
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1"])
+def test_sinks_drains_and_massive_activations_are_those_of_the_definitions(corpus, normalizer):
+    """In float64, of a model of today on windows of 7 tokens that a begin-of-text token starts."""
+    model = tiny_gpt(3, std=0.6, block_size=T, vocab_size=V, **TODAY | {"normalizer": normalizer})
+    model.transformer.wte.weight.data[0, 5] = 4000  # of the begin-of-text token alone, in every layer after it
+    options = ("--dtype", "float64", "--block-size", "8", "--bos", "0", "--batches", "3", "--batch-size", "2")
+    result = measured(model, corpus, *options)
+    tokens = Corpus(corpus, verify=()).tokens["val"].astype(np.int64)
+    offsets = 8 * np.linspace(0, 24, 6).astype(np.int64)  # 25 whole windows
+    idx = torch.from_numpy(np.stack([np.append(0, tokens[o : o + 7]) for o in offsets]))
+    seen: list[dict] = []
+    model = model.double()
+    for block in model.transformer.h:
+        at: dict = {}
+        block.attn.core.register_forward_pre_hook(lambda _, qkv, at=at: at.update(qkv=qkv))
+        block.register_forward_hook(lambda _, x, h, at=at: at.update(h=h))
+        seen.append(at)
+    with torch.no_grad():
+        model(idx)
+    rows, heads = {row["name"]: row for row in result["rows"]}, {(h["layer"], h["head"]): h for h in result["heads"]}
+    for layer, at in enumerate(seen):
+        (q, k, v), h = (x.numpy() for x in at["qkv"]), np.abs(at["h"].numpy())
+        for head in range(4):
+            scores = np.einsum("bid,bjd->bij", q[:, head], k[:, head // 2]) / 6**0.5
+            visible = np.tril(np.ones((8, 8), dtype=bool))
+            weights = np.where(visible, np.exp(scores), 0)
+            weights /= weights.sum(-1, keepdims=True) + (normalizer == "softmax1")
+            first, mass, norms = weights[..., 0], weights.sum(-1), np.linalg.norm(v[:, head // 2], axis=-1)
+            expected = {
+                "sink_rate": (first.mean(-1) > 0.3).mean(),
+                "sink_rate_over_row_mass": ((first / mass).mean(-1) > 0.3).mean(),
+                "first_mass": first.mean(),
+                "first_mass_without_query0": first[:, 1:].mean(),
+                "first_mass_over_row_mass": (first / mass).mean(),
+                "dormant": (first[:, 1:] > 0.9).mean(),
+                "row_mass": mass.mean(),
+                "null_mass": 1 - mass.mean(),
+                "max_score": scores[:, visible].max(),
+                "value_drain": norms[:, 0].mean() / norms[:, 1:].mean(),
+            }
+            found = heads[layer, head]
+            assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
+        norms, values = (np.linalg.norm(x, axis=-1) for x in (h, v.transpose(0, 2, 1, 3).reshape(6, 8, -1)))
+        median, at = np.sort(h, axis=None)[(h.size - 1) // 2], np.unravel_index(h.argmax(), h.shape)
+        where = sorted({tuple(place[1:]) for place in np.argwhere(h > max(100, 1000 * median)).tolist()})
+        row = rows[f"transformer.h.{layer}"]
+        assert row["max_at"] == list(at)
+        assert row["massive_at"] == [list(place) for place in where]
+        assert (0, 5) in where
+        expected = {
+            "residual_peak": norms[:, 0].mean() / norms[:, 1:].mean(),
+            "value_drain": values[:, 0].mean() / values[:, 1:].mean(),
+            "max_over_median": h.max() / median,
+            "max_abs": h.max(),
+            "sink_rate": np.mean([heads[layer, head]["sink_rate"] for head in range(4)]),
+            "max_score": max(heads[layer, head]["max_score"] for head in range(4)),
+        }
+        found = result["layers"][layer]
+        assert {name: found[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+        assert (found["token"], found["channel"], found["massive"]) == (*at[1:], True)
+    assert result["summary"]["residual_peak"] == max(row["residual_peak"] for row in result["layers"])
+    assert result["summary"]["value_drain"] == min(row["value_drain"] for row in result["layers"])
+    assert result["summary"]["massive_layers"] == 2
+    note = the_note(result, "massive activations of the residual stream after the block")
+    assert "token 0 channel 5 (2 of 2)" in note

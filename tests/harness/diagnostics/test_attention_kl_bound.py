@@ -36,6 +36,7 @@ def run_folder(tmp_path_factory):
 
 def measure(path: Path, **options):
     settings = {"data": None, "split": "val", "batches": 1, "batch_size": 1, "device": "cpu", "seed": 1337, "tau": 1.0}
+    settings |= {"block_size": None, "bos": None}
     return attention_kl_bound.measure(Subject(str(path), argparse.Namespace(**settings | options)))
 
 

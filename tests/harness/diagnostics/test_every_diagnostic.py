@@ -14,7 +14,16 @@ from harness.config import OptimizerConfig
 from harness.diagnostics import Diagnostic, run
 from harness.figures import new_figure
 from harness.optimizers import make_optimizer
-from tests.helpers import diagnose, random_ids, read_json, save_model, tiny_corpus, tiny_gpt
+from tests.helpers import (
+    TODAY,
+    diagnose,
+    random_ids,
+    read_json,
+    save_model,
+    tiny_corpus,
+    tiny_gpt,
+    with_repeated_keys,
+)
 
 NAMES = [module.name for module in pkgutil.iter_modules(diagnostics.__path__) if not module.name.endswith("_demo")]
 NO_DATA = ("weight_kurtosis",)  # reads the checkpoint alone
@@ -110,6 +119,42 @@ def test_help_explains_every_column_that_is_written(name, place, capsys):
             said = " ".join([*tables[title], *tables[title].values()])  # a line may explain several columns
             unsaid = {column for column in rows[0] if not re.search(rf"(?<!\w){re.escape(column)}(?!\w)", said)}
             assert unsaid <= UNEXPLAINED.get(name, set()), title
+
+
+# --- models of today --------------------------------------------------------------------------------------------------
+
+MORE_ROWS = {"quantization": ("layers",), "jacobian_energy": ("layers",), "activation_kurtosis": ("heads",)}
+REPEATED = re.compile(r"attn\.[kv]\b|c_attn(\.weight)?(\[[kv]|$)")  # what has other rows where keys are repeated
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_grouped_keys_have_the_figures_of_keys_repeated_for_each_query(name, parallel, place):
+    """A model with RoPE, RMSNorm, SwiGLU, norms of q and k and an untied head; and the same function ungrouped."""
+    model = tiny_gpt(2, noise=0.3, **TODAY | {"parallel_residual": parallel})
+    paths = [save_model(model, place / "grouped.pt", Path("corpus"))]
+    paths += [save_model(with_repeated_keys(model), place / "repeated.pt", Path("corpus"))]
+    options, rows = (("--direction", "random") if name == "attention_kl_bound" else ()), []
+    for path, reference in zip(paths, reversed(paths), strict=True):
+        arguments = command(name, str(path), *options, out=place / path.stem, reference=str(reference))
+        assert diagnose(diagnostic_of(name), *arguments) == 0
+        written = read_json(place / path.stem / f"{name}.json")
+        found = [row for title in ("rows", *MORE_ROWS.get(name, ())) for row in written[title]]
+        rows.append({str([row.get(label) for label in diagnostics.LABELS]): row for row in found})
+    grouped, repeated = rows
+    if name == "compare_kl":
+        assert all(row["max"] < 1e-6 for row in grouped.values() if row["divergence"].startswith("kl"))
+    elif name == "attention_kl_bound":  # a step parts the two: its slopes are held to differences in test_probe.py
+        assert grouped.keys() == repeated.keys()
+        assert all(row["rows"] and row["tightness_forward"] <= 1 + 1e-9 for row in grouped.values())
+    else:
+        labels = [label for label in repeated if not REPEATED.search(repeated[label].get("name") or "")]
+        assert len(labels) > 3
+        for label in labels:
+            assert grouped[label] == {
+                column: pytest.approx(x, rel=1e-3, abs=1e-4) if isinstance(x, float) else x
+                for column, x in repeated[label].items()
+            }, label
 
 
 # --- a corpus that has changed ----------------------------------------------------------------------------------------

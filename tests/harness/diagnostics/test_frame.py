@@ -3,9 +3,10 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -61,7 +62,7 @@ def corpus(tmp_path) -> Path:
 
 
 def checkpoint(path: Path, corpus: Path | None, config: GPTConfig = CONFIG) -> Path:
-    return save_model(tiny_gpt(**vars(config)), path, corpus)
+    return save_model(tiny_gpt(**asdict(config)), path, corpus)
 
 
 @pytest.fixture
@@ -147,7 +148,7 @@ OTHER_QUESTIONS = {  # than the checkpoint's with the defaults
     "an argument": lambda path: [path, "--split", "train"],
     "another checkpoint": lambda path: [path.with_name("best.pt")],
     "several checkpoints": lambda path: [path, path.with_name("best.pt")],
-    "a later step": lambda path: [save_model(tiny_gpt(**vars(CONFIG)), path, path.parents[1] / "corpus", step=8)],
+    "a later step": lambda path: [save_model(tiny_gpt(**asdict(CONFIG)), path, path.parents[1] / "corpus", step=8)],
 }
 
 
@@ -269,6 +270,32 @@ def shared_subject(tmp_path_factory) -> Subject:
         write_corpus(folder, [("train", "a" * 400), ("val", "b" * 201)], Chars(LETTERS), source="test")
         _shared.append(subject_of(checkpoint(folder / "run" / "ckpt.pt", folder)))
     return _shared[0]
+
+
+def test_windows_may_be_shorter_and_begin_with_a_token(path):
+    """Without gaps: 201 characters are 50 whole windows of 4."""
+    tokens = Corpus(path.parents[1] / "corpus").tokens["val"].astype(np.int64)
+    subject = subject_of(path, "--block-size", "4", "--bos", "12", "--batches", "13")
+    assert subject.arguments | {"block_size": 4, "bos": 12} == subject.arguments
+    x, y = (torch.cat(parts) for parts in zip(*subject.batches(), strict=True))
+    text = torch.from_numpy(tokens[:200]).view(50, 4)
+    assert torch.equal(y, text)
+    assert torch.equal(x, torch.cat((torch.full((50, 1), 12), text[:, :3]), dim=1))
+    plain = next(iter(subject_of(path, "--bos", "none").batches()))[0]
+    assert torch.equal(plain[0], torch.from_numpy(tokens[:10]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--block-size", "11"), "--block-size 11: the context of .*ckpt.pt is 10"),
+        (("--block-size", "0"), "--block-size 0: at least 1"),
+        (("--bos", "13"), "--bos 13: .*ckpt.pt has 13 token ids, from 0"),
+        (("--bos", "-1"), "--bos -1: a token's id, from 0, or none"),
+    ],
+)
+def test_a_window_or_a_token_that_the_model_has_not_is_refused(path, monkeypatch, capsys, arguments, message):
+    assert re.search(message, refusal(monkeypatch, capsys, path, "--device", "cpu", *arguments))
 
 
 def test_the_split_is_the_one_asked_for(path):

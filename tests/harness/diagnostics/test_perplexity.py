@@ -49,6 +49,23 @@ def report(folder: Path) -> dict:
     return read_json(folder / "diagnostics" / "perplexity.json")
 
 
+@pytest.mark.parametrize(("length", "stride"), [(101, 8), (105, 8), (101, 3), (97, 8)])
+def test_behind_a_begin_of_text_token_every_token_of_the_text_is_scored_once(folder, length, stride):
+    """Also the first, which has that token alone before it."""
+    write_corpus(folder / "corpus", [("train", TEXT), ("val", TEXT[:length])], Bytes(), source="test")
+    model, text, losses = random_gpt(vocab_size=256), torch.tensor(list(TEXT[:length])), []
+    with torch.no_grad():
+        for target in range(length):
+            start = max(0, -(-(target + 1 - 8) // stride)) * stride  # of the first window that has it as a target
+            window = torch.cat((torch.tensor([7]), text[start:target]))
+            losses.append(F.cross_entropy(model(window[None])[0][0, -1], text[target]).item())
+    options = ("--bos", "7", "--stride", stride, "--data", folder / "corpus")
+    assert diagnose(DIAGNOSTIC, folder / "ckpt.pt", *options) == 0
+    summary = report(folder)["summary"]
+    assert summary["tokens"] == length
+    assert summary["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+
+
 def test_ids_whose_text_is_not_known_have_no_bits_per_byte(tmp_path, capsys):
     (tmp_path / "corpus").mkdir()
     for split in ("train", "val"):

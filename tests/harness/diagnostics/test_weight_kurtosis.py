@@ -13,12 +13,12 @@ from harness.diagnostics import run
 from harness.diagnostics.weight_kurtosis import DIAGNOSTIC
 from measure.weights import KINDS, kind_of
 from model import GPT
-from tests.helpers import read_json, save_model, shakespeares_nanogpt, tiny_gpt
+from tests.helpers import TODAY, read_json, save_model, shakespeares_nanogpt, tiny_gpt
 
 
-def heavy_gpt() -> GPT:
+def heavy_gpt(**config) -> GPT:
     """Every parameter with tails of its own."""
-    model = tiny_gpt(vocab_size=17, n_head=3, n_embd=12, normalizer="sink")
+    model = tiny_gpt(vocab_size=17, **{"n_head": 3, "n_embd": 12, "normalizer": "sink"} | config)
     for i, parameter in enumerate(model.parameters()):
         torch.nn.init.normal_(parameter, mean=0.1 * i, std=0.02 * (i + 1))
         parameter.data.view(-1)[::7] *= 3
@@ -46,17 +46,18 @@ def same_as_scipy(row: dict, values: np.ndarray) -> None:
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-9, rel=1e-9)
 
 
-def test_every_parameter_and_every_kind_is_scipys(tmp_path):
-    model = heavy_gpt()
+@pytest.mark.parametrize("shape", [{}, TODAY], ids=["GPT-2", "today"])
+def test_every_parameter_and_every_kind_is_scipys(tmp_path, shape):
+    model = heavy_gpt(**shape)
     result = measured(model, tmp_path)
     rows = {row["name"]: row for row in result["rows"]}
-    pools = {kind: [] for kind in KINDS}
+    pools = {kind: [] for kind in KINDS if shape or kind not in ("query and key norm", "head")}
     for name, parameter in model.named_parameters():
         same_as_scipy(rows[name], parameter.detach().numpy())
         pools[kind_of(name)].append(parameter.detach().numpy().ravel())
     pools["all"] = [x for arrays in pools.values() for x in arrays]
     kinds = {row["name"]: row for row in result["kinds"]}
-    assert list(kinds) == [*KINDS, "all"]
+    assert list(kinds) == list(pools)
     for kind, arrays in pools.items():
         same_as_scipy(kinds[kind], np.concatenate(arrays))
         assert result["summary"][f"excess_kurtosis/{kind}"] == kinds[kind]["excess_kurtosis"]
@@ -74,6 +75,20 @@ def test_q_k_and_v_and_their_heads_are_cut_as_the_model_cuts_them(tmp_path, para
         same_as_scipy(rows[f"{name}[{part}]"], third)
         for head in range(3):
             same_as_scipy(rows[f"{name}[{part}, head {head}]"], third[4 * head : 4 * (head + 1)])
+
+
+def test_grouped_keys_and_values_have_as_many_rows_as_heads(tmp_path):
+    model = heavy_gpt(**TODAY)
+    rows = {row["name"]: row for row in measured(model, tmp_path)["rows"]}
+    name = "transformer.h.1.attn.c_attn.weight"
+    value, start = model.get_parameter(name).detach().numpy(), 0
+    for part, heads in {"q": 4, "k": 2, "v": 2}.items():
+        assert f"{name}[{part}, head {heads}]" not in rows
+        same_as_scipy(rows[f"{name}[{part}]"], value[start : start + 6 * heads])
+        for head in range(heads):
+            same_as_scipy(rows[f"{name}[{part}, head {head}]"], value[start : start + 6])
+            start += 6
+    assert start == len(value)
 
 
 def test_the_tied_head_is_counted_once(tmp_path):
