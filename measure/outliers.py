@@ -49,7 +49,8 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
 
 
 def by_layer(rows: list[dict], heads: list[dict]) -> list[dict]:
-    """A row for each layer: means over its heads, their largest score, and the residual peak and the largest element of its block's output."""
+    """A row for each layer: means over its heads, their largest score, and the residual peak and the largest element of
+    its block's output."""
     named, layers = {row["name"]: row for row in rows}, []
     for layer in dict.fromkeys(head["layer"] for head in heads):
         of_layer = [head for head in heads if head["layer"] == layer]
