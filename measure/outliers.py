@@ -29,14 +29,15 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
     for which in ("", " [visible]", " [late]"):
         kurtosis = [row["excess_kurtosis"] for row in rows if row["name"].endswith(f"attn.probabilities{which}")]
         summary[f"kurtosis of attention probabilities{which}"] = over(np.mean, kurtosis)
-    residual, values = ([row for row in rows if kind_of(row["name"]) == kind] for kind in ("transformer.h", "attn.v"))
+    residual = [row for row in rows if kind_of(row["name"]) == "transformer.h"]
     means = [name for name in heads[0] if name not in ("layer", "head", "max_score", "value_drain")]
+    drains = [layer["value_drain"] for layer in by_layer(rows, heads)]
     return (
         summary
         | {name: over(np.mean, [head[name] for head in heads]) for name in means}
         | {
             "max_score": over(max, [head["max_score"] for head in heads]),
-            "value_drain": over(min, [row["first_norm_ratio"] for row in values]),
+            "value_drain": over(min, drains),
             "residual_peak": over(max, [row["first_norm_ratio"] for row in residual]),
             "residual_max_abs": over(max, [row["max_abs"] for row in residual]),
             "residual_max_over_median": over(max, [row["max_over_median"] for row in residual]),
@@ -48,20 +49,19 @@ def summarize(rows: list[dict], heads: list[dict]) -> dict[str, float | None]:
 
 
 def by_layer(rows: list[dict], heads: list[dict]) -> list[dict]:
-    """A row for each layer: means over its heads, their largest score, the value drain of all its values together, and
-    the residual peak and the largest element of its block's output."""
+    """A row for each layer: means over its heads, their largest score, and the residual peak and the largest element of
+    its block's output."""
     named, layers = {row["name"]: row for row in rows}, []
     for layer in dict.fromkeys(head["layer"] for head in heads):
         of_layer = [head for head in heads if head["layer"] == layer]
-        block, values = named[f"transformer.h.{layer}"], named[f"transformer.h.{layer}.attn.v"]
-        means = [name for name in of_layer[0] if name not in ("layer", "head", "max_score", "value_drain")]
+        block = named[f"transformer.h.{layer}"]
+        means = [name for name in of_layer[0] if name not in ("layer", "head", "max_score")]
         at = block["max_at"] or (None, None, None)
         layers.append(
             {"layer": layer}
             | {name: over(np.mean, [head[name] for head in of_layer]) for name in means}
             | {
                 "max_score": over(max, [head["max_score"] for head in of_layer]),
-                "value_drain": values["first_norm_ratio"],
                 "residual_peak": block["first_norm_ratio"],
                 "max_abs": block["max_abs"],
                 "token": at[1],

@@ -152,7 +152,6 @@ LAYERS = {
     "layer": "from 0",
     **{name: "mean over the layer's heads, see heads" for name in HEADS},
     "max_score": "the largest of its heads",
-    "value_drain": "that of all its values together",
     "residual_peak": "first_norm_ratio of its block's output: ‖h₀‖ over ‖h_j‖",
     "max_abs": "the largest |h| of its block's output",
     "token": "where that is: its position in the window, from 0",
@@ -185,7 +184,7 @@ DIAGNOSTIC = Diagnostic(
         "massive_at": f"token and channel of the massive activations: |x| > {LARGE:g} and > {TIMES:g} × the median "
         "(Sun et al. 2024), in whichever sequences; empty where there is none",
         "first_norm_ratio": "‖x₀‖ of the first token over ‖x_j‖ of the others, each averaged over sequences: of a "
-        "block's output the residual peak, of attn.v the value drain (Guo et al. 2024)",
+        "block's output the residual peak, of attn.v the value drain of all heads together (Guo et al. 2024)",
     },
     measure=measure,
     draw=draw,

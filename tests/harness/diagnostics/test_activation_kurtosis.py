@@ -246,11 +246,13 @@ def test_sinks_drains_and_massive_activations_are_those_of_the_definitions(corpu
         where = sorted({tuple(place[1:]) for place in np.argwhere(h > max(100, 1000 * median)).tolist()})
         row = rows[f"transformer.h.{layer}"]
         assert row["max_at"] == list(at)
+        whole = values[:, 0].mean() / values[:, 1:].mean()
+        assert rows[f"transformer.h.{layer}.attn.v"]["first_norm_ratio"] == pytest.approx(whole, rel=1e-9)
         assert row["massive_at"] == [list(place) for place in where]
         assert (0, 5) in where
         expected = {
             "residual_peak": norms[:, 0].mean() / norms[:, 1:].mean(),
-            "value_drain": values[:, 0].mean() / values[:, 1:].mean(),
+            "value_drain": np.mean([heads[layer, head]["value_drain"] for head in range(4)]),
             "max_over_median": h.max() / median,
             "max_abs": h.max(),
             "sink_rate": np.mean([heads[layer, head]["sink_rate"] for head in range(4)]),
