@@ -270,7 +270,12 @@ def read_config(c: dict[str, Any]) -> tuple[Family, GPTConfig]:
         raise ValueError(f"its hidden_size, {config.n_embd}, is not a multiple of its {config.n_head} attention heads")
     if "mlp_bias" in family.keys and config.qkv_bias != config.bias:
         raise ValueError("this GPT cannot express an attention_bias that is not its mlp_bias: the two go together")
-    _check_layers(c, family, config)
+    try:
+        _check_layers(c, family, config)
+    except (TypeError, ArithmeticError) as e:
+        about = ("layer_types", "sliding_window", "use_sliding_window", "max_window_layers", "no_rope_layers")
+        said = ", ".join(f"{key} {c[key]!r:.30}" for key in about if key in c)
+        raise ValueError(f"its config.json says of its layers what has no sense: {said}") from e
     return family, config
 
 
@@ -332,8 +337,8 @@ def _check_layers(c: dict[str, Any], family: Family, config: GPTConfig) -> None:
     window = said.get("sliding_window")
     if others := types - ({"sliding_attention"} if window is not None else set()):
         raise ValueError(f"this GPT cannot express its layer_types: {', '.join(map(str, others))}")
-    slides = "sliding_window" in family.left_out and window is not None
-    slides &= said.get("use_sliding_window", True) and said.get("max_window_layers", 0) < config.n_layer
+    slides = "sliding_window" in family.left_out and window is not None and said.get("use_sliding_window", True)
+    slides = slides and said.get("max_window_layers", 0) < config.n_layer
     if (slides or types) and not (isinstance(window, int) and window >= config.block_size):
         raise ValueError(
             f"this GPT cannot express its sliding_window, {window!r:.50}, in a context of {config.block_size}: it "

@@ -50,14 +50,15 @@ def load_hf(name_or_folder: str) -> GPT:
         )
     try:
         family, config = read_config(c)
-    except (TypeError, ValueError, ArithmeticError) as e:  # the latter where a key that is rarely there has no sense
+    except ValueError as e:
         raise UserError(f"{source}: {e}") from e
     try:
         with torch.device("meta"):  # neither memory nor time for a start that the weights replace
             model = GPT(config)
         model.to_empty(device="cpu")
-    except RuntimeError as e:
-        raise UserError(f"{source}: its config.json makes a GPT that does not fit into memory: {e}") from e
+    except (RuntimeError, TypeError, OverflowError) as e:  # the latter two where a size is no machine's integer
+        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in ("n_layer", "n_embd", "n_inner", "vocab_size"))
+        raise UserError(f"{source}: its config.json makes a GPT that does not fit into memory, of {sizes}") from e
     if config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     try:

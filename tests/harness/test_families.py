@@ -122,6 +122,9 @@ LONG = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
         ("llama", {"layer_types": ["full_attention", "chunked_attention"] * 2}),
         ("smollm3", {"no_rope_layers": [1, 1, 1, 0]}),
         ("smollm3", {"no_rope_layers": None}),  # then every fourth layer has none
+        ("llama", {"layer_types": 3}),
+        ("qwen2", {"max_window_layers": "all", "use_sliding_window": True, "sliding_window": 3}),
+        ("smollm3", {"no_rope_layers": 1}),
         ("llama", {"rms_norm_eps": "small"}),
         ("llama", {"tie_word_embeddings": 1}),
         ("qwen2", {"num_key_value_heads": 1.5}),

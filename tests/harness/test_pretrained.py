@@ -427,6 +427,7 @@ def test_weights_in_several_files(tmp_path):
         {"n_layer": None},
         {"pruned_heads": {"0": [1]}},
         {"activation_function": ["gelu"]},
+        {"vocab_size": 10**30},
     ],
 )
 def test_a_config_that_cannot_be_followed_is_refused_by_its_key(tmp_path, changes):
