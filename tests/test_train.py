@@ -22,9 +22,15 @@ from train import describe
 pytestmark = pytest.mark.usefixtures("training_folder")
 
 
-@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("dropout", ["0.1", pytest.param("0.0", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("micro_batch_size", ["2", pytest.param("8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    ("micro_batch_size", "dropout", "dtype"),  # every pair of values of two of them
+    [
+        ("2", "0.1", "float32"),
+        pytest.param("8", "0.0", "float32", marks=pytest.mark.slow),
+        pytest.param("2", "0.0", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("8", "0.1", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, dropout, micro_batch_size):
     how = ("--training.dtype", dtype, "--model.dropout", dropout, "--training.micro_batch_size", micro_batch_size)
     whole = finished("whole", *how)
@@ -78,10 +84,10 @@ def noted(name, function):
     return call
 
 forward = GPT.forward
-def watched(self, idx, targets=None):
+def watched(self, idx, targets=None, **how):
     if not self.training and not torch.is_grad_enabled():
         seen.append(["forward", list(idx.shape)])
-    return forward(self, idx, targets)
+    return forward(self, idx, targets, **how)
 
 GPT.forward = watched
 GPT.state_dict = noted("state of the model", GPT.state_dict)

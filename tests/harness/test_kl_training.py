@@ -295,20 +295,22 @@ def test_it_is_off_unless_a_reference_is_named(base):
 
 @pytest.mark.slow
 def test_the_losses_stay_plain_and_a_weight_of_0_only_looks(base):
-    """Dropout draws the same numbers beside a reference, whose config has dropout as well."""
+    """Dropout draws the same numbers beside a reference, whose config has dropout as well. Beside one the loss is that
+    of all the logits, which the KL needs, and without it is by chunks: the same up to rounding."""
     dropout = ("--model.dropout", "0.1")
     finished("base", "--training.resume", "never", "--training.overwrite", "true", *dropout)
     without = finished("without", *SHORT, *dropout)
     beside = finished("beside", *SHORT, *dropout, *BARRIER, "--kl.weight", "0")
     names = ("train/loss", "val/loss", "train/grad_norm")
-    assert columns(without.metrics(), *names) == columns(beside.metrics(), *names)
+    for plain, looked_at in zip(columns(without.metrics(), *names), columns(beside.metrics(), *names), strict=True):
+        assert looked_at == pytest.approx(plain, rel=1e-5)
     assert all(list(line)[2:7] == KL_METRICS for line in beside.metrics()[1:])
     assert all(line["kl/penalty"] == 0 < line["kl/mean"] < line["kl/rmse"] < line["kl/max"]
                for line in beside.metrics()[1:])  # fmt: skip
     pushed = finished("pushed", *SHORT, *dropout, *BARRIER, "--kl.weight", "100")
     first, pushed_first = without.metrics()[1], pushed.metrics()[1]
     assert pushed_first["kl/penalty"] > 1
-    assert first["train/loss"] == pushed_first["train/loss"]
+    assert first["train/loss"] == pytest.approx(pushed_first["train/loss"], rel=1e-6)
     assert first["train/grad_norm"] != pushed_first["train/grad_norm"]
 
 
