@@ -33,9 +33,12 @@ def test_a_dry_run_of_the_whole_report(tmp_path):
     """One test, since the run takes a minute of two cores."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(900))
     write_corpus(tmp_path / "corpus", [("train", text), ("val", text[:2000])], Bytes(), source="a test")
-    done = run_script("--cpu", "--out", tmp_path, "--corpus", tmp_path / "corpus", "--seed", "1", cwd=tmp_path)
+    # Without those two whose code is that of others, on other shapes and variants.
+    sections = [name for name in SECTIONS if name not in ("exactness_shapes", "steps_variants")]
+    options = ("--cpu", "--seed", "1", "--sections", *sections)
+    done = run_script(*options, "--out", tmp_path, "--corpus", tmp_path / "corpus", cwd=tmp_path)
     report, document = report_in(tmp_path)
-    assert {section["section"]: section["error"] for section in report["sections"]} == dict.fromkeys(SECTIONS)
+    assert {section["section"]: section["error"] for section in report["sections"]} == dict.fromkeys(sections)
     assert done.returncode == 0, done.stderr
     assert document == markdown(report)
     for section in report["sections"]:
@@ -44,8 +47,8 @@ def test_a_dry_run_of_the_whole_report(tmp_path):
         assert f"## {title}" in document
         assert f"\n{title}, " in done.stdout
     rows = {section["section"]: section["rows"] for section in report["sections"]}
-    every_variant_is_exact_on_every_backend(rows["exactness"] + rows["exactness_shapes"])
-    every_kind_of_variant_steps_beside_the_baseline(rows["steps"] + rows["steps_variants"])
+    every_variant_is_exact_on_every_backend(rows["exactness"])
+    every_kind_of_variant_steps_beside_the_baseline(rows["steps"])
     two_models_are_trained_and_diagnosed(rows["training"])
     the_markdown_has_a_row_for_each_measurement(report, document)
 
@@ -58,7 +61,7 @@ def every_variant_is_exact_on_every_backend(rows):
 
 
 def every_kind_of_variant_steps_beside_the_baseline(rows):
-    names = {"nanoGPT's loop", "full", "full, 32 at a time", "diagonal", "ste"}
+    names = {"nanoGPT's loop", "full", "full, 32 at a time"}
     assert {row["variant"].split("/")[-1] for row in rows} == names
     for row in rows:
         assert row["tokens/s"] == pytest.approx(1e3 * row["tokens"] / row["ms"])
