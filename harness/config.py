@@ -78,9 +78,9 @@ class OptimizerConfig:
     """step at which min_lr is reached; null: training.max_steps"""
     weight_decay: NonNegativeFloat = 0.1
     """of matrices and embeddings; biases and layer norms never decay"""
-    beta1: Beta = 0.9  # type: ignore[valid-type]
+    beta1: Beta = 0.9  # type: ignore[valid-type]  # as Seed
     """decay rate of the gradient's mean"""
-    beta2: Beta = 0.99  # type: ignore[valid-type]
+    beta2: Beta = 0.99  # type: ignore[valid-type]  # as Seed
     """decay rate of the gradient's square"""
     grad_clip: NonNegativeFloat = 1.0
     """largest norm of the whole gradient; 0: no clipping"""

@@ -76,9 +76,12 @@ def _fill(model: GPT, family: Family, weights: Iterator[tuple[str, Tensor]]) -> 
     known |= {"lm_head.weight": family.head, family.head: family.head}
     filled: set[str] = set()
     unknown: set[str] = set()
-    for given, weight in weights:
+    head = None  # of a tied model, to be compared when the embedding is there
+
+    def take(given: str, weight: Tensor) -> None:
+        nonlocal head
         if _BUFFERS.search(given) or (given.endswith((".attn.bias", ".attention.bias")) and weight.dim() == 4):
-            continue
+            return
         if weight.dtype not in FLOATS:
             dtype = str(weight.dtype).removeprefix("torch.")
             raise ValueError(f"{given} is {dtype}: weights that were quantized cannot be loaded, save them as float32")
@@ -87,21 +90,25 @@ def _fill(model: GPT, family: Family, weights: Iterator[tuple[str, Tensor]]) -> 
         name = next((known[rest] for rest in inner if rest in known), None)
         if name is None:
             unknown.add(given)
-            continue
+            return
         if name in filled:
             raise ValueError(f"{given} and another of the weights are both {name}")
         filled.add(name)
         if name not in stored:
-            head = weight  # of a tied model, to be compared when the embedding is there
-            continue
+            head = weight
+            return
         shape, place = stored[name]
         if weight.shape != shape:
             raise ValueError(f"{given} is {tuple(weight.shape)}, where config.json makes it {tuple(shape)}")
         place.copy_(weight.reshape(place.shape))
+
+    for item in weights:
+        take(*item)
+        del item  # the last of a file's tensors must not be there beside the next file's
     for problem, names in (("lack", stored.keys() - filled), ("also have", unknown)):
         if names:
             raise ValueError(f"the weights {problem} {listed(names)}")
-    if family.head in filled - stored.keys():
+    if head is not None:
         embedding = model.transformer.wte.weight
         if head.shape != embedding.shape or not ((head == embedding) | (head.isnan() & embedding.isnan())).all():
             raise ValueError(f"{family.head} is not the embedding, to which config.json ties it (tie_word_embeddings)")

@@ -158,7 +158,7 @@ def stored_steps(folder: Path, run_id: str) -> set[int]:
     """The steps of that run in wandb's files in `folder`, as far as these can be read. They are logs in LevelDB's
     format: a header of 7 bytes, then blocks of 32 KiB with chunks of records; a chunk is a checksum (4 bytes), a length
     (2), a kind (1: a whole record, 2, 3, 4: its first, middle and last part) and the data."""
-    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]  # protobuf makes it at import
 
     steps = set()
     for file in folder.glob(f"wandb/*/run-{run_id}.wandb"):

@@ -79,7 +79,7 @@ class FusedAttention(torch.autograd.Function):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
         backward, dropout_p, scale, backend = ctx.arguments
         if torch.is_grad_enabled():  # only where a graph of the gradients is asked for
-            if dropout_p:
+            if dropout_p:  # which weights the kernel dropped is known to its own backward alone
                 raise NotImplementedError(f"with dropout ({dropout_p}) backend {backend!r} has no second derivatives")
             return *differentiable_gradients(q, k, v, null_logit, grad, backward, scale), None, None, None, None
         q, k, v, grad = map(_contiguous_rows, (q, k, v, grad))
