@@ -100,12 +100,12 @@ class Normalizer:
 NORMALIZERS: dict[str, Normalizer] = {
     "softmax": Normalizer(softmax_weights, diagonal=softmax_diagonal),
     "softmax1": Normalizer(softmax_weights, diagonal=softmax_diagonal, null_logit=0.0),
-    # Each head learns its null slot's logit, as in gpt-oss (OpenAI 2025); it starts as softmax1.
+    # Each head learns its null slot's logit, as in gpt-oss (OpenAI 2025).
     "sink": Normalizer(
         softmax_weights,
         diagonal=softmax_diagonal,
         null_logit="sink",
-        parameters={"sink": lambda config: torch.zeros(config.n_head)},
+        parameters={"sink": lambda config: torch.full((config.n_head,), config.sink_init)},
     ),
 }
 
@@ -317,6 +317,8 @@ class GPTConfig:
     """gelu: c_proj(gelu(c_fc(x))); swiglu: c_proj(silu(c_gate(x)) · c_fc(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
+    sink_init: float = field(default=0.0, metadata={"free": True, "forward": False})
+    """normalizer sink: its logit at the start; 0 is softmax1, far below every score, as −20, softmax"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
     activation: Activation = "gelu_tanh"
@@ -336,6 +338,8 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
+        if not math.isfinite(self.sink_init):
+            raise ValueError(f"sink_init is {self.sink_init}, but must be finite")
         for name in ("rope_theta", "rope_fraction", "rope_scaling", "norm_eps"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {value}, but must be positive and finite")

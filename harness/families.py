@@ -382,7 +382,7 @@ def _write_config(config: GPTConfig, name: str) -> dict[str, Any]:
 def _explicit(config: GPTConfig) -> GPTConfig:
     """The same model, with a value for null where other fields give it, and defaults in fields that change nothing."""
     default: dict[str, Any] = {f.name: f.default for f in fields(config)}
-    unused = {"dropout", "backward"}
+    unused = {"dropout", "backward", "sink_init"}
     unused |= {"activation"} if config.mlp == "swiglu" else set()
     unused |= {"rope_original_context"} if config.rope_scaling == 1 else set()
     unused |= {f for f in default if f.startswith("rope_")} if config.position != "rope" else set()
