@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kernels.backends import attention_backend, check_inputs, use_backend
+from kernels.backends import attention_backend, check_inputs, check_parameters
 from kernels.fused import SlopedProduct, fused_attention, repeat_heads
 from kernels.loss import cross_entropy, linear_cross_entropy
 
@@ -81,14 +81,15 @@ class Normalizer:
     diagonal: Callable[..., Tensor] | None = None
     """(scores, weights, parameters) → ∂weights_ij/∂scores_ij. Without it the backward "diagonal" is refused."""
     null_logit: float | str | None = None
-    """Where the softmax covers a null slot besides the keys: the slot's logit, or the parameter that holds it."""
+    """Where the softmax covers a null slot besides the keys: the slot's logit, or the parameter that holds it. A slot
+    with a key and a value of its own has the parameters null_key and null_value, (H_kv, D) each, instead."""
 
     def __post_init__(self):
         if not self.is_softmax and self.null_logit is not None:
             raise ValueError("a null_logit goes with softmax_weights: other weights have no slot for it")
         known = {self.null_logit} if isinstance(self.null_logit, str) else set()
-        if self.is_softmax and set(self.parameters) != known:
-            raise ValueError("softmax_weights takes no parameter but the one that null_logit names")
+        if self.is_softmax and set(self.parameters) not in (known, known or {"null_key", "null_value"}):
+            raise ValueError("softmax_weights takes no parameters but its null_logit, or null_key and null_value")
 
     @property
     def is_softmax(self) -> bool:
@@ -106,6 +107,12 @@ NORMALIZERS: dict[str, Normalizer] = {
         diagonal=softmax_diagonal,
         null_logit="sink",
         parameters={"sink": lambda config: torch.full((config.n_head,), config.sink_init)},
+    ),
+    # A key and a value that belong to no token, in front of all others (Gu et al. 2024). It starts as softmax1.
+    "kvbias": Normalizer(
+        softmax_weights,
+        diagonal=softmax_diagonal,
+        parameters=dict.fromkeys(("null_key", "null_value"), lambda c: torch.zeros(c.kv_heads, c.head_size)),
     ),
 }
 
@@ -139,18 +146,21 @@ def attention(
     `null_logit` (H,) gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0 softmax1, log n
     softmax_n, ∞ gives zeros; a learned one, "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
-    `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit.
+    `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit: kvbias
+    null_key and null_value (H_kv, D), a key and a value in front of all others, with the gradients of any other.
     `scale` multiplies q·k, 1/√D by default. The result can be differentiated as often as you like, from the second time
     on in O(T²) memory. Raises ValueError, naming what was given and what is allowed.
     """
     entry = find_normalizer(normalizer)
     _check_backward(backward, normalizer)
-    _check_parameters(entry, normalizer, null_logit, parameters)
+    check_parameters(entry, normalizer, null_logit, parameters)
     check_inputs(q, k, v, null_logit, dropout_p, scale, parameters)
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     null_logit = _null_logit(entry, null_logit, q)
+    if "null_key" in parameters:
+        k, v, parameters = in_front(parameters["null_key"], k), in_front(parameters["null_value"], v), {}
     stock = backward == "full" and null_logit is None
     # Without queries, or without a batch, PyTorch's kernels would divide by zero.
     backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax) if q.numel() else "materialized"
@@ -163,11 +173,6 @@ def attention(
 
 
 # --- the readable form: reference, fallback and oracle ----------------------------------------------------------------
-
-
-def materialized_attention():
-    """Within this context `attention` takes the readable form everywhere."""
-    return use_backend("materialized")
 
 
 def attention_rows(
@@ -185,11 +190,18 @@ def attention_rows(
     (B, H, T_q, 1), None where there is no such slot. Aligned at the end as in `attention`, so that a block of queries
     needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
-    entry = find_normalizer(normalizer)
+    entry, has_key = find_normalizer(normalizer), "null_key" in parameters
+    k = in_front(parameters["null_key"], k) if has_key else k
     scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
-    if entry.is_softmax:
-        return softmax_rows(scores, _null_logit(entry, null_logit, q))
-    return _weights(entry, scores, parameters), None
+    if not entry.is_softmax:
+        return _weights(entry, scores, parameters), None
+    P, null = softmax_rows(scores, _null_logit(entry, null_logit, q))
+    return (P[..., 1:], P[..., :1]) if has_key else (P, null)
+
+
+def in_front(null: Tensor, x: Tensor) -> Tensor:
+    """The null slot's key, or its value, (H_kv, D), in front of those of the tokens, x (B, H_kv, T, D)."""
+    return torch.cat((null[None, :, None].expand(len(x), -1, -1, -1).to(x.dtype), x), dim=2)
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -245,18 +257,6 @@ def _check_backward(backward: str, normalizer: str) -> None:
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
     if find_normalizer(normalizer).diagonal is None and backward == "diagonal":
         raise ValueError(f"normalizer {normalizer!r} has no backward 'diagonal': its entry does not say the diagonal")
-
-
-def _check_parameters(entry: Normalizer, normalizer: str, null_logit, parameters: dict[str, Tensor]) -> None:
-    if set(parameters) != (wanted := set(entry.parameters) - {entry.null_logit}):
-        what = f"takes the parameters {', '.join(sorted(wanted))}" if wanted else "takes no parameters"
-        raise ValueError(f"normalizer {normalizer!r} {what}, and not {', '.join(sorted(parameters)) or 'none'}")
-    if null_logit is not None and not entry.is_softmax:
-        raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
-    if null_logit is not None and isinstance(entry.null_logit, int | float):
-        raise ValueError(f"{normalizer} is the null logit {entry.null_logit:g}: a null_logit goes with sink or softmax")
-    if null_logit is None and isinstance(entry.null_logit, str):
-        raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
 
 
 # --- the model ------------------------------------------------------------------------------------------------------

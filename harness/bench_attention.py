@@ -22,7 +22,8 @@ from harness.device import choose_device, peak_memory
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure, save_figure
 from harness.timing import Laps, in_turn, median_ratio
-from model import NORMALIZERS, Backward, attention, materialized_attention
+from kernels.backends import materialized_attention
+from model import NORMALIZERS, Backward, attention
 
 FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
 VARIANTS: dict[str, tuple[str, Backward]] = {

@@ -23,11 +23,12 @@ def make_optimizer(model: GPT, config: OptimizerConfig, fused: bool = True) -> t
 
 
 def parameter_groups(model: GPT, weight_decay: float) -> list[dict]:
-    """Matrices and embeddings decay; biases and norms (one dimension) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    """Matrices and embeddings decay; biases and norms (one dimension), and what the normalizer learns, do not."""
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    decaying = {name for name, p in parameters.items() if p.dim() >= 2} - model.normalizer_parameters().keys()
     return [
-        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for name, p in parameters.items() if name in decaying], "weight_decay": weight_decay},
+        {"params": [p for name, p in parameters.items() if name not in decaying], "weight_decay": 0.0},
     ]
 
 

@@ -17,7 +17,8 @@ from harness.device import choose_compile, choose_device, choose_dtype, keep_fre
 from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
 from harness.timing import Laps
-from model import GPT, use_backend
+from kernels.backends import use_backend
+from model import GPT
 
 PHASES = ("data", "forward", "kl", "backward", "optimizer")
 

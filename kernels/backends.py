@@ -131,6 +131,11 @@ def use_backend(name: str):
         _backend_in_use = former
 
 
+def materialized_attention():
+    """Within this context `attention` takes the readable form everywhere."""
+    return use_backend("materialized")
+
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -158,3 +163,21 @@ def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, par
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
     if null_logit is not None and null_logit.shape != (q.size(1),):
         raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
+    for name in {"null_key", "null_value"} & set(parameters):
+        if (shape := parameters[name].shape) != (k.size(1), k.size(-1)):
+            raise ValueError(f"{name} {tuple(shape)}: need one for each head of keys, {(k.size(1), k.size(-1))}")
+
+
+def check_parameters(entry, normalizer: str, null_logit: Tensor | None, parameters: dict[str, Tensor]) -> None:
+    """ValueError where a normalizer, an entry of `model.NORMALIZERS` and its name, is not given just what it takes."""
+    if set(parameters) != (wanted := set(entry.parameters) - {entry.null_logit}):
+        what = f"takes the parameters {', '.join(sorted(wanted))}" if wanted else "takes no parameters"
+        raise ValueError(f"normalizer {normalizer!r} {what}, and not {', '.join(sorted(parameters)) or 'none'}")
+    if null_logit is not None and not entry.is_softmax:
+        raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
+    if null_logit is not None and "null_key" in parameters:
+        raise ValueError(f"normalizer {normalizer!r} has a null slot with a key, so a null_logit does not go with it")
+    if null_logit is not None and isinstance(entry.null_logit, int | float):
+        raise ValueError(f"{normalizer} is the null logit {entry.null_logit:g}: a null_logit goes with sink or softmax")
+    if null_logit is None and isinstance(entry.null_logit, str):
+        raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")

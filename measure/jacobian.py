@@ -7,7 +7,8 @@ gradient of the scores is
     full  s_ij = A_ij (g_ij − m_i)     diagonal  d_ij = A_ij (1 − A_ij) g_ij     lateral  o_ij = s_ij − d_ij
 
 and `Σ s² = Σ d² + Σ o² + 2 Σ d·o`. The maps exist in float64, one row block of one layer and sequence at a time. A null
-slot (softmax1, sink) has value 0, so it adds nothing to m, and the sums run over the keys alone.
+slot of value 0 (softmax1, sink) adds nothing to m, one with a value (kvbias) its own A g; the sums run over the keys
+alone.
 
 For a normalizer that is no softmax, s is the derivative of its weights A(S), `s_ij = Σ_k g_ik ∂A_ik/∂S_ij`, and d is g
 times the diagonal that its entry in `model.NORMALIZERS` gives.
@@ -21,6 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kernels.backends import check_parameters
 from measure.activations import row_entropy
 from measure.moments import float64
 from measure.probe import capture_attention
@@ -63,12 +65,11 @@ def jacobian_energy(
             "q and grad_out must share one shape (B, H, T, D), and k and v the same with H or fewer heads, of which H "
             f"is a multiple, not {', '.join(map(str, shapes))}"
         )
-    learned = isinstance(find_normalizer(normalizer).null_logit, str)
-    if (null_logit is not None) != learned:
-        if learned:
-            raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")
-        raise ValueError(f"a null_logit, one learned logit a head, goes with 'sink', and not with {normalizer!r}")
+    entry = find_normalizer(normalizer)
+    check_parameters(entry, normalizer, null_logit, parameters)
     if null_logit is not None:
+        if entry.null_logit is None:
+            raise ValueError(f"a null_logit, one learned logit a head, goes with 'sink', and not with {normalizer!r}")
         parameters["null_logit"] = null_logit
     tensors = zip(q, k, v, grad_out, strict=True)
     return pool([split_of_sequence(*one, normalizer, scale, **parameters) for one in tensors])
@@ -81,8 +82,10 @@ def split_of_sequence(
     """The sums and means of one sequence, from which `pool` makes the columns: q and dL/dO (H, T, D), k and
     v (H_kv, T, D) → (H,) float64 each. The normalizer, its parameters (a null logit among them) and the scale as
     `attention` takes them."""
-    q, k, v, grad_out = (repeat_heads(float64(x)[None], len(q))[0] for x in (q, k, v, grad_out))
+    q, k, v, grad_out = map(float64, (q, k, v, grad_out))
     parameters = {name: float64(x) for name, x in parameters.items()}
+    null_value = parameters.get("null_value", v.new_zeros(len(v), v.size(-1)))
+    v, null_value = (repeat_heads(x[None], len(q))[0] for x in (v, null_value[:, None]))  # (H, T, D), (H, 1, D)
     scale = q.size(-1) ** -0.5 if scale is None else scale
     H, T, _ = q.shape
     sums: dict[str, Tensor] = {}
@@ -93,9 +96,10 @@ def split_of_sequence(
         rows, keys = q[None, :, start:end], k[None, :, :end]
         A, null = attention_rows(rows, keys, normalizer=normalizer, scale=scale, **parameters)
         A, null = A[0], None if null is None else null[0]
-        g = (grad_out[:, start:end] @ v[:, :end].transpose(-2, -1)).tril(start)
+        g = (grad_out[:, start:end] @ v[:, :end].mT).tril(start)
         if find_normalizer(normalizer).is_softmax:
-            gradients = softmax_gradients(A, g)
+            of_null = 0 if null is None else null * (grad_out[:, start:end] @ null_value.mT)
+            gradients = softmax_gradients(A, g, of_null)
         else:
             scores = attention_scores(rows, keys, scale)
             gradients = general_gradients(scores, g, normalizer, parameters)
@@ -115,9 +119,10 @@ class ScoreGradients(NamedTuple):
     jacobian_offdiag: Tensor  # (H, rows): the squared norm of the rest of it
 
 
-def softmax_gradients(A: Tensor, g: Tensor) -> ScoreGradients:
-    """Of a softmax over the keys and perhaps a null slot, in closed form: A and g (H, rows, keys)."""
-    s = A * (g - (A * g).sum(-1, keepdim=True))
+def softmax_gradients(A: Tensor, g: Tensor, of_null: Tensor | float = 0) -> ScoreGradients:
+    """Of a softmax over the keys and perhaps a null slot, in closed form: A and g (H, rows, keys), and the slot's own
+    A g (H, rows, 1), a part of the row's mean."""
+    s = A * (g - (A * g).sum(-1, keepdim=True) - of_null)
     diagonal = A * (1 - A)
     A_squared = A.square()
     offdiag = (A_squared.sum(-1).square() - A_squared.square().sum(-1)).clamp(min=0)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from model import GPT, Block, CausalSelfAttention, attention_rows, find_normalizer, repeat_heads
+from model import GPT, Block, CausalSelfAttention, attention_rows, find_normalizer, in_front, repeat_heads
 
 LINEAR = {  # a block's linear layers, in the order of the forward pass → what each reads; not all blocks have a gate
     "attn.c_attn": "attn.c_attn input",
@@ -141,7 +141,9 @@ def _attend(site: Site, visit: Visit, attn: CausalSelfAttention, q: Tensor, k: T
     at_once = max(1, _CHUNK // (q.size(1) * q.size(2) * k.size(2)))  # sequences
     outputs = []
     for q_, k_, v_ in zip(*(x.split(at_once) for x in (q, k, v)), strict=True):
-        P, _ = attention_rows(q_, k_, **attn.arguments())
+        P, null = attention_rows(q_, k_, **(arguments := attn.arguments()))
+        if null is not None and "null_value" in arguments:  # a weight and a value like all others
+            P, v_ = torch.cat((null, P), dim=-1), in_front(arguments["null_value"], v_)
         then = partial(site.then, other=repeat_heads(v_, q.size(1)))
         outputs.append(then(visit(site, P, then)))
     return torch.cat(outputs)

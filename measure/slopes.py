@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backends import materialized_attention
 from measure.jacobian import backward_mode, take_gradients
 from measure.probe import capture_qk
-from model import GPT, NORMALIZERS, attention_rows, materialized_attention, repeat_heads
+from model import GPT, NORMALIZERS, attention_rows, repeat_heads
 
 Direction = dict[str, Tensor]
 DIRECTIONS = ("adamw", "gradient", "random")
@@ -82,10 +83,11 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     idx (T,): (H, T, n) each, n = T, or T + 1 with the null slot last.
 
     a is the total derivative of the logits S = QKᵀ/√D, through everything below (norms and rotations of Q and K too):
-    `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot has slope 0, a sink's that of its parameter. A key that a query cannot see
-    (α⁰ = 0) is given the slope of the first key, so that it does not widen the spread. All this takes one forward pass
-    with its tangents; that pass does not depend on `backward`, so neither do the slopes. ValueError for a normalizer
-    that is no softmax: its weights are not α ∝ e^S, and the KL has its bounds only along the ray of such weights.
+    `(Q̇Kᵀ + QK̇ᵀ)/√D`. softmax1's null slot has slope 0, a sink's that of its parameter, and a kvbias's key moves as any
+    other. A key that a query cannot see (α⁰ = 0) is given the slope of the first key, so that it does not widen the
+    spread. All this takes one forward pass with its tangents; that pass does not depend on `backward`, so neither do
+    the slopes. ValueError for a normalizer that is no softmax: its weights are not α ∝ e^S, and the KL has its bounds
+    only along the ray of such weights.
     """
     normalizer = NORMALIZERS[model.config.normalizer]
     if not normalizer.is_softmax:
@@ -97,7 +99,7 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     def queries_and_keys(parameters):
         with capture_qk(model) as captured, materialized_attention():
             torch.func.functional_call(_Features(model), {f"model.{n}": p for n, p in parameters.items()}, (idx[None],))
-        return [(q[0], repeat_heads(k, q.size(1))[0]) for _, q, k in captured]
+        return [(q[0], k[0]) for _, q, k in captured]
 
     parameters = {name: p.detach() for name, p in model.named_parameters()}
     with backward_mode(model, "full"):  # forward-mode differentiation has no other
@@ -109,13 +111,18 @@ def attention_slopes(model: GPT, direction: Direction, idx: Tensor) -> Iterator[
     for layer, ((q, k), (dq, dk)) in enumerate(zip(primals, tangents, strict=True)):
         with torch.no_grad():
             alpha0, null = attention_rows(q[None], k[None], **model.transformer.h[layer].attn.arguments())
+        k, dk = (repeat_heads(x[None], H)[0] for x in (k, dk))
         alpha0, slopes = alpha0[0], (dq @ k.mT + q @ dk.mT) / D**0.5
         slopes = torch.where(visible, slopes, slopes[..., :1])
         if null is not None:
-            fixed = torch.zeros(H, dtype=slopes.dtype, device=slopes.device)
-            null_slope = direction.get(f"transformer.h.{layer}.attn.{normalizer.null_logit}", fixed)
+            attn, null_slope = f"transformer.h.{layer}.attn", slopes.new_zeros(H)
+            if normalizer.null_logit is not None:
+                null_slope = direction.get(f"{attn}.{normalizer.null_logit}", null_slope)
+            else:
+                key, dkey = (repeat_heads(x[f"{attn}.null_key"][None, :, None], H)[0] for x in (parameters, direction))
+                null_slope = (dq @ key.mT + q @ dkey.mT) / D**0.5
             alpha0 = torch.cat((alpha0, null[0]), -1)
-            slopes = torch.cat((slopes, null_slope.to(slopes).view(H, 1, 1).expand(H, T, 1)), -1)
+            slopes = torch.cat((slopes, null_slope.to(slopes).view(H, -1, 1).expand(H, T, 1)), -1)
         yield alpha0, slopes
 
 

@@ -26,7 +26,8 @@ from harness.errors import run_cli
 from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
-from model import GPT, GPTConfig, materialized_attention
+from kernels.backends import materialized_attention
+from model import GPT, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # larger files that a checkout may have beside it
@@ -391,7 +392,8 @@ def train_by_hand(model: GPT, optimizer, steps: int, clip: float = 0.5) -> None:
 TELLING = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8, bias=True)
 
 every_attention = pytest.mark.parametrize(
-    ("normalizer", "backward"), [(n, b) for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
+    ("normalizer", "backward"),
+    [(n, b) for n in ("softmax", "softmax1", "sink", "kvbias") for b in ("full", "diagonal", "ste")],
 )
 
 

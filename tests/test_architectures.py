@@ -15,7 +15,8 @@ from harness.checkpoint import build_model, load_model, read_checkpoint
 from harness.generation import KVCache, generate
 from harness.kl_training import fingerprint
 from harness.resuming import restore_optimizer
-from model import GPT, GPTConfig, RMSNorm, materialized_attention, rotation
+from kernels.backends import materialized_attention
+from model import GPT, GPTConfig, RMSNorm, rotation
 from tests.helpers import TrainingRun, assert_same_run, finished, optimizer_of, random_ids, save_model, tiny_gpt
 
 T, V = 10, 17
@@ -51,7 +52,8 @@ def architectures(draw) -> dict:
         "qk_norm": choose(True, False),
         "parallel_residual": choose(True, False),
         "mlp": choose("gelu", "swiglu"),
-        "normalizer": choose("softmax", "softmax1", "sink"),
+        "normalizer": choose("softmax", "softmax1", "sink", "kvbias"),
+        "sink_init": choose(0.0, -3.0),
         "backward": choose("full", "diagonal", "ste"),
         "activation": choose("gelu_tanh", "gelu"),
     }
@@ -155,7 +157,13 @@ def test_flops_are_counted_as_pytorch_counts_them(config):
     with materialized_attention(), FlopCounterMode(display=False) as counter:
         model(idx, idx)[1].backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
-    assert counter.get_total_flops() == T * (model.flops_per_token() - 6 * vectors)
+    expected = model.flops_per_token() - 6 * vectors
+    if (
+        model.config.normalizer == "kvbias"
+    ):  # a key and a value more for each query, which no product with weights takes
+        nulls = sum(p.numel() for p in model.normalizer_parameters().values())
+        expected += 12 * sum(block.attn.c_proj.in_features for block in model.transformer.h) - 6 * nulls
+    assert counter.get_total_flops() == T * expected
 
 
 # --- models of today --------------------------------------------------------------------------------------------------

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.autograd import forward_ad
 
-from kernels.backends import native, use_backend
-from model import attention, attention_rows, materialized_attention, softmax1
+from kernels.backends import materialized_attention, native, use_backend
+from model import attention, attention_rows, softmax1
 from tests.helpers import (
     FLOAT64,
     ROUNDING,
@@ -243,6 +243,52 @@ def test_full_backward_is_the_derivative(variant, T_q, T_k):
         return attention(q, k, v, null_logit=b, **arguments)
 
     torch.autograd.gradcheck(f, inputs)
+
+
+@pytest.mark.parametrize(("T_q", "T_k"), [(6, 6), (3, 7), (1, 5), (70, 70)])  # the last on a fused kernel
+@every_backward
+@both_forms
+def test_kvbias_is_one_more_key_and_value_that_every_query_sees(backward, T_q, T_k, form):
+    """Of grouped keys: two query heads read each of the two heads. Output, weights and gradients by the formulas."""
+    q, k, v, null_key, null_value = (
+        torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(i)).requires_grad_()
+        for i, shape in enumerate([(B, 2 * H, T_q, D), (B, H, T_k, D), (B, H, T_k, D), (H, D), (H, D)])
+    )
+    learned = {"normalizer": "kvbias", "null_key": null_key, "null_value": null_value}
+    with form():
+        out = attention(q, k, v, backward=backward, **learned)
+    whole_k, whole_v = (
+        torch.cat((first.view(1, H, 1, D).expand(B, H, 1, D), x), 2).repeat_interleave(2, 1)
+        for first, x in ((null_key, k), (null_value, v))
+    )
+    P = explicit_weights(q, whole_k)
+    torch.testing.assert_close(out, P @ whole_v, **FLOAT64)
+    weights, null = attention_rows(q, k, **learned)
+    torch.testing.assert_close(torch.cat((null, weights), -1), P, **FLOAT64)
+
+    grad_out = torch.randn(out.shape, generator=torch.Generator().manual_seed(9), dtype=out.dtype)
+    actual = torch.autograd.grad(out, (q, k, v, null_key, null_value), grad_out)
+    with torch.no_grad():
+        g = grad_out @ whole_v.mT
+        visible = torch.ones(T_q, T_k + 1, dtype=torch.bool).tril(T_k + 1 - T_q)
+        full = P * (g - (P * g).sum(-1, keepdim=True))
+        dS = {"full": full, "diagonal": P * (1 - P) * g, "ste": g * visible}[backward] / math.sqrt(D)
+        dK, dV = ((x.mT @ y).unflatten(1, (H, 2)).sum(2) for x, y in ((dS, q), (P, grad_out)))
+        expected = (dS @ whole_k, dK[:, :, 1:], dV[:, :, 1:], dK[:, :, 0].sum(0), dV[:, :, 0].sum(0))
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **FLOAT64)
+
+
+def test_a_null_key_and_its_value_have_to_fit():
+    q, k, v = qkv(3, 3)
+    key, value = torch.zeros(2, H, D, dtype=torch.float64)
+    for arguments, problem in (
+        ({"null_key": key}, "takes the parameters null_key, null_value"),
+        ({"null_key": key[:1], "null_value": value}, rf"null_key \(1, {D}\): need .* \({H}, {D}\)"),
+        ({"null_key": key, "null_value": value, "null_logit": key[:, 0]}, "a null_logit does not go with it"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            attention(q, k, v, normalizer="kvbias", **arguments)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])

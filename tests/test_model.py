@@ -10,7 +10,8 @@ from torch.nn import functional as F
 from harness.checkpoint import load_model
 from harness.optimizers import parameter_groups
 from harness.resuming import crop_block_size
-from model import GPT, GPTConfig, materialized_attention
+from kernels.backends import materialized_attention
+from model import GPT, GPTConfig
 from tests.helpers import TELLING, every_attention, random_ids, shakespeares_nanogpt, telling_gpt, tokens
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -38,30 +39,39 @@ BIASES = {
 }
 
 
-SINKS = {"transformer.h.0.attn.sink": (2,)}
+LEARNED = {
+    "sink": {"transformer.h.0.attn.sink": (2,)},
+    "kvbias": {"transformer.h.0.attn.null_key": (2, 4), "transformer.h.0.attn.null_value": (2, 4)},
+}
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "kvbias"])
 def test_state_dict_has_nanogpts_names_and_shapes(bias, normalizer):
     model = GPT(replace(TELLING, n_layer=1, bias=bias, normalizer=normalizer))
-    expected = WEIGHTS | (BIASES if bias else {}) | (SINKS if normalizer == "sink" else {})
+    expected = WEIGHTS | (BIASES if bias else {}) | LEARNED.get(normalizer, {})
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
-def test_a_sink_starts_as_softmax1_learns_and_does_not_decay():
+@pytest.mark.parametrize(
+    ("start", "normalizer", "sink_init"),
+    [("softmax1", "sink", 0), ("softmax1", "kvbias", 0), ("softmax", "sink", -200)],
+)
+def test_what_a_normalizer_learns_starts_as_another_and_does_not_decay(start, normalizer, sink_init):
     torch.manual_seed(0)
-    softmax1 = GPT(replace(TELLING, normalizer="softmax1"))
-    sink = GPT(replace(TELLING, normalizer="sink"))
-    sink.load_state_dict(softmax1.state_dict(), strict=False)
+    known = GPT(replace(TELLING, normalizer=start))
+    model = GPT(replace(TELLING, normalizer=normalizer, sink_init=float(sink_init)))
+    model.load_state_dict(known.state_dict(), strict=False)
     idx = tokens(2, 12)
-    assert torch.equal(sink(idx)[0], softmax1(idx)[0])
-    sink(idx, idx)[1].backward()
-    for block in sink.transformer.h:
-        assert block.attn.sink.grad.abs().min() > 0
-    decayed, free = (group["params"] for group in parameter_groups(sink, 0.1))
-    sinks = [block.attn.sink for block in sink.transformer.h]
-    assert all(any(p is s for p in free) and not any(p is s for p in decayed) for s in sinks)
+    torch.testing.assert_close(model(idx)[0], known(idx)[0], rtol=0, atol=1e-6)  # of numbers below 1
+    model(idx, idx)[1].backward()
+    learned = model.normalizer_parameters().values()
+    assert len(learned) == 2 * len(LEARNED[normalizer])
+    decayed, free = (group["params"] for group in parameter_groups(model, 0.1))
+    for parameter in learned:
+        assert start == "softmax" or parameter.grad.abs().max() > 0
+        assert any(p is parameter for p in free)
+        assert not any(p is parameter for p in decayed)
 
 
 def test_embedding_and_head_are_one_tensor():
@@ -199,7 +209,7 @@ def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, ba
     assert (after[0, 5:] - before[0, 5:]).abs().amin() > 0
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "kvbias"])
 def test_logits_do_not_depend_on_the_backward(normalizer):
     idx = tokens(2, 9)
     full, *others = (

@@ -22,6 +22,7 @@ from harness.config import help_text
 from harness.corpus import Corpus
 from harness.errors import run_cli
 from harness.generation import generate
+from kernels.backends import use_backend
 from measure.jacobian import jacobian_energy
 from measure.quantize import PROBABILITIES, sites, visiting
 from model import (
@@ -32,7 +33,6 @@ from model import (
     attention,
     attention_rows,
     softmax_weights,
-    use_backend,
 )
 from scripts import activation_kurtosis, attention_kl_bound, quantization, sample, weight_kurtosis
 from scripts import jacobian_energy as jacobian_script
@@ -201,9 +201,9 @@ def test_sampling_with_a_cache_is_sampling_without(name, workplace, monkeypatch,
 
 
 def test_the_config_reads_the_table(name, workplace, monkeypatch, capsys):
-    assert f"softmax or softmax1 or sink or {name}; default: softmax" in help_text()
+    assert f"softmax or softmax1 or sink or kvbias or {name}; default: softmax" in help_text()
     assert command(monkeypatch, train.main, "config.yaml", "--model.normalizer", "clip") == 2
-    assert f"takes softmax or softmax1 or sink or {name}, not 'clip'" in capsys.readouterr().err
+    assert f"takes softmax or softmax1 or sink or kvbias or {name}, not 'clip'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backward", ["full", "diagonal", "ste"])
@@ -447,6 +447,7 @@ def test_the_general_split_of_a_softmax_is_its_closed_form(null_logit, monkeypat
         name, closed_takes, general_takes = "sink", {"null_logit": null_logit.double()}, {"b": null_logit.double()}
     general = Normalizer(
         lambda scores, b=None: softmax_weights(scores, b),
+        parameters=dict.fromkeys(general_takes, lambda _config: torch.zeros(2)),
         diagonal=lambda scores, weights, b=None: weights * (1 - weights),
     )
     monkeypatch.setitem(NORMALIZERS, "general", general)

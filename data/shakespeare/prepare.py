@@ -14,7 +14,7 @@ URL = "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshake
 SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
 
 
-def prepare(script: str, about: str | None, tokenizer_of: Callable[[str], Tokenizer]) -> None:
+def prepare(script: str, about: str, tokenizer_of: Callable[[str], Tokenizer]) -> None:
     """The command line of a corpus of this text: its `script`, what it is about, and the tokenizer for the text."""
     parser = argument_parser(script, about)
     parser.add_argument("--input", metavar="FILE", help=f"the text, instead of downloading {URL}")

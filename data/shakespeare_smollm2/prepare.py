@@ -6,19 +6,18 @@ The tokenizer is that of out/smollm2, which `python scripts/fetch_smollm2.py` ma
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.shakespeare.prepare import prepare
 from harness.errors import UserError, run_cli
 from harness.tokenizer import from_name
 
-MODEL = ROOT / "out" / "smollm2"
+MODEL = Path(__file__).resolve().parents[2] / "out" / "smollm2"
 
 
 def main() -> None:
     if not MODEL.exists():
-        raise UserError(f"there is no {MODEL}, whose tokenizer this corpus takes: python scripts/fetch_smollm2.py first")
+        raise UserError(f"no {MODEL}, whose tokenizer this corpus takes: run python scripts/fetch_smollm2.py first")
     prepare(__file__, __doc__, lambda _text: from_name(f"hf:{MODEL}"))
 
 

@@ -20,7 +20,8 @@ from harness.bench_attention import VARIANTS
 from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
-from model import NORMALIZERS, attention, attention_rows, materialized_attention, use_backend
+from kernels.backends import materialized_attention, use_backend
+from model import NORMALIZERS, attention, attention_rows
 
 FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
 BACKENDS = {  # on CUDA; the dtypes it takes

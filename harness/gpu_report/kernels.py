@@ -20,7 +20,8 @@ from harness.bench_attention import VARIANTS
 from harness.gpu_report import Section, Table, Task, pivot, with_error
 from harness.timing import Laps, in_turn, median, median_ratio
 from harness.workers import Worker, WorkerError
-from model import NORMALIZERS, Backward, attention, use_backend
+from kernels.backends import use_backend
+from model import NORMALIZERS, Backward, attention
 
 SHAPES = list(itertools.product((1024, 4096, 16384), (64, 128)))  # T, D
 BASELINE = "PyTorch, flash"

@@ -7,12 +7,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.backends import reads_groups
+from kernels.backends import materialized_attention, reads_groups, use_backend
 from model import (
     attention,
     attention_backend,
-    materialized_attention,
-    use_backend,
 )
 from tests.helpers import VARIANTS, B, D, H, both_dtypes, every_variant, qkv
 

@@ -13,7 +13,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu
-from model import attention, attention_backend, materialized_attention, use_backend
+from kernels.backends import materialized_attention, use_backend
+from model import attention, attention_backend
 from tests.helpers import run_python
 
 if cpu.load() is None:

@@ -12,12 +12,11 @@ from torch.utils.checkpoint import checkpoint
 
 from harness.bench_attention import STOCK, peak_of
 from kernels import fused
+from kernels.backends import materialized_attention, use_backend
 from kernels.fused import FusedAttention, straight_through_gradients
 from model import (
     attention,
     attention_backend,
-    materialized_attention,
-    use_backend,
 )
 from tests.helpers import (
     BACKWARDS,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from kernels import backends, fused
-from model import attention, materialized_attention, use_backend
+from kernels.backends import materialized_attention, use_backend
+from model import attention
 from tests.helpers import ROOT
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

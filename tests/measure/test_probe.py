@@ -18,7 +18,8 @@ T, H, H_KV, D = 12, 4, 2, 6
 
 
 @pytest.fixture(
-    params=[("softmax", False), ("softmax1", True), ("sink", False)], ids=["softmax", "softmax1 parallel", "sink"]
+    params=[("softmax", False), ("softmax1", True), ("sink", False), ("kvbias", False)],
+    ids=["softmax", "softmax1 parallel", "sink", "kvbias"],
 )
 def model(request) -> GPT:
     """A model of today: grouped queries, normed and rotated before they enter the scores, and a gated MLP."""
@@ -50,6 +51,15 @@ def heads_of(attn, x):
     return q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]
 
 
+def null_slot(attn, q) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """The score of each query's null slot (B, 4, T, 1), or None, and the slot's value (4, 1, 6)."""
+    if attn.normalizer == "kvbias":
+        key, value = (x[[0, 0, 1, 1], None] for x in (attn.null_key, attn.null_value))
+        return q @ key.mT / math.sqrt(D), value
+    null = {"softmax": None, "softmax1": torch.zeros(H), "sink": getattr(attn, "sink", None)}[attn.normalizer]
+    return None if null is None else null.to(q).view(1, H, 1, 1).expand(*q.shape[:3], 1), q.new_zeros(H, 1, D)
+
+
 def expected_of(model: GPT, idx) -> list[tuple]:
     """(q, k, v, P with the null slot last or without, the MLP's hidden layer) of each layer, k and v repeated for the
     query heads that read them, in the blocks' own steps."""
@@ -58,18 +68,19 @@ def expected_of(model: GPT, idx) -> list[tuple]:
         q, k, v = heads_of(block.attn, rms_norm(x, block.ln_1))
         future = torch.ones(T, T, dtype=torch.bool).triu(1)
         scores = (q @ k.mT / math.sqrt(D)).masked_fill(future, -math.inf)
-        nulls = {"softmax": None, "softmax1": torch.zeros(H), "sink": getattr(block.attn, "sink", None)}
-        null = nulls[model.config.normalizer]
-        if null is not None:
-            scores = torch.cat((scores, null.to(scores).view(1, H, 1, 1).expand(*scores.shape[:3], 1)), -1)
-        P = scores.softmax(-1)
-        attended = x + block.attn.c_proj((P[..., :T] @ v).transpose(1, 2).flatten(2))
+        null, _ = null_slot(block.attn, q)
+        P = (scores if null is None else torch.cat((scores, null), -1)).softmax(-1)
+        attended = x + block.attn.c_proj(side_by_side(output_of(block.attn, P, v)))
         normed = rms_norm(x if block.parallel_residual else attended, block.ln_2)
         gate = block.mlp.c_gate(normed)
         hidden = gate * gate.sigmoid() * block.mlp.c_fc(normed)
         found.append((q, k, v, P, hidden))
         x = attended + block.mlp.c_proj(hidden)
     return found
+
+
+def output_of(attn, P, v) -> torch.Tensor:
+    return P[..., :T] @ v + P[..., T:].sum(-1, keepdim=True) * null_slot(attn, v)[1]
 
 
 def close(found, expected, rtol=1e-10) -> None:
@@ -92,7 +103,7 @@ def test_queries_and_keys_are_seen_as_they_enter_the_scores(model, idx):
             assert attn is model.transformer.h[layer].attn
             close(seen, [q, k[:, ::2], v[:, ::2]][: len(seen)])
         name = f"transformer.h.{layer}"
-        output = P[..., :T] @ v
+        output = output_of(attn, P, v)
         for part, x in (("q", q), ("k", k[:, ::2]), ("v", v[:, ::2]), ("output", output)):
             close(tensors[f"{name}.attn.{part}"], side_by_side(x))
         close(tensors[f"{name}.mlp.hidden"], hidden)
@@ -128,7 +139,8 @@ def test_the_gradient_split_is_that_of_the_rotated(model, idx):
         c_attn_v = (P[..., :T].mT @ seen.grad_out).unflatten(1, (H_KV, 2)).sum(2)  # both query heads' of a group
         # the gradient of v's bias is that of v, over batch and positions
         close(c_attn_v.sum((0, 2)).flatten(), gradient_of_bias(model, idx, layer)[-H_KV * D :], rtol=1e-8)
-        s, g, A = score_gradients(P, v, seen.grad_out)
+        _, null_value = null_slot(attn, q)
+        s, g, A = score_gradients(P, torch.cat((v, null_value.expand(3, H, 1, D)), 2), seen.grad_out)
         d = A * (1 - A) * g
         energies = {"e_full": s, "e_diag": d, "e_lateral": s - d}
         found = pool(splits[layer])
@@ -136,18 +148,19 @@ def test_the_gradient_split_is_that_of_the_rotated(model, idx):
             close(found[name], x.square().sum((0, 2, 3)), rtol=1e-8)
         for name, x in (("cos_diag", d), ("cos_ste", g)):
             close(found[name], torch.cosine_similarity(x.flatten(2), s.flatten(2), dim=-1).mean(0), rtol=1e-8)
-        null = {} if model.config.normalizer != "sink" else {"null_logit": attn.sink}
-        whole = jacobian_energy(seen.q, seen.k, seen.v, seen.grad_out, model.config.normalizer, **null)
+        whole = jacobian_energy(seen.q, seen.k, seen.v, seen.grad_out, **attn.arguments())
         for name, value in found.items():
             close(value, whole[name], rtol=1e-8)
 
 
 def score_gradients(P, v, grad_out) -> tuple[torch.Tensor, ...]:
-    """dL/dS by autograd, g = dL/dA over the visible keys, and A, (B, H, T, T) each."""
-    g = (grad_out @ v.mT).tril().detach()
+    """dL/dS by autograd, g = dL/dA over the visible keys, and A, (B, H, T, T) each; v ends with the null slot's."""
+    g = (grad_out @ v.mT).detach()
+    g[..., :T] = g[..., :T].tril()
     log_P = P.detach().log().requires_grad_()  # these scores' softmax is P itself
-    A = log_P.softmax(-1)[..., :T]
-    return torch.autograd.grad(A, log_P, g)[0][..., :T], g, A.detach()
+    A = log_P.softmax(-1)
+    s = torch.autograd.grad(A, log_P, g[..., : A.size(-1)])[0]
+    return s[..., :T], g[..., :T], A[..., :T].detach()
 
 
 def gradient_of_bias(model: GPT, idx, layer: int) -> torch.Tensor:
@@ -167,7 +180,10 @@ def test_quantized_attention_is_that_of_the_rotated(model, idx):
     before = model(idx)[0]
     with visiting([site for site in sites(model) if site.kind == PROBABILITIES], look):
         close(model(idx)[0], before)
-    close(seen, [P[..., :T] for *_, P, _ in expected])
+    if model.config.normalizer == "kvbias":  # the null slot's weight and value are rounded as all others
+        close(seen, [torch.cat((P[..., T:], P[..., :T]), -1) for *_, P, _ in expected])
+    else:
+        close(seen, [P[..., :T] for *_, P, _ in expected])
 
 
 def test_slopes_are_those_of_the_rotated(model, idx):
@@ -178,18 +194,21 @@ def test_slopes_are_those_of_the_rotated(model, idx):
     def scores_at(t: float) -> list[torch.Tensor]:
         for name, parameter in model.named_parameters():
             parameter += t * direction[name]
-        found = [(q @ k.mT / math.sqrt(q.size(-1)))[0] for q, k, *_ in expected_of(model, idx[:1])]
+        found = []
+        for block, (q, k, *_) in zip(model.transformer.h, expected_of(model, idx[:1]), strict=True):
+            null, _ = null_slot(block.attn, q)
+            found.append(torch.cat((q @ k.mT / math.sqrt(D), *([] if null is None else [null])), -1)[0])
         for name, parameter in model.named_parameters():
             parameter -= t * direction[name]
         return found
 
-    up, down, visible = scores_at(h), scores_at(-h), torch.ones(T, T, dtype=torch.bool).tril()
+    up, down, visible = scores_at(h), scores_at(-h), torch.ones(T, T + 1, dtype=torch.bool).tril()
+    visible[:, T] = True  # the null slot, where there is one
     for layer, (alpha0, slopes) in enumerate(attention_slopes(model, direction, idx[0])):
         differences = (up[layer] - down[layer]) / (2 * h)
         scale = differences.abs().max()  # off by h² of the third derivatives and ε/h of the scores
-        torch.testing.assert_close(
-            slopes[..., :T][:, visible], differences[:, visible], rtol=1e-6, atol=1e-7 * scale.item()
-        )
+        seen = visible[:, : slopes.size(-1)]
+        torch.testing.assert_close(slopes[:, seen], differences[:, seen], rtol=1e-6, atol=1e-7 * scale.item())
         close(alpha0, expected_of(model, idx[:1])[layer][3][0].detach())
 
 
