@@ -85,6 +85,10 @@ class HuggingFace(Tokenizer):
         known = np.concatenate(ids, dtype=np.uint32, casting="unsafe") if ids else np.empty(0, np.uint32)
         return known[known < self.vocab_size]
 
+    def token_of(self, text):
+        added = {token["content"]: i for i, token in self._added.items()}
+        return added[text] if text in added else super().token_of(text)
+
     def decode_bytes(self, ids):
         return b"".join(self._bytes[i] for i in self._checked(ids))
 

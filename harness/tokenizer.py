@@ -42,6 +42,13 @@ class Tokenizer(ABC):
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for."""
 
+    def token_of(self, text: str) -> int:
+        """The id of the one token that stands for this text, a special one's too. UserError where none does."""
+        ids = self.encode(text)
+        if len(ids) != 1:
+            raise UserError(f"{text!r} is no token of the {self.name} vocabulary: give one, or its id")
+        return int(ids[0])
+
     def describe(self) -> dict[str, Any]:
         """What a meta.json and a checkpoint say of it, of which `from_meta` makes it again."""
         vocabulary = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
@@ -148,6 +155,9 @@ class GPT2(Tokenizer):
         # Straight to an array: a Python list of ints costs as much again as the encoding, in garbage collection too.
         return self._encoding.encode_to_numpy(_as_text(text), disallowed_special=())
 
+    def token_of(self, text):
+        return self.separator if text == "<|endoftext|>" else super().token_of(text)
+
     def decode_bytes(self, ids):
         ids = self._checked(ids).tolist()  # before the encoding is asked for, which may have to be fetched
         return self._encoding.decode_bytes(ids)
@@ -193,6 +203,14 @@ def from_name(name: str) -> Tokenizer:
     if name not in (known := {"bytes": Bytes, "gpt2": GPT2}):
         raise UserError(f"tokenizer {name!r} is none of {', '.join(known)} and hf:NAME_OR_FOLDER")
     return known[name]()
+
+
+def id_or_text(argument: str) -> int | str | None:
+    """A token as a command line names it: by its id, a whole number, or by its text; None for "none"."""
+    try:
+        return None if argument == "none" else int(argument)
+    except ValueError:
+        return argument
 
 
 def from_meta(meta: dict) -> Tokenizer:

@@ -17,7 +17,8 @@ from measure.probe import TENSORS, kind_of, watch
 from model import GPT, attention_rows, attention_scores, find_normalizer, repeat_heads
 
 OUTLIER_RMS = 6.0
-"""A channel is an outlier where its root mean square exceeds this many times the median channel's."""
+"""A channel is an outlier where its root mean square exceeds this many times the median channel's (of an even
+number the lower one's, as of all medians here)."""
 SINK = 0.3
 """A head sinks in a sequence where the first key's mean attention exceeds this (Gu et al. 2024)."""
 DORMANT = 0.9
@@ -158,7 +159,7 @@ class TokenStatistics(SequenceStatistics):
         """Channel → its root mean square over the median channel's, where that exceeds `OUTLIER_RMS`; largest first."""
         if (rms := self.channel_rms) is None:
             return None
-        median = rms.quantile(0.5)
+        median = rms.median()
         channels = (rms > OUTLIER_RMS * median).nonzero().flatten()
         ratios = zip(channels.tolist(), (rms[channels] / median).tolist(), strict=True)
         return dict(sorted(ratios, key=lambda item: -item[1]))
@@ -166,6 +167,7 @@ class TokenStatistics(SequenceStatistics):
     def row(self) -> dict:
         outliers = self.outlier_channels
         return super().row() | {
+            "mean_norm": self.mean_norm,
             "per_token_kurtosis": self.per_token_kurtosis,
             "channel_rms_kurtosis": self.channel_rms_kurtosis,
             "outlier_channels": None if outliers is None else list(outliers),

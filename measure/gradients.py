@@ -106,7 +106,11 @@ def findings(layers: list[dict[str, Tensor]], loss: float, products: dict[str, d
     for mode, by_name in squared_norms.items():
         found[f"{mode} gradients that are zero"] = [name for name, x in by_name.items() if x == 0]
     notes = [] if math.isfinite(loss) else [f"the loss is {loss}"]
-    return notes + [f"{what}: {', '.join(names)}" for what, names in found.items() if names]
+    for what, names in found.items():
+        if names:  # of a deep model there may be hundreds
+            more = f", and {len(names) - 10} more" if len(names) > 10 else ""
+            notes.append(f"{what}: {', '.join(names[:10])}{more}")
+    return notes
 
 
 def not_computed(name: str) -> list[str]:

@@ -211,7 +211,8 @@ def outlier_channels(activations: Activations) -> list[str]:
 
 
 def sink_heads(heads: list[dict]) -> list[str]:
-    """Heads that sink into the first key in more than half of the sequences."""
-    sinks = [h for h in heads if (h["sink_rate"] or 0) > 0.5]
-    named = ", ".join(f"{h['layer']}.{h['head']} ({h['sink_rate']:.0%})" for h in sinks)
-    return [f"sink heads, layer.head (share of sequences): {named}"] if sinks else []
+    """Heads that sink into the first key in more than half of the sequences, the worst first."""
+    sinks = sorted((h for h in heads if (h["sink_rate"] or 0) > 0.5), key=lambda h: -h["sink_rate"])
+    named = ", ".join(f"{h['layer']}.{h['head']} ({h['sink_rate']:.0%})" for h in sinks[:10])
+    more = f", and {len(sinks) - 10} more of {len(heads)}" if len(sinks) > 10 else ""
+    return [f"sink heads, layer.head (share of sequences): {named}{more}"] if sinks else []

@@ -21,7 +21,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus_writing import write_corpus
-from harness.diagnostics import Diagnostic, run
+from harness.diagnostics import Diagnostic, Subject, argument_parser, run
 from harness.errors import run_cli
 from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
@@ -151,6 +151,26 @@ def shakespeares_nanogpt() -> tuple[Path, np.ndarray]:
     characters = text.read_text()
     ids = {character: i for i, character in enumerate(sorted(set(characters)))}
     return checkpoint, np.array([ids[c] for c in characters[int(0.9 * len(characters)) :]], dtype=np.int64)
+
+
+def smollm2_with_known_figures(model: Path, folder: Path, diagnostic: Diagnostic, *options) -> tuple[Subject, dict]:
+    """SmolLM2 about to be measured on the text of which an independent implementation has figures, and these figures.
+
+    They are in float64, to ten digits. The corpus, made in `folder`, is 16 windows of 64 tokens for validation, and the
+    first 2 of 128 for training.
+    """
+    figures = SHARED.parent / "reference_smollm2.json"
+    if not figures.exists():
+        pytest.skip(f"an extra: no {figures}")
+    known = json.loads(figures.read_text())
+    ids = np.array([*known["tokens"], 0], dtype=np.uint16)  # the last is a target alone
+    ids.tofile(folder / "val.bin")
+    ids[: 2 * 128 + 1].tofile(folder / "train.bin")
+    (folder / "meta.json").write_text('{"vocab_size": 49152}')
+    parser = argument_parser(diagnostic.name, "", diagnostic.batches, diagnostic.batch_size)
+    diagnostic.add_arguments(parser)
+    arguments = (f"hf:{model}", "--data", folder, "--device", "cpu", *options)
+    return Subject(f"hf:{model}", parser.parse_args(list(map(str, arguments)))), known
 
 
 # --- tokenizers of Hugging Face models --------------------------------------------------------------------------------

@@ -29,8 +29,8 @@ from harness.errors import UserError
 from harness.figures import print_table, save_figure, share_scales
 from harness.files import check_folder, make_folder, write_text
 from harness.resuming import crop_block_size
+from harness.tokenizer import from_meta, id_or_text
 from harness.tracking import log_diagnostic, wandb_run
-from model import GPT
 
 LABELS = ("name", "parameter", "scheme", "divergence", "layer", "head", "position")
 """Columns that tell a row from the others: a note names a row by them."""
@@ -87,16 +87,22 @@ class Subject:
 
     def __init__(self, path: str, args: argparse.Namespace):
         self.path, self.args, self.device = path, args, choose_device(args.device)
-        self.model: GPT
         self.model, self.info = load_model(path, self.device)
         config = self.model.config
         if args.block_size and args.block_size > config.block_size:
             raise UserError(f"--block-size {args.block_size}: the context of {path} is {config.block_size}")
-        if (args.bos or 0) >= config.vocab_size:
+        self.bos: int | None = self._begin_of_text() if isinstance(args.bos, str) else args.bos
+        if (self.bos or 0) >= config.vocab_size:
             raise UserError(f"--bos {args.bos}: {path} has {config.vocab_size} token ids, from 0")
         crop_block_size(self.model, args.block_size or config.block_size)
         if getattr(args, "dtype", None) == "float64":
             self.model.to(float64_on(self.device))
+
+    def _begin_of_text(self) -> int:
+        """The id of --bos, a text, by the checkpoint's own tokenizer, or the corpus's where it does not say one."""
+        own = self.info.get("corpus", {})
+        tokenizer = from_meta(own) if own.get("tokenizer") and "problem" not in own else self.corpus.tokenizer
+        return tokenizer.token_of(self.args.bos)
 
     @property
     def step(self) -> int | None:
@@ -104,11 +110,10 @@ class Subject:
 
     @property
     def arguments(self) -> dict:
-        """The arguments that the result depends on besides the checkpoint, with the corpus and the device that were
-        chosen; those that only say where the result goes are left out."""
-        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if getattr(self.args, k) is None}
-        given = {k: v for k, v in vars(self.args).items() if k not in left_out}
-        return given | {"data": self.corpus_folder, "device": str(self.device)}
+        """What the result depends on besides the checkpoint: arguments, with the corpus and device that were chosen."""
+        given = vars(self.args) | {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device)}
+        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if given[k] is None}
+        return {k: v for k, v in given.items() if k not in left_out}
 
     @property
     def corpus_folder(self) -> str | None:
@@ -166,7 +171,7 @@ class Subject:
     def windows(self, tokens: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
         """(x, y), (B, T) int64 each, of the text from each of the `offsets` on, with --bos in front."""
         x, y = gather(tokens, offsets, self.model.config.block_size, self.device)
-        return (x, y) if self.args.bos is None else begin_with(self.args.bos, x, y)
+        return (x, y) if self.bos is None else begin_with(self.bos, x, y)
 
 
 def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
@@ -208,8 +213,8 @@ def argument_parser(
     for option, letter, default in (("--batches", "N", batches), ("--batch-size", "B", batch_size)):
         parser.add_argument(option, type=int, default=default, metavar=letter, help=f"default: {default or otherwise}")
     parser.add_argument("--block-size", type=int, metavar="T", help="tokens a window; default: the model's, the most")
-    bos = "id of a begin-of-text token in front of each window, whose text is then one token shorter; default: none"
-    parser.add_argument("--bos", type=token_id, metavar="TOKEN|none", help=bos)
+    bos = "a begin-of-text token, its id or its text, in front of each window, one token of which goes; default: none"
+    parser.add_argument("--bos", type=id_or_text, metavar="TOKEN|none", help=bos)
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
     parser.add_argument("--seed", type=int, default=1337, metavar="S", help="of what is drawn at random; default: 1337")
     parser.add_argument(
@@ -221,10 +226,6 @@ def argument_parser(
     )
     parser.add_argument("--wandb", action="store_true", help="log summary and picture to the checkpoint's own run")
     return parser
-
-
-def token_id(text: str) -> int | None:
-    return None if text == "none" else int(text)
 
 
 def arguments_for(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
@@ -242,8 +243,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("batches", "batch_size", "block_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: at least 1")
-    if args.bos is not None and args.bos < 0:
-        raise UserError(f"--bos {args.bos}: a token's id, from 0, or none")
+    if isinstance(args.bos, int) and args.bos < 0:
+        raise UserError(f"--bos {args.bos}: a token's id, from 0, its text, or none")
     if not 0 <= args.seed < 2**64:
         raise UserError(f"--seed {args.seed}: at least 0 and below 2⁶⁴")
 

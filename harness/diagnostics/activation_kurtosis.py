@@ -170,14 +170,16 @@ DIAGNOSTIC = Diagnostic(
         f"without them, [late]: without the first {EARLY} queries, whose weights are large by definition unless a null "
         "slot takes them. [first token], [other tokens]: the same, apart (in the JSON)",
         **COLUMNS,
+        "mean_norm": "the Euclidean norm ‖x‖ of a token, averaged over tokens",
         "per_token_kurtosis": "excess kurtosis over the channels of a token, averaged over tokens (Kaul et al. 2025)",
         "channel_rms_kurtosis": "E[s⁴]/E[s²]² over the channels' root mean squares s: 1 where all channels are alike, "
         "the number of channels where one has everything (He et al. 2024)",
-        "outlier_channels": f"the channels whose root mean square exceeds {OUTLIER_RMS:g} × the median channel's",
+        "outlier_channels": f"the channels whose root mean square exceeds {OUTLIER_RMS:g} × the median channel's; "
+        "of an even number the lower one's, as of all medians here",
         "per_sequence_kurtosis": "kurtosis of a sequence's elements, averaged over sequences: not excess, a Gaussian "
         "gives 3 (Bondarenko et al. 2023, without their 1e-6 in the denominator)",
         "per_sequence_max_abs": "largest |x| of a sequence, averaged over sequences: their infinity norm",
-        "median_abs": "median |x| of all elements, of an even number the lower one; this and the following columns are "
+        "median_abs": "median |x| of all elements; this and the following columns are "
         "of the whole tensor alone, and but for first_norm_ratio not of the logits",
         "max_over_median": "max_abs / median_abs",
         "max_at": "where the largest |x| is: sequence, token (its position in the window) and channel, from 0",

@@ -109,7 +109,7 @@ def measure(other: Subject) -> Result:
         reverse = values[list(DIVERGENCES).index("kl_reverse")]
         for i in reverse.topk(min(args.worst, len(reverse))).indices.tolist():
             window, t = divmod(i, block_size)
-            at = {"position": int(offsets[start + window]) + t + (args.bos is None), "kl_reverse": reverse[i].item()}
+            at = {"position": int(offsets[start + window]) + t + (shorter.bos is None), "kl_reverse": reverse[i].item()}
             at |= {"kl_forward": values[list(DIVERGENCES).index("kl_forward"), i].item()}
             at |= {"text": as_text(corpus.tokenizer, x[window, max(0, t + 1 - CONTEXT) : t + 1].tolist())}
             at |= {"next": as_text(corpus.tokenizer, [token for token in y[window, t : t + 1].tolist() if token >= 0])}

@@ -50,7 +50,7 @@ def measure(subject: Subject) -> Result:
             f"--stride {stride} would skip tokens, the context of {subject.path} is {block_size}: give at most that"
         )
     subject.offsets()  # a split shorter than one window is refused
-    early = int(args.bos is not None)  # behind a token of its own, the text's first token is a target too
+    early = int(subject.bos is not None)  # behind a token of its own, the text's first token is a target too
     offsets = sliding_offsets(len(subject.corpus.tokens[args.split]) + early, block_size, stride)
     if args.batches is not None and args.batches * args.batch_size < len(offsets):
         offsets = offsets[np.linspace(0, len(offsets) - 1, args.batches * args.batch_size).astype(np.int64)]

@@ -168,8 +168,10 @@ def draw(result: Result, title: str) -> Figure:
 
 def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     """A line for each label, from top to bottom, with the rises of its schemes in percent of the perplexity `base`."""
-    drawn = ((y, row) for y, found in enumerate(rows.values()) for row in found if row["perplexity_rise"] is not None)
+    drawn = [(y, row) for y, found in enumerate(rows.values()) for row in found if row["perplexity_rise"] is not None]
+    ends = [0.0]
     for y, row in drawn:
+        ends += [100 * (row["perplexity_rise"] + sign * (row["spread"] or 0)) / base for sign in (-1, 1)]
         bits = row["scheme"][1]
         style = RUN_STYLES["864".index(bits)]
         axes.errorbar(
@@ -186,10 +188,16 @@ def draw_rises(axes: Axes, rows: dict[str, list[dict]], base: float) -> None:
     axes.invert_yaxis()
     axes.axvline(0, color="#555555", linewidth=1)
     axes.set_xscale("symlog", linthresh=0.1, linscale=0.6)  # linear around 0, since a rise may be negative
-    left, right = axes.get_xlim()
-    axes.set_xlim(min(left, -0.02), max(1.3 * right, 0.05))
-    steps = (1, 2, 5) if right < 5 else (1,)
-    ticks = sorted(step * 10.0**n for n in range(-2 if right < 0.2 else -1, 10) for step in steps)
+    ends = [end for end in ends if math.isfinite(1.5 * end)]
+    left, right = min(1.5 * min(ends), -0.02), max(1.5 * max(ends), 0.05)
+    axes.set_xlim(left, right)
+    # The first decade and the figures within one, for which there is room; of many decades every so many alike.
+    if left < -0.1 or right >= 5:
+        first, steps = (0 if right >= 100 else -1), [1]
+    else:
+        first, steps = (-2, [5, 10]) if right < 0.2 else (-1, [1, 2, 5])
+    decades = range(first, 1 + math.ceil(math.log10(max(right, -left))))
+    ticks = sorted({step * 10.0**n for n in decades[:: -(-len(decades) // 6)] for step in steps})
     axes.xaxis.set_major_locator(FixedLocator([*(-tick for tick in ticks), 0, *ticks]))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
     axes.grid(False, axis="y")
@@ -211,7 +219,7 @@ def draw_layers(axes: Axes, layers: list[dict], scheme: str, low: float, high: f
         grid[cell] = np.fmin(grid[cell], value)  # c_gate and c_fc read one tensor: the worse of the two
     image = heat_map(axes, grid, low, high, "{:.0f}" if len(blocks) <= 14 else "")
     axes.set_yticks(range(len(kinds)), kinds)
-    step = -(-len(blocks) // 16)
+    step = -(-len(blocks) // 12)
     axes.set_xticks(range(0, len(blocks), step), blocks[::step])
     axes.set_xlabel("block")
     return image

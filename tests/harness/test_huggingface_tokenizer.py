@@ -112,6 +112,7 @@ def test_a_corpus_and_a_checkpoint_hold_all_that_decoding_needs(tmp_path):
     assert corpus.tokenizer.decode(corpus.tokens["train"]) == "one<|endoftext|>two"
     assert corpus.meta["splits"]["train"]["bytes"] == 6
     again = from_meta(corpus.tokenizer.describe())
+    assert (again.token_of("<|endoftext|>"), again.token_of("o")) == (0, again.encode("o")[0])
     assert (again.separator, again.decode(corpus.tokens["val"])) == (0, "3")
     with pytest.raises(UserError, match=r"there has to be a tokenizer\.json"):
         from_name(name)

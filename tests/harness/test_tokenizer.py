@@ -56,6 +56,13 @@ def test_gpt2_known_ids(gpt2):
     assert gpt2.encode("a\ud800").tolist() == gpt2.encode("a?").tolist()
 
 
+def test_a_token_is_named_by_its_text(gpt2):
+    assert [gpt2.token_of("<|endoftext|>"), gpt2.token_of(" the"), Bytes().token_of("\n")] == [50256, 262, 10]
+    for text in ("", "hello world"):
+        with pytest.raises(UserError, match=f"'{text}' is no token of the gpt2 vocabulary: give one, or its id"):
+            gpt2.token_of(text)
+
+
 def test_gpt2_text_never_becomes_the_separator(gpt2):
     ids = gpt2.encode("<|endoftext|>")
     assert gpt2.separator not in ids

@@ -1,6 +1,7 @@
 """What a gradient loses without the lateral part, against the gradients of models that are trained so."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -51,4 +52,6 @@ def test_what_is_not_finite_is_named_and_null():
     assert set(compare(found.products, found.parameters).values()) == {None}
     notes = findings([pool(layer) for layer in found.splits], found.loss, found.products)
     assert notes[0] == "the loss is nan"
-    assert any(note.startswith("full gradients that are NaN or Inf: transformer.wte.weight") for note in notes)
+    (note,) = [note for note in notes if note.startswith("full gradients that are NaN or Inf: transformer.wte.weight")]
+    assert re.search(r", and \d+ more$", note)
+    assert note.count("transformer.") == 10

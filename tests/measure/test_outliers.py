@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from measure.activations import TensorStatistics
-from measure.outliers import activation_metrics, constant, where_largest
+from measure.outliers import activation_metrics, constant, sink_heads, where_largest
 from tests.helpers import every_normalizer, random_ids, tiny_gpt
 
 
@@ -34,6 +34,15 @@ def test_the_summarys_maxima_say_which_tensor_they_are_of():
     assert where_largest(rows) == expected
     rows[0]["per_sequence_kurtosis"] = None
     assert where_largest(rows) == expected[1:]
+
+
+def test_of_many_sink_heads_the_worst_are_named():
+    """A head that sinks in half of the sequences is none yet."""
+    heads = [{"layer": head // 4, "head": head % 4, "sink_rate": head / 10} for head in range(11)]
+    start = "sink heads, layer.head (share of sequences): 2.2 (100%), 2.1 (90%), 2.0 (80%), 1.3 (70%), 1.2 (60%)"
+    assert sink_heads([*heads, {"layer": 6, "head": 0, "sink_rate": None}]) == [start]
+    (note,) = sink_heads(heads * 3)
+    assert note.endswith("2.0 (80%), 1.3 (70%), and 5 more of 33")
 
 
 @every_normalizer

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from harness.batches import gather
 from harness.corpus import Corpus
@@ -16,8 +17,9 @@ from harness.diagnostics.activation_kurtosis import DIAGNOSTIC
 from harness.figures import new_figure
 from harness.pretrained import save_hf
 from measure.activations import Activations
+from measure.probe import watch
 from model import GPT
-from tests.helpers import TODAY, read_json, save_model, tiny_corpus, tiny_gpt
+from tests.helpers import TODAY, read_json, save_model, smollm2_with_known_figures, tiny_corpus, tiny_gpt
 
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
 
@@ -72,7 +74,8 @@ def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
 
 
 def test_nothing_is_found_in_a_gaussian_model(corpus):
-    result = measured(probed_gpt(std=0.1), corpus)
+    """Of a seed with which none of the 8 channels lies far above the median by chance."""
+    result = measured(tiny_gpt(4, std=0.1, block_size=T, vocab_size=V), corpus)
     (protocol,) = (note for note in result["notes"] if not note.startswith("max "))  # where the maxima are, no finding
     assert "20 sequences of T = 10 tokens" in protocol
     assert (result["summary"]["T"], result["summary"]["sequences"]) == (10, 20)
@@ -266,3 +269,105 @@ def test_sinks_drains_and_massive_activations_are_those_of_the_definitions(corpu
     assert result["summary"]["massive_layers"] == 2
     note = the_note(result, "massive activations of the residual stream after the block")
     assert "token 0 channel 5 (2 of 2)" in note
+
+
+# --- a real model -----------------------------------------------------------------------------------------------------
+
+THEIR_TENSORS = {
+    "embedding": "transformer.drop",
+    "input_norm": "transformer.h.{}.ln_1",
+    "attention_projection": "transformer.h.{}.attn.c_proj",
+    "post_attention_norm": "transformer.h.{}.ln_2",
+    "mlp_output": "transformer.h.{}.mlp.c_proj",
+    "block_output": "transformer.h.{}",
+    "final_norm": "transformer.ln_f",
+}
+OF_TENSORS = {  # their names for a tensor's figures → ours
+    "max_abs": "max_abs",
+    "max_abs_over_std": "max_abs_over_std",
+    "median_abs": "median_abs",
+    "max_over_median": "max_over_median",
+    "residual_peak": "first_norm_ratio",
+    "mean": "mean",
+    "std": "std",
+    "pooled_excess_kurtosis": "excess_kurtosis",
+    "per_token_kurtosis": "per_token_kurtosis",
+    "per_sequence_kurtosis_nonexcess": "per_sequence_kurtosis",
+    "per_sequence_max_abs": "per_sequence_max_abs",
+    "channel_rms_kurtosis": "channel_rms_kurtosis",
+}
+OF_FIRST = {"first_norm": "mean_norm", "per_token_kurtosis_first": "per_token_kurtosis"}
+OF_OTHERS = {
+    "other_norm": "mean_norm",
+    "max_abs_others": "max_abs",
+    "pooled_excess_kurtosis_others": "excess_kurtosis",
+    "per_token_kurtosis_others": "per_token_kurtosis",
+    "channel_rms_kurtosis_others": "channel_rms_kurtosis",
+}
+OF_LAYERS = {
+    "first_mass": "first_mass",
+    "first_mass_without_query0": "first_mass_without_query0",
+    "entropy": "entropy",
+    "max_logit": "max_score",
+    "value_norm_ratio": "value_drain",
+}
+OF_HEADS = OF_LAYERS | {"row_mass": "row_mass"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_smollm2_has_the_figures_of_an_independent_implementation(smollm2, tmp_path, dtype):
+    """Rates and places exactly, the rest to the dtype's rounding. Under RMSNorm a token that is one channel alone has
+    √C times that channel's gain there, whatever its size: several of them tie for the largest element of layer 28's
+    ln_2, to a few roundings (`tie`). There, theirs has to be as large as ours."""
+    rounding, tie = {"float32": (1e-4, 1e-6), "float64": (1e-8, 1e-9)}[dtype]
+    options = ("--block-size", 64, "--batches", 4, "--batch-size", 4, "--dtype", dtype)
+    subject, known = smollm2_with_known_figures(smollm2, tmp_path, DIAGNOSTIC, *options)
+    theirs, text = known["T64"], torch.tensor(known["tokens"]).view(16, 64)
+    tensors = {
+        THEIR_TENSORS[row["where"]].format(row["layer"]): row for row in theirs["activations"] + theirs["block_outputs"]
+    }
+    losses: list[float] = []
+    largest: dict[str, list[torch.Tensor]] = {}  # the channel in which theirs have it, of each sequence and token
+
+    def see(name: str, x: torch.Tensor) -> None:
+        if name == "lm_head":
+            targets = text[len(losses) :, 1:]
+            losses.extend(F.cross_entropy(one[:-1], y).item() for one, y in zip(x, targets, strict=False))
+        elif name in tensors:
+            largest.setdefault(name, []).append(x[..., tensors[name]["max_at"]["channel"]].clone())
+
+    with watch(subject.model, see, lambda *_: None):
+        result = DIAGNOSTIC.measure(subject)
+    rows = {row["name"]: row for row in result.rows}
+
+    def same(ours: dict, their: dict, names: dict[str, str]) -> None:
+        assert {name: ours[own] for name, own in names.items()} == pytest.approx(
+            {name: their[name] for name in names}, rel=rounding, abs=0
+        )
+
+    assert losses == pytest.approx(theirs["losses"], rel=rounding)
+    ties = []
+    for name, row in tensors.items():
+        parts = {"": OF_TENSORS, " [first token]": OF_FIRST, " [other tokens]": OF_OTHERS}
+        for part, names in parts.items():
+            same(rows[name + part], row, names)
+        for part, channels in zip(parts, ("", "_first", "_others"), strict=True):
+            assert sorted(rows[name + part]["outlier_channels"]) == row[f"outlier_channels{channels}"], name
+        assert rows[name]["massive_at"] == row["massive_at"], name
+        assert bool(rows[name]["massive_at"]) == row["massive"]
+        *place, _, value = row["max_at"].values()
+        there = torch.cat(largest[name])[tuple(place)].item()
+        assert there == pytest.approx(value, rel=rounding)
+        if rows[name]["max_at"] != [*place, row["max_at"]["channel"]]:
+            ties.append(name)
+            assert abs(there) == pytest.approx(rows[name]["max_abs"], rel=tie)
+    assert set(ties) <= {"transformer.h.28.ln_2"}
+    for ours, head in zip(result.tables["heads"], theirs["heads"], strict=True):
+        assert [ours[x] for x in ("layer", "head", "sink_rate")] == [head[x] for x in ("layer", "head", "sink_rate")]
+        same(ours, head, OF_HEADS)
+    for number, (ours, layer) in enumerate(zip(result.tables["layers"], theirs["layers"], strict=True)):
+        assert (ours["layer"], ours["sink_rate"]) == (number, pytest.approx(layer["sink_rate"], rel=1e-9))
+        same(ours, layer, OF_LAYERS)
+    assert result.summary["sink_rate"] == pytest.approx(theirs["sink_rate"], rel=1e-9)
+    same(result.summary, theirs, {x: x for x in ("first_mass", "entropy", "row_mass")})

@@ -281,6 +281,9 @@ def test_windows_may_be_shorter_and_begin_with_a_token(path):
     text = torch.from_numpy(tokens[:200]).view(50, 4)
     assert torch.equal(y, text)
     assert torch.equal(x, torch.cat((torch.full((50, 1), 12), text[:, :3]), dim=1))
+    named = subject_of(path, "--block-size", "4", "--bos", "m", "--batches", "13")
+    assert named.arguments == subject.arguments  # the same question
+    assert torch.equal(torch.cat([x for x, _ in named.batches()]), x)
     plain = next(iter(subject_of(path, "--bos", "none").batches()))[0]
     assert torch.equal(plain[0], torch.from_numpy(tokens[:10]))
 
@@ -291,7 +294,9 @@ def test_windows_may_be_shorter_and_begin_with_a_token(path):
         (("--block-size", "11"), "--block-size 11: the context of .*ckpt.pt is 10"),
         (("--block-size", "0"), "--block-size 0: at least 1"),
         (("--bos", "13"), "--bos 13: .*ckpt.pt has 13 token ids, from 0"),
-        (("--bos", "-1"), "--bos -1: a token's id, from 0, or none"),
+        (("--bos", "-1"), "--bos -1: a token's id, from 0, its text, or none"),
+        (("--bos", "ab"), "'ab' is no token of the chars vocabulary: give one, or its id"),
+        (("--bos", "<|endoftext|>"), "character '<' is not in the vocabulary of 13 characters"),
     ],
 )
 def test_a_window_or_a_token_that_the_model_has_not_is_refused(path, monkeypatch, capsys, arguments, message):

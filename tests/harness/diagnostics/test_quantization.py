@@ -1,6 +1,7 @@
 """scripts/quantization.py: what rounding costs, on a model with a planted outlier and in the report."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -92,6 +93,21 @@ def test_the_pictures_legend_has_every_number_of_bits_and_a_spread_only_where_th
     (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["8 bits", "6 bits", "4 bits"]
     assert [("±" in panel.get_xlabel()) for panel in figure.axes[:2]] == [spread is not None] * 2
+
+
+@pytest.mark.parametrize("largest", [1e-3, 0.5, 90.0, 1.4e5, 1e9])
+def test_the_figures_along_the_rises_do_not_lie_on_each_other(largest):
+    names = [scheme.name for scheme in schemes()]
+    rises = {name: -0.003 if name.endswith("attn.c_proj input") else largest for name in names}
+    rows = [{"scheme": name, "perplexity_rise": rise, "spread": None} for name, rise in rises.items()]
+    figure = DIAGNOSTIC.draw(Result([{"scheme": "float", "perplexity": 1.0}, *rows], {}), "run")
+    figure.canvas.draw()
+    for axes in figure.axes[:2]:
+        low, high = axes.get_xlim()
+        shown = [tick.label1 for tick in axes.xaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+        boxes = [label.get_window_extent() for label in shown]
+        assert len(boxes) > 1
+        assert not any(one.overlaps(other) for one, other in pairwise(boxes))
 
 
 def draw_losses(model: GPT, scheme: Scheme, corpus: Path, offsets: np.ndarray) -> list[float]:
