@@ -90,7 +90,7 @@ def test_logits_come_from_no_later_token_and_are_the_same_piece_by_piece_from_a_
         assert torch.equal(whole[1], after[1])  # nor from another sequence
         torch.testing.assert_close(whole[0, :6], after[0, :6], rtol=0, atol=1e-12)
         assert (whole[0, 6:] - after[0, 6:]).abs().amax(-1).min() > 1e-6
-        cache = KVCache(model.config, 2, "cpu", torch.float64)
+        cache = KVCache(model.config)
         pieces = [model.features(piece, cache) for piece in idx.split([4, 1, 2, 3], dim=1)]
     # Some hundred roundings of numbers of a few units
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-12)
