@@ -20,9 +20,10 @@ from matplotlib.text import Text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness.checkpoint import save_checkpoint
+from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, run
-from harness.errors import run_cli
+from harness.errors import UserError, run_cli
 from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
@@ -92,6 +93,22 @@ def tiny_corpus(folder: Path, train: int = 400, val: int = 201, letters: str | N
         text, tokenizer = "".join(generator.choice(list(letters), train + val)), Chars(letters)
     write_corpus(folder, [("train", text[:train]), ("val", text[train:])], tokenizer, source="test")
     return Path(folder)
+
+
+DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
+
+
+def write_documents(folder: Path, documents=DOCUMENTS, tokenizer=None, **options) -> None:
+    """A corpus of (split, text) in the folder, by default of a few bytes."""
+    write_corpus(folder, documents, tokenizer or Bytes(), source="test", threads=2, **options)
+
+
+def corpus_error(folder: Path, **options) -> str:
+    """The one line that reading the corpus ends with."""
+    with pytest.raises(UserError) as caught:
+        Corpus(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def squares_corpus(folder: str | Path = "corpus") -> None:
