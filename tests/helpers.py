@@ -5,10 +5,12 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -235,28 +237,38 @@ def read_json(path: str | Path) -> dict:
 # Each run is forked from a server that has imported train.py already: a start costs milliseconds where a fresh
 # interpreter takes seconds, and it can be killed like any other process.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])  # AdamW imports the second
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "tests.helpers"])  # AdamW imports the second, a run the third
 
 
-def _child(arguments, log):
+def _child(arguments, log, signal_at):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     import train
     from harness.errors import run_cli
 
+    def log_metrics(tracker, step, metrics, log_metrics=train.Tracker.log):
+        log_metrics(tracker, step, metrics)
+        if signal_at and step == signal_at[0]:
+            os.kill(os.getpid(), signal_at[1])
+
+    train.Tracker.log = log_metrics
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
 
 
 class TrainingRun:
-    """`train.py config.yaml --run.name NAME …` in the current folder."""
+    """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
+    that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
+    """
 
-    def __init__(self, name: str, *arguments: str):
+    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None):
         self.folder, self.log = Path("out") / name, Path(f"{name}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at))
+        with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
+            forkserver.ensure_running()
         self.process.start()
 
     def wait(self) -> int:
@@ -286,6 +298,11 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     run = TrainingRun(name, *arguments)
     assert run.wait() == 0, run.output()
     return run
+
+
+def killed(name: str, *arguments: str, at: int) -> None:
+    run = TrainingRun(name, *arguments, signal_at=(at, signal.SIGKILL))
+    assert run.wait() == -signal.SIGKILL, run.output()
 
 
 def refused(name: str, *arguments: str) -> str:

@@ -16,7 +16,7 @@ from harness.generation import KVCache, generate
 from harness.kl_training import fingerprint
 from harness.resuming import restore_optimizer
 from model import GPT, GPTConfig, RMSNorm, materialized_attention, rotation
-from tests.helpers import TrainingRun, assert_same_run, finished, optimizer_of, random_ids, save_model, tiny_gpt
+from tests.helpers import assert_same_run, finished, killed, optimizer_of, random_ids, save_model, tiny_gpt
 
 T, V = 10, 17
 NAMES = {f.name for f in dataclasses.fields(GPTConfig)}
@@ -201,10 +201,7 @@ def test_a_killed_run_goes_on_exactly():
     how = [word for key, value in fields.items() for word in (f"--model.{key}", str(value).lower())]
     whole = finished("whole", *how, "--training.max_steps", "8")
     assert "2 layers, 4 heads on 2 of keys, 16 wide" in whole.output()
-    killed = TrainingRun("killed", *how, "--training.max_steps", "8")
-    killed.wait_for_step(2)
-    killed.process.kill()
-    killed.wait()
+    killed("killed", *how, "--training.max_steps", "8", at=6)
     assert_same_run(whole, finished("killed", *how, "--training.max_steps", "8", "--model.qkv_bias", "false"))
 
 
