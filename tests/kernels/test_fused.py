@@ -490,7 +490,7 @@ def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(
 
 @pytest.fixture(scope="module")
 def bench_arguments():
-    return argparse.Namespace(B=1, H=4, D=64, dtype="float32", device="cpu")
+    return argparse.Namespace(B=1, H=4, H_kv=4, D=64, dtype="float32", device="cpu")
 
 
 @pytest.fixture(scope="module")
