@@ -40,25 +40,10 @@ def test_grouped_keys_are_compared_with_the_same_keys_repeated(monkeypatch, tmp_
     monkeypatch.setattr(bench_attention, "forward", noted)
     for row in bench_length(9, grouped, torch.device("cpu")):
         assert (row["repeated"] is None) == (row["variant"] == STOCK)
-        assert {heads for name, heads in taken if name == row["variant"]} == (
-            {2} if row["variant"] == STOCK else {2, 4}
-        )
+        read = {heads for name, heads in taken if name == row["variant"]}
+        assert read == ({2} if row["variant"] == STOCK else {2, 4})
 
-    words = [
-        "--T",
-        "9",
-        "--H",
-        "4",
-        "--D",
-        "8",
-        "--seconds",
-        "1e-9",
-        "--memory",
-        "--device",
-        "cpu",
-        "--out",
-        str(tmp_path),
-    ]
+    words = f"--T 9 --H 4 --D 8 --seconds 1e-9 --memory --device cpu --out {tmp_path}".split()
     for own, said in ((["--H-kv", "2"], "H 4 on 2 of keys"), ([], "H 4, D 8")):
         monkeypatch.setattr(sys, "argv", ["bench_attention.py", *words, *own])
         assert not run_cli(script.main)
