@@ -30,6 +30,7 @@ from harness.optimizers import learning_rate, make_optimizer, schedule_note
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
+from kernels.loss import IGNORED
 from measure.outliers import activation_metrics
 from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -108,7 +109,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             for batch in watched(batches[ranks.rank :: ranks.size], "evaluating", ranks.is_main):
                 x, y = gather(tokens, batch, block_size, device)
                 _, loss = model(x, y, with_logits=False)
-                if targets := int((y >= 0).sum()):  # over no targets the loss is NaN
+                if targets := int((y != IGNORED).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
         loss_sum, targets = ranks.sum(total).tolist()
@@ -279,10 +280,11 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
 def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
-    q = torch.empty(1, c.n_head, c.block_size, c.head_size, device=device, dtype=dtype)
+    shapes = [(1, heads, c.block_size, c.head_size) for heads in (c.n_head, c.kv_heads)]
+    q, k = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
     normalizer = NORMALIZERS[c.normalizer]
     stock = c.backward == "full" and normalizer.null_logit is None
-    return attention_backend(q, q, c.dropout, stock, fused=normalizer.is_softmax)
+    return attention_backend(q, k, c.dropout, stock, fused=normalizer.is_softmax)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels.loss import IGNORED
+
 
 def training_offsets(seed: int, step: int, tokens: int, block_size: int, batch_size: int) -> np.ndarray:
     """Where the `batch_size` windows of a step start: (batch_size,) int64, uniform over the corpus of `tokens`.
@@ -30,12 +32,12 @@ def validation_offsets(tokens: int, block_size: int, count: int | None = None) -
 def gather(
     tokens: np.ndarray, offsets: np.ndarray, block_size: int, device: torch.device | str
 ) -> tuple[Tensor, Tensor]:
-    """Inputs and targets (B, T) int64 of the windows that start at `offsets`; targets past the end are −1 (ignored)."""
+    """Inputs and targets (B, T) int64 of the windows that start at `offsets`; targets past the end are IGNORED."""
     index = offsets[:, None] + np.arange(block_size + 1)
     windows = tokens[np.minimum(index, len(tokens) - 1)].astype(np.int64)
     x, y = windows[:, :-1], windows[:, 1:]
     if index.max() >= len(tokens):
-        y = np.where(index[:, 1:] < len(tokens), y, -1)
+        y = np.where(index[:, 1:] < len(tokens), y, IGNORED)
     idx, targets = (torch.from_numpy(np.ascontiguousarray(z)) for z in (x, y))
     device = torch.device(device)
     if device.type == "cuda":  # from pinned memory the copy is queued, and the program goes on

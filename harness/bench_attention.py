@@ -1,6 +1,7 @@
 """What scripts/bench_attention.py measures: time and memory of every attention variant, and of its materialised form.
 
-`args` are the script's: B sequences, H heads, head size D, dtype, device, and the seconds to spend on a length.
+`args` are the script's: B sequences, H heads that read H_kv heads of keys and values, head size D, dtype, device, and
+the seconds to spend on a length.
 """
 
 import argparse
@@ -38,30 +39,32 @@ def names() -> list[str]:
 
 
 def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
-    """q, k, v as they come out of a GPT's projection, (B, H, T, D) views of one tensor; and dL/dO."""
+    """q (B, H, T, D), k and v (B, H_kv, T, D) as a GPT's projection gives them, views of one tensor; and dL/dO."""
     torch.manual_seed(0)
-    dtype, width = getattr(torch, args.dtype), args.H * args.D
-    packed = torch.randn(args.B, T, 3 * width, device=device, dtype=dtype).requires_grad_()
-    q, k, v = (x.view(args.B, T, args.H, args.D).transpose(1, 2) for x in packed.split(width, dim=2))
+    dtype, widths = getattr(torch, args.dtype), [heads * args.D for heads in (args.H, args.H_kv, args.H_kv)]
+    packed = torch.randn(args.B, T, sum(widths), device=device, dtype=dtype).requires_grad_()
+    q, k, v = (x.view(args.B, T, -1, args.D).transpose(1, 2) for x in packed.split(widths, dim=2))
     return [q, k, v, torch.randn(args.B, T, args.H, args.D, device=device, dtype=dtype).transpose(1, 2)]
 
 
 def forward(name: str, q, k, v) -> torch.Tensor:
-    """One of `names`, on q, k, v (B, H, T, D)."""
+    """One of `names`, on q (B, H, T, D), k and v (B, H_kv, T, D)."""
     if name == STOCK:
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
     normalizer, backward = VARIANTS[name]
     learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
     null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
     return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
 
 
-def step(name: str, materialized: bool, T: int, args: argparse.Namespace, device, laps: Laps) -> None:
-    """One forward and backward pass, a lap each, on inputs of its own."""
+def step(name: str, form: str, T: int, args: argparse.Namespace, device, laps: Laps) -> None:
+    """One forward and backward pass, a lap each, on inputs of its own. As "materialized", or with keys and values
+    "repeated" for each head of queries before the kernel."""
     q, k, v, g = inputs(T, args, device)
     laps.end("inputs")
-    with materialized_attention() if materialized else contextlib.nullcontext():
-        out = forward(name, q, k, v)
+    with materialized_attention() if form == "materialized" else contextlib.nullcontext():
+        times = args.H // args.H_kv if form == "repeated" else 1
+        out = forward(name, q, *(x.repeat_interleave(times, dim=1) if times > 1 else x for x in (k, v)))
     laps.end("forward")
     torch.autograd.grad(out, (q, k, v), g)
     laps.end("backward")
@@ -71,8 +74,10 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     """The rows of one context length: the script's columns without MiB."""
     matrix = 4 * args.B * args.H * T * T  # bytes in float32; a materialised step holds several
     slow = [name for name in VARIANTS if 8 * matrix < 2**31]
-    runs = {name: functools.partial(step, name, False, T, args, device) for name in names()}
-    runs |= {f"{name}, materialized": functools.partial(step, name, True, T, args, device) for name in slow}
+    grouped = list(VARIANTS) if args.H_kv < args.H else []
+    forms = [(name, "") for name in names()]
+    forms += [(name, "materialized") for name in slow] + [(name, "repeated") for name in grouped]
+    runs = {f"{n}, {form}" if form else n: functools.partial(step, n, form, T, args, device) for n, form in forms}
 
     def seconds_of(rounds: int) -> dict[str, list[float]]:
         """Of forward and backward together; those of the forward alone under the name and ", forward"."""
@@ -92,6 +97,7 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
             "forward+backward": 1e3 * statistics.median(seconds[name]),
             "ratio": ratio[name],
             "materialized": ratio[f"{name}, materialized"] / ratio[name] if name in slow else None,
+            "repeated": ratio[f"{name}, repeated"] / ratio[name] if name in grouped else None,
         }
         for name in names()
     ]
@@ -115,11 +121,11 @@ def peak_of(name: str, T: int, args: argparse.Namespace) -> float:
 def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
     """What the process of `peak_of` runs: measures, and sends the MiB."""
     device = choose_device(args.device)
-    step(name, False, 64, args, device, Laps(device))  # threads, libraries, kernels
+    step(name, "", 64, args, device, Laps(device))  # threads, libraries, kernels
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        step(name, False, T, args, device, Laps(device))
+        step(name, "", T, args, device, Laps(device))
         return pipe.send((peak_memory(device) - before) / 2**20)
     before, peak, done = resident(), 0, threading.Event()
 
@@ -131,7 +137,7 @@ def send_peak(pipe, name: str, T: int, args: argparse.Namespace) -> None:
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    step(name, False, T, args, device, Laps(device))
+    step(name, "", T, args, device, Laps(device))
     done.set()
     watcher.join()
     return pipe.send((peak - before) / 2**20)

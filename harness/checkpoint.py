@@ -168,7 +168,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 
 def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
-    """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error."""
+    """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error. They are not copied, where that
+    can be avoided: to train the model changes the checkpoint's tensors."""
     try:
         state = clean_state_dict(checkpoint["model"])
         # Whether the head is the embedding, where older files and other projects leave it unsaid, the weights tell.
@@ -180,14 +181,42 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
                 )
             if "transformer.wte.weight" in state:
                 state.setdefault("lm_head.weight", state["transformer.wte.weight"])
-        model = GPT(config)
+        model = without_weights(config)
         names = model.state_dict().keys()
         for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
             if found:
                 raise ValueError(f"the weights {problem} {listed(found)}")
-        model.load_state_dict(state)
+        assign_weights(model, state)
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
+    return model
+
+
+def without_weights(config: GPTConfig) -> GPT:
+    """A GPT on the meta device, which takes neither memory nor time, for weights that are yet to be assigned."""
+    try:
+        with torch.device("meta"):
+            return GPT(config)
+    except (RuntimeError, TypeError):  # what a normalizer starts with may be computed by a look at values
+        return GPT(config)
+
+
+def assign_weights(model: GPT, weights: dict[str, torch.Tensor]) -> GPT:
+    """The model with the weights of these names, on the CPU, in the dtypes of its parameters: the tensors themselves,
+    where they are such and each has memory of its own, else copies. RuntimeError, naming it, for one of another shape.
+    """
+    own, memory = {}, set()
+    for name, parameter in model.named_parameters():
+        weight = weights[name].detach().to("cpu", parameter.dtype).contiguous()
+        if weight.untyped_storage().nbytes() > weight.nbytes or weight.data_ptr() in memory:
+            weight = weight.clone()
+        memory.add(weight.data_ptr())
+        own[name] = weight
+    if model.config.tie_embeddings:
+        own["lm_head.weight"] = own["transformer.wte.weight"]
+    model.load_state_dict(own, assign=True)
+    if model.config.tie_embeddings:
+        model.lm_head.weight = model.transformer.wte.weight
     return model
 
 

@@ -349,7 +349,7 @@ def _check_layers(c: dict[str, Any], family: Family, config: GPTConfig) -> None:
 def describe(model: GPT) -> tuple[Family, dict[str, Any]]:
     """The first family that can express a model, and its config.json. Biases that only the family has count as zeros.
     ValueError, with what the nearest family lacks, if there is none."""
-    config = _explicit(replace(model.config, n_inner=model.transformer.h[0].mlp.c_fc.out_features))
+    config = _explicit(model.config)
     nearest: tuple[str, list[str]] = "", [f.name for f in fields(config)]
     for wanted in (config, replace(config, qkv_bias=True), replace(config, bias=True, qkv_bias=True)):
         for name, family in FAMILIES.items():
@@ -386,6 +386,4 @@ def _explicit(config: GPTConfig) -> GPTConfig:
     unused |= {"activation"} if config.mlp == "swiglu" else set()
     unused |= {"rope_original_context"} if config.rope_scaling == 1 else set()
     unused |= {f for f in default if f.startswith("rope_")} if config.position != "rope" else set()
-    qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-    given: dict[str, Any] = {"n_kv_head": config.kv_heads, "head_dim": config.head_size, "qkv_bias": qkv_bias}
-    return replace(config, **given, **{name: default[name] for name in unused})
+    return GPTConfig(**config.resolved() | {name: default[name] for name in unused})

@@ -11,19 +11,27 @@ from model import GPT, GPTConfig
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: (n_layer, B, H_kv, block_size, D) each."""
+    """The keys and values of the tokens seen so far, for every layer: (B, H_kv, T, D) each.
 
-    def __init__(self, config: GPTConfig, batch_size: int, device, dtype):
-        shape = (config.n_layer, batch_size, config.kv_heads, config.block_size, config.head_size)
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+    The room for them is doubled each time it is full, up to block_size: it follows what is generated, not the longest
+    context there may be, and a token is copied about once on average.
+    """
+
+    def __init__(self, config: GPTConfig):
+        self.block_size = config.block_size
+        self.k, self.v = ([torch.empty(1, 1, 0, 1)] * config.n_layer for _ in range(2))  # no tokens
         self.length = 0  # tokens held so far; the model counts new ones once every layer has appended them
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store the keys and values of the new tokens (B, H_kv, T, D); return those of all tokens so far."""
         end = self.length + k.size(-2)
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        for held, new in ((self.k, k), (self.v, v)):
+            if held[layer].size(-2) < end:  # the first tokens take just their room, for there may be no others
+                room = new.new_empty(*new.shape[:2], min(max(end, 2 * self.length), self.block_size), new.size(-1))
+                room[:, :, : self.length] = held[layer][:, :, : self.length]
+                held[layer] = room
+            held[layer][:, :, self.length : end] = new
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
 
 
 @torch.no_grad()
@@ -36,11 +44,9 @@ def generate(
     all have, generation ends. Beyond block_size the context is the last block_size tokens: the position of each
     changes with every step then, so that the cache is of no use and a token costs a whole forward pass.
     """
-    block_size, device = model.config.block_size, idx.device
-    autocast = torch.is_autocast_enabled(device.type)
-    dtype = torch.get_autocast_dtype(device.type) if autocast else model.lm_head.weight.dtype
-    cache = KVCache(model.config, idx.size(0), device, dtype) if use_cache else None
-    stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=device)
+    block_size = model.config.block_size
+    cache = KVCache(model.config) if use_cache else None
+    stopped = torch.zeros(idx.size(0), 1, dtype=torch.bool, device=idx.device)
     for _ in range(max_new_tokens):
         if cache is not None and idx.size(1) <= block_size:
             x = model.features(idx[:, cache.length :], cache)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.checkpoint import CONV1D, WRAPPERS, listed, read_torch_file
+from harness.checkpoint import CONV1D, WRAPPERS, listed, read_torch_file, without_weights
 from harness.errors import UserError
 from harness.families import Family, describe, read_config
 from harness.files import check_folder, make_folder, write_text, written_whole
@@ -53,9 +53,7 @@ def load_hf(name_or_folder: str) -> GPT:
     except ValueError as e:
         raise UserError(f"{source}: {e}") from e
     try:
-        with torch.device("meta"):  # neither memory nor time for a start that the weights replace
-            model = GPT(config)
-        model.to_empty(device="cpu")
+        model = without_weights(config).to_empty(device="cpu")
     except (RuntimeError, TypeError, OverflowError) as e:  # the latter two where a size is no machine's integer
         sizes = ", ".join(f"{name} {getattr(config, name)}" for name in ("n_layer", "n_embd", "n_inner", "vocab_size"))
         raise UserError(f"{source}: its config.json makes a GPT that does not fit into memory, of {sizes}") from e
@@ -253,8 +251,7 @@ def save_hf(model: GPT, folder: str | Path) -> str:
     try:
         family, c = describe(model)
         config = read_config(c)[1]
-        with torch.device("meta"):  # whose biases are zeros where the model has none
-            names = {name: p.shape for name, p in GPT(config).named_parameters()}
+        names = {name: p.shape for name, p in without_weights(config).named_parameters()}
         own = dict(model.named_parameters())
         zeros = {name: torch.zeros(shape) for name, shape in names.items() if name not in own}
         stored = stored_weights(own | zeros, config, family)

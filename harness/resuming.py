@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint import build_model, check_finite, load_model, read_checkpoint
+from harness.checkpoint import assign_weights, build_model, check_finite, load_model, read_checkpoint, without_weights
 from harness.config import Config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.kl_training import Reference
 from harness.runfolder import run_files
 from harness.tokenizer import different_tokenizers
-from model import GPT, GPTConfig
+from model import GPT, NORMALIZERS, GPTConfig
 
 # Keys that say how far and where a run goes, how often it looks and where it writes: not which run it is.
 # Of a corpus and a reference the content is compared.
@@ -94,13 +94,13 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
     if differing:
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
-    rebuilt = GPT(dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted}))
-    weights = model.state_dict()
-    if rebuilt.config.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
+    chosen = dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted})
+    weights, rebuilt = model.state_dict(), without_weights(chosen)
+    if chosen.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
+        starts = NORMALIZERS[chosen.normalizer].parameters
         weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
-        weights |= rebuilt.normalizer_parameters()
-    rebuilt.load_state_dict(weights)
-    return rebuilt
+        weights |= {name: starts[name.rpartition(".")[2]](chosen) for name in rebuilt.normalizer_parameters()}
+    return assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
 
 
 def crop_block_size(model: GPT, block_size: int) -> None:

@@ -18,6 +18,7 @@ from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
 from harness.timing import Laps
 from kernels.backends import use_backend
+from kernels.loss import IGNORED
 from model import GPT
 
 PHASES = ("data", "forward", "kl", "backward", "optimizer")
@@ -140,4 +141,4 @@ class NanoGPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor, with_logits: bool = True) -> tuple[Tensor, Tensor]:
         logits = self.gpt.lm_head(self.gpt.features(idx))  # (B, T, V)
-        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=-1)
+        return logits, F.cross_entropy(logits.view(-1, logits.size(-1)), targets.view(-1), ignore_index=IGNORED)

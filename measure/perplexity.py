@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels.loss import IGNORED
 from model import GPT
 
 _ROWS = 2048  # tokens whose logits are held at a time: 400 MB with GPT-2's vocabulary
@@ -41,7 +42,7 @@ def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndar
     that each saw at least block_size − stride tokens before it; all of the window at 0.
 
     This is the evaluation with a stride of Hugging Face's guide "Perplexity of fixed-length models". `batches`: inputs
-    and targets (B, T) int64 of the windows at `offsets`, in their order; a target −1 is past the end of the text.
+    and targets (B, T) int64 of the windows at `offsets`, in their order; a target past the end of the text is IGNORED.
     """
     parts, done = [], 0
     for x, y in batches:
@@ -49,16 +50,16 @@ def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndar
         done += len(x)
         i = np.arange(x.size(1))  # predicts target starts + i + 1 from i + 1 tokens
         fresh = (i >= x.size(1) - stride) | (starts == 0)  # (B, T)
-        y = y.masked_fill(torch.from_numpy(~fresh).to(y.device), -1)
-        scored = (y >= 0).cpu().numpy()
+        y = y.masked_fill(torch.from_numpy(~fresh).to(y.device), IGNORED)
+        scored = (y != IGNORED).cpu().numpy()
         losses = token_losses(model, x, y).cpu().double().numpy()
         parts.append((losses, (starts + i + 1)[scored], np.broadcast_to(i + 1, scored.shape)[scored]))
     return Scores(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def token_losses(model: GPT, x: Tensor, y: Tensor) -> Tensor:
-    """The loss, in nats, of each target of y (B, T) that is not −1: (n,), row by row. Other logits are not computed."""
-    scored = y >= 0
+    """The loss, in nats, of each target of y (B, T) but those IGNORED: (n,), row by row; no other logits are made."""
+    scored = y != IGNORED
     losses = []
     for features, targets in zip(model.features(x)[scored].split(_ROWS), y[scored].split(_ROWS), strict=True):
         logits = model.lm_head(features)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from measure.moments import float64
 from measure.probe import watch
-from model import GPT
+from model import GPT, rotate, rotation
 
 AT_ONCE = 256  # tokens
 
@@ -53,13 +53,18 @@ def first_tokens(model: GPT, tokens: Tensor) -> list[FirstToken]:
 
 def transplanted(model: GPT, first: list[FirstToken], with_value: bool = True) -> GPT:
     """The model under `kvbias`, each layer with the null key and null value of its FirstToken, or a value of zero.
-    ValueError for a model whose normalizer is not softmax."""
+
+    Rotated keys stand where a token in front of the text would be, at position −1: with the FirstToken of a single
+    token, the model gives what the original gives after that token. ValueError where the normalizer is not softmax.
+    """
     if model.config.normalizer != "softmax":
         raise ValueError(f"its normalizer is {model.config.normalizer}, and a null slot can be added to softmax alone")
     moved = GPT(dataclasses.replace(model.config, normalizer="kvbias")).to(next(model.parameters())).eval()
     weights = model.state_dict()
     for layer, token in enumerate(first):
-        at = f"transformer.h.{layer}.attn"
-        weights |= {f"{at}.null_key": token.key, f"{at}.null_value": token.value if with_value else 0 * token.value}
+        key, value, at = token.key, token.value * with_value, f"transformer.h.{layer}.attn"
+        if model.config.position == "rope":
+            key = rotate(key[:, None], *rotation(model.config, -1, 0, like=key))[:, 0]
+        weights |= {f"{at}.null_key": key, f"{at}.null_value": value}
     moved.load_state_dict(weights)
     return moved

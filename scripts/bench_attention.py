@@ -7,7 +7,9 @@ matrices in float32 take less than 2 GiB. The peak memory of a forward and backw
 own: on a CPU the resident memory over that of a warm-up, inputs and gradients included; on a GPU the allocated memory.
 
 Columns: forward and forward+backward in milliseconds, medians; ratio, forward+backward over (a), the median of the
-rounds' own ratios; materialized, forward+backward of (b) over the variant's own; MiB, the peak.
+rounds' own ratios; materialized, forward+backward of (b) over the variant's own; with --H-kv repeated, that with keys
+and values repeated for each head of queries before the kernel over the variant's own, which reads them as they are;
+MiB, the peak.
 """
 
 import argparse
@@ -34,6 +36,7 @@ def main() -> None:
     parser.add_argument("--T", type=int, nargs="+", default=[2**n for n in range(6, 15)], help="default: 64 … 16384")
     parser.add_argument("--B", type=int, default=1, help="sequences; default: 1")
     parser.add_argument("--H", type=int, default=4, help="heads; default: 4")
+    parser.add_argument("--H-kv", type=int, help="heads of keys and values, each read by H / H-kv heads; default: H")
     parser.add_argument("--D", type=int, default=64, help="head size; default: 64")
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="auto")
@@ -49,8 +52,11 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("out/bench_attention"), help="folder of the JSON and the PNG")
     args = parser.parse_args()
-    if min(args.T + args.memory + [args.B, args.H, args.D]) < 1 or args.seconds <= 0:
-        raise UserError("--T, --B, --H, --D, --memory and --seconds must be positive")
+    args.H_kv = args.H if args.H_kv is None else args.H_kv
+    if min(args.T + args.memory + [args.B, args.H, args.H_kv, args.D]) < 1 or args.seconds <= 0:
+        raise UserError("--T, --B, --H, --H-kv, --D, --memory and --seconds must be positive")
+    if args.H % args.H_kv:
+        raise UserError(f"--H-kv {args.H_kv} does not divide --H {args.H}: each of its heads is read by as many others")
     check_folder(args.out)
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does
@@ -62,11 +68,13 @@ def main() -> None:
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else processor_name()
     threads = torch.get_num_threads()
     title = f"{where}, {threads} thread{'s' * (threads > 1)}, PyTorch {torch.__version__}, {args.dtype}, "
-    title += f"B {args.B}, H {args.H}, D {args.D}; by "
+    grouped = args.H_kv < args.H
+    title += f"B {args.B}, H {args.H}{f' on {args.H_kv} of keys' if grouped else ''}, D {args.D}; by "
     shapes = [torch.empty(args.B, args.H, T, args.D, device=device, dtype=getattr(torch, args.dtype)) for T in args.T]
     title += " and ".join(sorted({attention_backend(q, q, stock=stock) for q in shapes for stock in (False, True)}))
     print(title)
-    print_table(rows, ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "MiB"])
+    columns = ["T", "variant", "forward", "forward+backward", "ratio", "materialized", "repeated", "MiB"]
+    print_table(rows, [name for name in columns if grouped or name != "repeated"])
     stem = args.out / f"bench_attention_{device.type}_{args.dtype}"
     arguments = {name: value for name, value in vars(args).items() if name != "out"} | {"title": title}
     found = {"script": "bench_attention", "title": title, "arguments": arguments, "rows": rows}

@@ -5,10 +5,12 @@ import json
 import math
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,10 @@ from matplotlib.text import Text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness.checkpoint import save_checkpoint
+from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, Subject, argument_parser, run
-from harness.errors import run_cli
+from harness.errors import UserError, run_cli
 from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
@@ -93,6 +96,22 @@ def tiny_corpus(folder: Path, train: int = 400, val: int = 201, letters: str | N
         text, tokenizer = "".join(generator.choice(list(letters), train + val)), Chars(letters)
     write_corpus(folder, [("train", text[:train]), ("val", text[train:])], tokenizer, source="test")
     return Path(folder)
+
+
+DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
+
+
+def write_documents(folder: Path, documents=DOCUMENTS, tokenizer=None, **options) -> None:
+    """A corpus of (split, text) in the folder, by default of a few bytes."""
+    write_corpus(folder, documents, tokenizer or Bytes(), source="test", threads=2, **options)
+
+
+def corpus_error(folder: Path, **options) -> str:
+    """The one line that reading the corpus ends with."""
+    with pytest.raises(UserError) as caught:
+        Corpus(folder, **options)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
 
 
 def squares_corpus(folder: str | Path = "corpus") -> None:
@@ -239,28 +258,38 @@ def read_json(path: str | Path) -> dict:
 # Each run is forked from a server that has imported train.py already: a start costs milliseconds where a fresh
 # interpreter takes seconds, and it can be killed like any other process.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo"])  # AdamW imports the second
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "tests.helpers"])  # AdamW imports the second, a run the third
 
 
-def _child(arguments, log):
+def _child(arguments, log, signal_at):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     import train
     from harness.errors import run_cli
 
+    def log_metrics(tracker, step, metrics, log_metrics=train.Tracker.log):
+        log_metrics(tracker, step, metrics)
+        if signal_at and step == signal_at[0]:
+            os.kill(os.getpid(), signal_at[1])
+
+    train.Tracker.log = log_metrics
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
 
 
 class TrainingRun:
-    """`train.py config.yaml --run.name NAME …` in the current folder."""
+    """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
+    that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
+    """
 
-    def __init__(self, name: str, *arguments: str):
+    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None):
         self.folder, self.log = Path("out") / name, Path(f"{name}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at))
+        with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
+            forkserver.ensure_running()
         self.process.start()
 
     def wait(self) -> int:
@@ -290,6 +319,11 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     run = TrainingRun(name, *arguments)
     assert run.wait() == 0, run.output()
     return run
+
+
+def killed(name: str, *arguments: str, at: int) -> None:
+    run = TrainingRun(name, *arguments, signal_at=(at, signal.SIGKILL))
+    assert run.wait() == -signal.SIGKILL, run.output()
 
 
 def refused(name: str, *arguments: str) -> str:

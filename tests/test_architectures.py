@@ -17,7 +17,7 @@ from harness.kl_training import fingerprint
 from harness.resuming import restore_optimizer
 from kernels.backends import materialized_attention
 from model import GPT, GPTConfig, RMSNorm, rotation
-from tests.helpers import TrainingRun, assert_same_run, finished, optimizer_of, random_ids, save_model, tiny_gpt
+from tests.helpers import assert_same_run, finished, killed, optimizer_of, random_ids, save_model, tiny_gpt
 
 T, V = 10, 17
 NAMES = {f.name for f in dataclasses.fields(GPTConfig)}
@@ -92,7 +92,7 @@ def test_logits_come_from_no_later_token_and_are_the_same_piece_by_piece_from_a_
         assert torch.equal(whole[1], after[1])  # nor from another sequence
         torch.testing.assert_close(whole[0, :6], after[0, :6], rtol=0, atol=1e-12)
         assert (whole[0, 6:] - after[0, 6:]).abs().amax(-1).min() > 1e-6
-        cache = KVCache(model.config, 2, "cpu", torch.float64)
+        cache = KVCache(model.config)
         pieces = [model.features(piece, cache) for piece in idx.split([4, 1, 2, 3], dim=1)]
     # Some hundred roundings of numbers of a few units
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=0, atol=1e-12)
@@ -209,10 +209,7 @@ def test_a_killed_run_goes_on_exactly():
     how = [word for key, value in fields.items() for word in (f"--model.{key}", str(value).lower())]
     whole = finished("whole", *how, "--training.max_steps", "8")
     assert "2 layers, 4 heads on 2 of keys, 16 wide" in whole.output()
-    killed = TrainingRun("killed", *how, "--training.max_steps", "8")
-    killed.wait_for_step(2)
-    killed.process.kill()
-    killed.wait()
+    killed("killed", *how, "--training.max_steps", "8", at=6)
     assert_same_run(whole, finished("killed", *how, "--training.max_steps", "8", "--model.qkv_bias", "false"))
 
 

@@ -79,6 +79,26 @@ def test_load_model_gives_the_same_logits_in_eval_mode_and_the_rest(path):
     assert "model" not in info
 
 
+def test_weights_that_share_memory_in_the_file_or_are_no_floats_of_32_bits_are_copied(tmp_path):
+    """Others become the model's own: a training would change two at once, or learn in half precision."""
+    model = random_gpt(replace(CONFIG, tie_embeddings=False))
+    state = dict(model.state_dict())
+    rows = torch.randn(20, 8)
+    state |= {"transformer.wte.weight": rows[2:13], "lm_head.weight": rows[4:15]}
+    state["transformer.h.0.attn.c_attn.weight"] = torch.randn(8, 24).t()
+    state["transformer.h.0.mlp.c_fc.weight"] = state["transformer.h.1.mlp.c_fc.weight"]
+    state["transformer.ln_f.weight"] = state["transformer.ln_f.weight"].half()
+    torch.save(checkpoint_of(model) | {"model": state}, tmp_path / "ckpt.pt")
+    loaded, places = load_model(tmp_path / "ckpt.pt")[0], set()
+    for name, weight in loaded.named_parameters():
+        assert torch.equal(weight, state[name].float())
+        assert weight.dtype == torch.float32
+        assert weight.is_contiguous()
+        assert weight.untyped_storage().nbytes() == weight.nbytes
+        places.add(weight.data_ptr())
+    assert len(places) == len(state)
+
+
 def test_a_new_checkpoint_replaces_the_former_one(path):
     save_checkpoint(path, checkpoint_of(random_gpt(), step=8))
     assert read_checkpoint(path)["step"] == 8

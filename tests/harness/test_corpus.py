@@ -13,58 +13,43 @@ import pytest
 
 from harness import corpus as corpus_module
 from harness.corpus import SPLITS, Corpus
-from harness.corpus_writing import write_corpus
 from harness.errors import UserError
-from harness.tokenizer import Bytes
-
-DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
-
-
-def write(folder, documents=DOCUMENTS, tokenizer=None, **options):
-    return write_corpus(folder, documents, tokenizer or Bytes(), source="test", threads=2, **options)
-
-
-def error_of(folder, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        Corpus(folder, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
-
+from tests.helpers import corpus_error, write_documents
 
 # ------------------------------------------------------------------------------------------------- damage, when reading
 
 
 def test_not_prepared(tmp_path):
-    error = error_of(tmp_path / "nowhere")
+    error = corpus_error(tmp_path / "nowhere")
     assert "is not prepared (no train.bin and no val.bin)" in error
     (tmp_path / "prepare.py").touch()
-    assert f"run python {tmp_path / 'prepare.py'}" in error_of(tmp_path)
+    assert f"run python {tmp_path / 'prepare.py'}" in corpus_error(tmp_path)
 
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_truncated(tmp_path, verify):
-    write(tmp_path)
+    write_documents(tmp_path)
     os.truncate(tmp_path / "train.bin", 13)
-    assert "train.bin has 13 bytes where 14 belong" in error_of(tmp_path, verify=SPLITS if verify else ())
+    assert "train.bin has 13 bytes where 14 belong" in corpus_error(tmp_path, verify=SPLITS if verify else ())
     (tmp_path / "val.bin").unlink()
-    assert "no val.bin" in error_of(tmp_path, verify=SPLITS if verify else ())
+    assert "no val.bin" in corpus_error(tmp_path, verify=SPLITS if verify else ())
 
 
 def test_changed(tmp_path):
-    write(tmp_path)
+    write_documents(tmp_path)
     np.array([1, 2, 3], np.uint16).tofile(tmp_path / "val.bin")
-    assert "val.bin is not the file that meta.json describes" in error_of(tmp_path)
+    assert "val.bin is not the file that meta.json describes" in corpus_error(tmp_path)
     Corpus(tmp_path, verify=())
 
 
 def test_ids_outside_the_vocabulary(tmp_path):
-    write(tmp_path)
+    write_documents(tmp_path)
     ids = np.array([1, 256, 3], np.uint16)
     ids.tofile(tmp_path / "val.bin")
     meta = json.loads((tmp_path / "meta.json").read_text())
     meta["splits"]["val"]["sha256"] = hashlib.sha256(ids).hexdigest()
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert "val.bin holds the token id 256, outside the 256 known ids" in error_of(tmp_path)
+    assert "val.bin holds the token id 256, outside the 256 known ids" in corpus_error(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -80,20 +65,20 @@ def test_ids_outside_the_vocabulary(tmp_path):
     ],
 )
 def test_broken_meta(tmp_path, change, expected):
-    write(tmp_path)
+    write_documents(tmp_path)
     meta = json.loads((tmp_path / "meta.json").read_text())
     change(meta)
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    error = error_of(tmp_path)
+    error = corpus_error(tmp_path)
     assert expected in error
     assert "meta.json" in error
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"\xff\xfe"])
 def test_meta_that_is_no_json_object(tmp_path, content):
-    write(tmp_path)
+    write_documents(tmp_path)
     (tmp_path / "meta.json").write_bytes(content)
-    assert "meta.json does not describe a corpus" in error_of(tmp_path)
+    assert "meta.json does not describe a corpus" in corpus_error(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------- nanoGPT's folders
@@ -176,7 +161,7 @@ def test_what_is_taken_for_gpt2s_is_said_and_refused_where_it_cannot_be(tmp_path
     assert "taken for GPT-2's" in Corpus(tmp_path).note
     other_program(tmp_path, ids.astype(np.uint16).tobytes())
     for vocab_size in (None, 50304):  # 50304 is nanoGPT's, padded
-        error = error_of(tmp_path, vocab_size=vocab_size)
+        error = corpus_error(tmp_path, vocab_size=vocab_size)
         assert "train.bin holds no GPT-2 tokens: of 24,000 none is above 1499" in error
         assert '{"vocab_size": 32000' in error
     other_program(tmp_path, ids.astype(np.uint16).tobytes(), tokenizer="gpt2")
@@ -211,7 +196,7 @@ def npy(array) -> bytes:
 @pytest.mark.parametrize(("name", "written"), FORMATS)
 def test_another_dtype_or_format_is_refused_by_name(tmp_path, name, written, vocab_size):
     other_program(tmp_path, written(ids_of_a_small_vocabulary()).tobytes())
-    error = error_of(tmp_path, vocab_size=vocab_size)
+    error = corpus_error(tmp_path, vocab_size=vocab_size)
     assert f"train.bin looks like {name}, not like ids in uint16: rewrite it, or say in a meta.json" in error
 
 
@@ -229,7 +214,7 @@ def test_ids_of_any_vocabulary_are_not_taken_for_another_format(tmp_path, below,
 
 
 def test_damage_is_found_in_the_splits_that_are_asked_for(tmp_path):
-    write(tmp_path)
+    write_documents(tmp_path)
     content = bytearray((tmp_path / "train.bin").read_bytes())
     content[2] ^= 1
     (tmp_path / "train.bin").write_bytes(content)
@@ -241,7 +226,7 @@ def test_damage_is_found_in_the_splits_that_are_asked_for(tmp_path):
 def test_a_file_is_read_once_by_all_that_check_it(tmp_path, monkeypatch):
     read, chunks = [], corpus_module.chunks
     monkeypatch.setattr(corpus_module, "chunks", lambda tokens: read.append(len(tokens)) or chunks(tokens))
-    write(tmp_path)
+    write_documents(tmp_path)
     for _ in range(3):
         Corpus(tmp_path)
     assert read == [7, 3]
@@ -249,11 +234,11 @@ def test_a_file_is_read_once_by_all_that_check_it(tmp_path, monkeypatch):
 
 def test_nanogpt_damage(tmp_path):
     nanogpt(tmp_path, meta=characters("ab"))
-    assert "train.bin holds the token id 2, outside the 2 known ids" in error_of(tmp_path)
+    assert "train.bin holds the token id 2, outside the 2 known ids" in corpus_error(tmp_path)
     (tmp_path / "train.bin").write_bytes(b"123")
-    assert "train.bin has 3 bytes where 2 belong" in error_of(tmp_path)
+    assert "train.bin has 3 bytes where 2 belong" in corpus_error(tmp_path)
     (tmp_path / "train.bin").write_bytes(b"")
-    assert "train.bin is empty" in error_of(tmp_path)
+    assert "train.bin is empty" in corpus_error(tmp_path)
 
 
 class Malicious:
@@ -275,7 +260,7 @@ def test_code_in_a_meta_pkl_does_not_run(tmp_path):
     evidence = tmp_path / "evidence"
     for meta in ({**characters("abc"), "extra": Malicious(evidence)}, Malicious(evidence), Quiet()):
         nanogpt(tmp_path, meta=meta)
-        assert "meta.pkl is no character vocabulary" in error_of(tmp_path)
+        assert "meta.pkl is no character vocabulary" in corpus_error(tmp_path)
         assert not evidence.exists()
 
 
@@ -294,7 +279,4 @@ def test_code_in_a_meta_pkl_does_not_run(tmp_path):
 )
 def test_meta_pkl_that_is_something_else(tmp_path, meta):
     nanogpt(tmp_path, meta=meta)
-    assert "meta.pkl is no character vocabulary" in error_of(tmp_path)
-
-
-# ------------------------------------------------------------------------------------------------------- hashed splits
+    assert "meta.pkl is no character vocabulary" in corpus_error(tmp_path)

@@ -17,27 +17,14 @@ from hypothesis import strategies as st
 
 from harness import corpus_writing
 from harness.corpus import Corpus
-from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files, write_corpus
+from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files
 from harness.errors import UserError, run_cli
-from harness.tokenizer import Bytes, Chars
-from tests.helpers import ROOT
-
-DOCUMENTS = [("train", "one\n"), ("val", "two"), ("train", b"\xff"), ("train", "")]
-
-
-def write(folder, documents=DOCUMENTS, tokenizer=None, **options):
-    return write_corpus(folder, documents, tokenizer or Bytes(), source="test", threads=2, **options)
-
-
-def error_of(folder, **options) -> str:
-    with pytest.raises(UserError) as caught:
-        Corpus(folder, **options)
-    assert "\n" not in str(caught.value)
-    return str(caught.value)
+from harness.tokenizer import Chars
+from tests.helpers import DOCUMENTS, ROOT, corpus_error, write_documents
 
 
 def test_documents_are_joined_by_the_separator(tmp_path):
-    write(tmp_path, extra={"python_version": "3.x"})
+    write_documents(tmp_path, extra={"python_version": "3.x"})
     corpus = Corpus(tmp_path)
     assert bytes(corpus.tokens["train"].astype(np.uint8)) == b"\0".join([b"one\n", b"\xff", b""])
     assert corpus.tokenizer.decode(corpus.tokens["val"]) == "two"
@@ -53,18 +40,18 @@ def test_documents_are_joined_by_the_separator(tmp_path):
 
 
 def test_the_same_text_gives_the_same_corpus(tmp_path):
-    write(tmp_path / "a")
-    write(tmp_path / "b")
+    write_documents(tmp_path / "a")
+    write_documents(tmp_path / "b")
     for name in ("meta.json", "train.bin", "val.bin"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     assert Corpus(tmp_path / "a").sha256 == Corpus(tmp_path / "b").sha256
-    write(tmp_path / "b", [*DOCUMENTS, ("val", "more")])
+    write_documents(tmp_path / "b", [*DOCUMENTS, ("val", "more")])
     assert Corpus(tmp_path / "a").sha256 != Corpus(tmp_path / "b").sha256
 
 
 def test_gpt2_bytes_add_up_and_separators_count_none(tmp_path, gpt2):
     texts = ["naïve 漢字", "<|endoftext|>", "x"]
-    write(tmp_path, [("train", text) for text in texts] + [("val", "val")], gpt2)
+    write_documents(tmp_path, [("train", text) for text in texts] + [("val", "val")], gpt2)
     corpus = Corpus(tmp_path)
     ids = corpus.tokens["train"].tolist()
     assert [i for i, token in enumerate(ids) if token == 50256] == [len(gpt2.encode(texts[0])), len(ids) - 2]
@@ -76,7 +63,7 @@ def test_gpt2_bytes_add_up_and_separators_count_none(tmp_path, gpt2):
 def test_more_than_65535_ids_take_uint32(tmp_path):
     vocabulary = "".join(map(chr, [*range(32, 0xD800), *range(0xE000, 0x14000)]))
     assert len(vocabulary) > 65_536
-    write(tmp_path, [("train", vocabulary), ("val", vocabulary[-1])], Chars(vocabulary))
+    write_documents(tmp_path, [("train", vocabulary), ("val", vocabulary[-1])], Chars(vocabulary))
     corpus = Corpus(tmp_path)
     assert corpus.meta["dtype"] == "uint32"
     assert corpus.tokens["train"].dtype == np.uint32
@@ -87,13 +74,13 @@ def test_more_than_65535_ids_take_uint32(tmp_path):
 
 def test_unknown_character_stops_the_writing(tmp_path):
     with pytest.raises(UserError, match="'z' is not in the vocabulary"):
-        write(tmp_path, [("train", "abz")], Chars("ab"))
+        write_documents(tmp_path, [("train", "abz")], Chars("ab"))
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_split_without_text_is_an_error(tmp_path):
     with pytest.raises(UserError, match="no text for the val split"):
-        write(tmp_path, [("train", "only")])
+        write_documents(tmp_path, [("train", "only")])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +112,7 @@ def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     path = tmp_path / "long.txt"
     path.write_text(text)
     parts = [("train", text), ("val", TextFile(path, 10, 600_000)), ("val", TextFile(path, len(text) - 5))]
-    write(tmp_path, parts, gpt2)
+    write_documents(tmp_path, parts, gpt2)
     corpus, stock = Corpus(tmp_path), tiktoken.get_encoding("r50k_base")
     assert corpus.tokens["train"].tolist() == stock.encode_ordinary(text)
     expected = [*stock.encode_ordinary(text[10:600_000]), 50256, *stock.encode_ordinary(text[-5:])]
@@ -147,7 +134,7 @@ def test_memory_is_bounded(tmp_path):
     path.write_bytes(b"some words in a line\n" * 3_000_000)  # 63 MB
     tracemalloc.start()
     try:
-        write(tmp_path, [("train", TextFile(path)), ("val", "x")])
+        write_documents(tmp_path, [("train", TextFile(path)), ("val", "x")])
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -156,15 +143,15 @@ def test_memory_is_bounded(tmp_path):
 
 
 def test_missing_input_file(tmp_path):
-    write(tmp_path)
+    write_documents(tmp_path)
     with pytest.raises(UserError, match=r"cannot read .*missing.txt: No such file"):
-        write(tmp_path, [("train", TextFile(tmp_path / "missing.txt"))])
+        write_documents(tmp_path, [("train", TextFile(tmp_path / "missing.txt"))])
     Corpus(tmp_path)
 
 
 @pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
 def test_an_interrupted_prepare_leaves_the_former_corpus(tmp_path, failure):
-    write(tmp_path)
+    write_documents(tmp_path)
     former = Corpus(tmp_path).sha256
 
     def documents():
@@ -172,13 +159,13 @@ def test_an_interrupted_prepare_leaves_the_former_corpus(tmp_path, failure):
         raise failure
 
     with pytest.raises(failure):
-        write(tmp_path, documents())
+        write_documents(tmp_path, documents())
     assert Corpus(tmp_path).sha256 == former
     assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypatch, capsys):
-    write(tmp_path)
+    write_documents(tmp_path)
     former = Corpus(tmp_path).sha256
 
     def fsync(_):
@@ -186,7 +173,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypa
 
     monkeypatch.setattr(os, "fsync", fsync)
     capsys.readouterr()
-    assert run_cli(lambda: write(tmp_path, [("train", "new"), ("val", "new")])) == 2
+    assert run_cli(lambda: write_documents(tmp_path, [("train", "new"), ("val", "new")])) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: No space left on device")
     assert str(tmp_path) in error
@@ -196,7 +183,7 @@ def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypa
 
 
 def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
-    write(tmp_path)
+    write_documents(tmp_path)
     former = Corpus(tmp_path).sha256
     code = (
         "import sys, itertools; from harness.corpus_writing import write_corpus; from harness.tokenizer import Bytes;"
@@ -212,13 +199,13 @@ def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     process.wait()
     assert Corpus(tmp_path).sha256 == former
     assert temporary.exists()
-    write(tmp_path)  # what the dead left behind goes with the next prepare
+    write_documents(tmp_path)  # what the dead left behind goes with the next prepare
     assert len(list(tmp_path.iterdir())) == 3
 
 
 @pytest.mark.parametrize("renamed", [1, 2])
 def test_a_prepare_killed_between_its_renames_is_noticed(tmp_path, monkeypatch, renamed):
-    write(tmp_path)
+    write_documents(tmp_path)
     replace, left = os.replace, [renamed]
 
     def interrupted(source, target):
@@ -229,8 +216,8 @@ def test_a_prepare_killed_between_its_renames_is_noticed(tmp_path, monkeypatch, 
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, [("train", "sixteen"), ("val", "owt")])
-    assert "sha256 differs" in error_of(tmp_path)
+        write_documents(tmp_path, [("train", "sixteen"), ("val", "owt")])
+    assert "sha256 differs" in corpus_error(tmp_path)
 
 
 def test_split_depends_on_each_path_alone(tmp_path):
@@ -278,15 +265,15 @@ LATIN = "Él dijo: «¿Qué más?» — así fue.\n".replace("—", "-").encode(
     ],
 )
 def test_what_is_no_utf8_text_is_refused_and_bytes_keep_it(tmp_path, gpt2, name, content, expected):
-    write(tmp_path / "out")
+    write_documents(tmp_path / "out")
     former = Corpus(tmp_path / "out").sha256
     (tmp_path / "x.txt").write_bytes(content)
     documents = [("train", TextFile(tmp_path / "x.txt")), ("val", "x")]
     tokenizer = gpt2 if name == "gpt2" else Chars(characters_of(documents))
     with pytest.raises(UserError, match=rf"x\.txt {expected}.*--tokenizer bytes"):
-        write(tmp_path / "out", documents, tokenizer)
+        write_documents(tmp_path / "out", documents, tokenizer)
     assert Corpus(tmp_path / "out").sha256 == former
-    write(tmp_path / "out", documents)
+    write_documents(tmp_path / "out", documents)
     assert bytes(Corpus(tmp_path / "out").tokens["train"].astype(np.uint8)) == content
 
 
@@ -295,7 +282,7 @@ def test_a_few_wrong_places_are_counted_said_and_count_as_the_bytes_that_they_ar
     for name in ("x.txt", "y.txt"):
         (tmp_path / name).write_bytes(content)
     documents = [("train", TextFile(tmp_path / name)) for name in ("x.txt", "y.txt")]
-    write(tmp_path / "out", [*documents, ("val", "x")], gpt2)
+    write_documents(tmp_path / "out", [*documents, ("val", "x")], gpt2)
     assert f"2 places that are not UTF-8 became U+FFFD, in {tmp_path / 'x.txt'} and 1 file" in capsys.readouterr().out
     corpus = Corpus(tmp_path / "out")
     assert corpus.meta["splits"]["train"]["bytes"] == 2 * len(content)

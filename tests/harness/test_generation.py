@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from harness import generation
-from harness.generation import generate, sample
+from harness.generation import KVCache, generate, sample
 from model import GPT
-from tests.helpers import TELLING, every_attention, telling_gpt, tokens
+from tests.helpers import TELLING, every_attention, telling_gpt, tiny_gpt, tokens
 
 
 def generated(model: GPT, idx: torch.Tensor, count: int, seed: int = 0, **arguments) -> torch.Tensor:
@@ -53,6 +53,25 @@ def test_with_the_cache_each_step_feeds_one_token():
     generated(model, tokens(2, 5), 10)
     assert fed == [5] + 7 * [1] + 2 * [12]  # up to 12 tokens of context; then all positions move
     assert scored == 10 * [(2, 8)]  # the head scores the last position only
+
+
+def test_the_cache_takes_the_room_that_the_text_needs_and_not_that_of_the_longest_context():
+    """It took all of it at the start: 8.6 GB for a model of a billion parameters with a context of 131,072."""
+    idx, rotary = tokens(2, 5), {"position": "rope", "noise": 0.4}
+    model = tiny_gpt(**rotary, block_size=2**50)  # no machine has room for as many tokens
+    found = generated(model, idx, 5, temperature=0)
+    assert torch.equal(found, generated(tiny_gpt(**rotary, block_size=10), idx, 5, temperature=0))
+
+    cache, rooms, seen = KVCache(replace(model.config, block_size=90)), set(), torch.randn(2, 2, 90, 4)
+    for end in range(5, 91):
+        new = seen[:, :, cache.length : end]
+        found = [cache.append(layer, new + layer, new - layer) for layer in range(2)]
+        cache.length = end
+        for layer, (k, v) in enumerate(found):
+            assert torch.equal(k, seen[:, :, :end] + layer)
+            assert torch.equal(v, seen[:, :, :end] - layer)
+        rooms.add(cache.k[1].size(2))
+    assert rooms == {5, 10, 20, 40, 80, 90}  # tokens are moved six times, not every time
 
 
 def test_generation_streams_and_leaves_gradients_on_for_the_caller():

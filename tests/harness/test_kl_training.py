@@ -22,7 +22,7 @@ from harness.tokenizer import from_name
 from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 from tests import helpers
-from tests.helpers import TrainingRun, assert_same_run, finished, refused, run_on_two_ranks, tiny_gpt
+from tests.helpers import TrainingRun, assert_same_run, finished, killed, refused, run_on_two_ranks, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -342,10 +342,7 @@ def test_two_ranks_are_penalised_as_one(base):
 def test_a_killed_run_goes_on_bit_for_bit(base, how):
     how = (*how, "--model.dropout", "0.1", "--training.micro_batch_size", "4", "--model.normalizer", "softmax")
     whole = finished("whole", *how)
-    killed = TrainingRun("killed", *how)
-    killed.wait_for_step(7)
-    killed.process.kill()
-    killed.process.join()
+    killed("killed", *how, at=7)
     resumed = finished("killed", *how)
     assert "resuming out/killed from step" in resumed.output()
     assert_same_run(whole, resumed)

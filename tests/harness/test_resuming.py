@@ -1,17 +1,20 @@
 """What a run starts from: its own checkpoint, another's weights, or nothing, and never by mistake."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from harness import resuming
 from harness.checkpoint import read_checkpoint
 from harness.config import load_config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.optimizers import make_optimizer
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
+from model import GPT, NORMALIZERS, Normalizer
 from tests.helpers import random_ids, save_model, tiny_corpus, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
@@ -103,6 +106,65 @@ def test_rotary_positions_may_reach_further_in_a_fine_tuning_and_learned_ones_ma
     save_model(tiny_gpt(5, **SHAPE), "other.pt")
     with pytest.raises(UserError, match="block_size is 24 in the config and 16 in the checkpoint"):
         initial_model(config(*longer, "2"), Corpus("corpus"), None)
+
+
+# What a normalizer learns may have any shape, and start with what a look at values tells.
+POWER = Normalizer(
+    lambda scores, power: scores.softmax(-1) ** power.mean(),
+    parameters={"power": lambda config: torch.full((config.n_layer, 3), torch.tensor(2.0).item())},
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "learned"),
+    [
+        ({}, {"sink": 0.5}),
+        ({"dropout": 0.5, "backward": "diagonal"}, {"sink": 0.5}),
+        ({"normalizer": "power"}, {"power": 2.0}),
+        ({"normalizer": "softmax1", "block_size": 8}, {}),
+        ({"normalizer": "softmax1", "block_size": 24}, {}),
+    ],
+)
+def test_a_fine_tuning_takes_the_weights_as_they_lie_in_memory_into_the_model_that_is_asked_for(
+    changes, learned, monkeypatch
+):
+    """A second model was made and filled beside the first, which took the time and the memory of both."""
+    monkeypatch.setitem(NORMALIZERS, "power", POWER)
+    shape, read, load = SHAPE | {"normalizer": "sink", "position": "rope"}, [], resuming.load_model
+    other = tiny_gpt(5, **shape, noise=0.1)
+    for parameter in other.normalizer_parameters().values():
+        parameter.data.fill_(0.5)
+    save_model(other, "other.pt")
+    monkeypatch.setattr(resuming, "load_model", lambda path: read.append(load(path)) or read[0])
+    keys = [word for key, value in (shape | changes).items() for word in (f"--model.{key}", str(value).lower())]
+    model = initial_model(config("--training.init_from", "other.pt", *keys), Corpus("corpus"), None)
+    assert {name.rpartition(".")[2]: x.unique().tolist() for name, x in model.normalizer_parameters().items()} == {
+        name: [value] for name, value in learned.items()
+    }
+    for name, weight in read[0][0].named_parameters():
+        if "sink" in learned or not name.endswith("sink"):
+            assert model.get_parameter(name).data_ptr() == weight.data_ptr(), name
+
+    wanted, results = GPT(replace(other.config, **changes)), []
+    wanted.load_state_dict(other.state_dict() | model.normalizer_parameters(), strict=False)
+    assert (model.config, repr(model)) == (wanted.config, repr(wanted))
+    names = [name for name, _ in wanted.named_parameters()]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())  # the tied head is one of them once
+    for each in (model, wanted):
+        torch.manual_seed(0)  # of the dropout
+        loss = each(random_ids(2, 8), random_ids(2, 8, seed=1))[1]
+        results.append([loss, *torch.autograd.grad(loss, [each.get_parameter(name) for name in names])])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_a_resumed_model_has_the_tensors_of_its_checkpoint():
+    save_model(tiny_gpt(5, **SHAPE), "other.pt")
+    checkpoint = read_checkpoint("other.pt")
+    model = initial_model(config(), Corpus("corpus"), checkpoint)
+    assert model.training
+    assert model.lm_head.weight is model.transformer.wte.weight
+    for name, weight in model.named_parameters():
+        assert weight.data_ptr() == checkpoint["model"][name].data_ptr()
 
 
 def finished_run(step: int = 24, *changes: str) -> tuple[dict, Corpus]:

@@ -8,36 +8,17 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file
 
+from harness.pretrained import load_hf
 from harness.tokenizer import from_name
-from model import GPT, GPTConfig
+from model import GPT
 from tests.helpers import SHARED, run_python
 
 
 @pytest.fixture(scope="module")
 def gpt(smollm2) -> GPT:
-    """The folder's weights in this project's GPT, by the names of both."""
-    c = json.loads((smollm2 / "config.json").read_text())
-    sizes = {"n_layer": "num_hidden_layers", "n_head": "num_attention_heads", "n_kv_head": "num_key_value_heads"}
-    sizes |= {"n_embd": "hidden_size", "n_inner": "intermediate_size", "vocab_size": "vocab_size"}
-    sizes |= {"rope_theta": "rope_theta", "norm_eps": "rms_norm_eps", "block_size": "max_position_embeddings"}
-    llama = {"bias": False, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu"}
-    model = GPT(GPTConfig(**{ours: c[theirs] for ours, theirs in sizes.items()}, **llama)).eval()
-    theirs = load_file(smollm2 / "model.safetensors")
-    state = {"transformer.wte.weight": theirs["model.embed_tokens.weight"], "lm_head.weight": None}
-    state |= {"lm_head.weight": state["transformer.wte.weight"], "transformer.ln_f.weight": theirs["model.norm.weight"]}
-    for layer in range(c["num_hidden_layers"]):
-        at = f"model.layers.{layer}"
-        qkv = torch.cat([theirs[f"{at}.self_attn.{x}_proj.weight"] for x in "qkv"])
-        parts = {"attn.c_attn": qkv, "attn.c_proj": "self_attn.o_proj", "mlp.c_gate": "mlp.gate_proj"}
-        parts |= {"mlp.c_fc": "mlp.up_proj", "mlp.c_proj": "mlp.down_proj"}
-        parts |= {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}
-        for ours, name in parts.items():
-            weight = theirs[f"{at}.{name}.weight"] if isinstance(name, str) else name
-            state[f"transformer.h.{layer}.{ours}.weight"] = weight
-    model.load_state_dict(state)
-    return model
+    """As a user of this project reads the folder."""
+    return load_hf(str(smollm2)).eval()
 
 
 @pytest.mark.slow

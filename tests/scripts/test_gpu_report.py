@@ -2,25 +2,32 @@
 
 import json
 import math
+import runpy
+import signal
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from harness.corpus_writing import write_corpus
-from harness.gpu_report import with_error
+from harness.errors import run_cli
+from harness.gpu_report import Task, training, with_error
 from harness.gpu_report.document import markdown, wrong_rows
 from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS
 from harness.gpu_report.process import run_section
 from harness.gpu_report.steps import judged
 from harness.tokenizer import Bytes
+from scripts import gpu_report
 from scripts.gpu_report import unused
-from tests.helpers import run_python
+from tests.helpers import ROOT, run_python
 
 
-def run_script(*arguments, cwd):
-    return run_python("scripts/gpu_report.py", *arguments, cwd=cwd)
+def run_here(monkeypatch, *arguments) -> int:
+    """The exit status of the script, run in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu_report.py", *map(str, arguments)])
+    return run_cli(gpu_report.main) or 0
 
 
 def report_in(folder: Path) -> tuple[dict, str]:
@@ -28,24 +35,50 @@ def report_in(folder: Path) -> tuple[dict, str]:
     return json.loads(path.read_text()), path.with_suffix(".md").read_text()
 
 
+@pytest.fixture
+def without_processes(monkeypatch):
+    """Sections and the programs that they start run in this process, which has imported what they need; what one of its
+    own adds has tests of its own. What the sections measure still has one each."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def section(name, options, limit, work) -> dict:
+        rows = [*SECTIONS[name].run(Task(**options, seconds=limit))]
+        return {"section": name, "seconds": 0.0, "error": None, "rows": json.loads(json.dumps(rows, allow_nan=False))}
+
+    def together(commands) -> None:
+        for _, *words in commands:
+            monkeypatch.setattr(sys, "argv", words)
+            with pytest.raises(SystemExit) as end:
+                runpy.run_path(words[0], run_name="__main__")
+            assert not end.value.code
+
+    monkeypatch.setattr(gpu_report, "run_section", section)
+    monkeypatch.setattr(training, "together", together)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the processes that measure
+    monkeypatch.chdir(ROOT)
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
 @pytest.mark.slow
-def test_a_dry_run_of_the_whole_report(tmp_path):
-    """One test, since the run takes a minute of two cores."""
+def test_a_dry_run_of_the_whole_report(tmp_path, without_processes, monkeypatch, capsys):
+    """One test, since the run takes half a minute."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(900))
     write_corpus(tmp_path / "corpus", [("train", text), ("val", text[:2000])], Bytes(), source="a test")
     # Without those two whose code is that of others, on other shapes and variants.
     sections = [name for name in SECTIONS if name not in ("exactness_shapes", "steps_variants")]
     options = ("--cpu", "--seed", "1", "--sections", *sections)
-    done = run_script(*options, "--out", tmp_path, "--corpus", tmp_path / "corpus", cwd=tmp_path)
+    assert run_here(monkeypatch, *options, "--out", tmp_path, "--corpus", tmp_path / "corpus") == 0
     report, document = report_in(tmp_path)
-    assert {section["section"]: section["error"] for section in report["sections"]} == dict.fromkeys(sections)
-    assert done.returncode == 0, done.stderr
+    printed = capsys.readouterr().out
+    assert [section["section"] for section in report["sections"]] == sections
     assert document == markdown(report)
     for section in report["sections"]:
         title = SECTIONS[section["section"]].title
         assert section["rows"]
         assert f"## {title}" in document
-        assert f"\n{title}, " in done.stdout
+        assert f"\n{title}, " in printed
     rows = {section["section"]: section["rows"] for section in report["sections"]}
     every_variant_is_exact_on_every_backend(rows["exactness"])
     every_kind_of_variant_steps_beside_the_baseline(rows["steps"])
@@ -88,12 +121,12 @@ def the_markdown_has_a_row_for_each_measurement(report, document):
 @pytest.mark.slow
 def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_path):
     (tmp_path / "val.bin").write_bytes(b"half a corpus")
-    arguments = ("--cpu", "--out", tmp_path, "--corpus", tmp_path, "--sections", "steps", "hardware")
-    done = run_script(*arguments, cwd=tmp_path)
+    arguments = ("--cpu", "--out", tmp_path, "--corpus", tmp_path, "--sections", "training", "hardware")
+    done = run_python("scripts/gpu_report.py", *arguments, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     report, document = report_in(tmp_path)
-    steps, hardware = report["sections"]
-    last = steps["error"].splitlines()[-1]
+    trained, hardware = report["sections"]
+    last = trained["error"].splitlines()[-1]
     assert "is not prepared (no train.bin)" in last
     assert last in document
     assert last in done.stdout
@@ -101,23 +134,29 @@ def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_
     assert hardware["rows"]
 
 
-@pytest.mark.slow
-def test_a_section_ends_at_its_limit(tmp_path):
-    done = run_script("--cpu", "--minutes", "0.01", "--out", tmp_path, "--sections", "hardware", cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
+def test_a_section_ends_at_its_limit(tmp_path, monkeypatch):
+    arguments = ("--cpu", "--minutes", "0.01", "--out", tmp_path, "--sections", "hardware")
+    assert run_here(monkeypatch, *arguments) == 1
     report, document = report_in(tmp_path)
     assert report["sections"][0]["error"].startswith("stopped at its limit of 0 s")
     assert "stopped at its limit" in document
 
 
-@pytest.mark.slow
-def test_without_a_card_it_says_so_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    done = run_script(cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith("error: PyTorch sees no CUDA device")
-    assert len(done.stderr.splitlines()) == 1
+def test_without_a_card_it_says_so_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: PyTorch sees no CUDA device")
+    assert len(error.splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_programs_run_together_and_the_last_lines_of_one_that_fails_are_told():
+    programs = [[sys.executable, "-c", f"print('a\\n' * 20 + 'line {i}'); exit({i})"] for i in range(3)]
+    training.together(programs[:1])
+    with pytest.raises(RuntimeError, match=r"ended with status 1:\n(a\n){7}line 1$"):
+        training.together(programs)
 
 
 def test_a_section_that_a_signal_ends_is_told(tmp_path, monkeypatch):
