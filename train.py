@@ -280,9 +280,10 @@ def accumulation(config: Config, ranks: int) -> tuple[int, int]:
 def attention_kernel(model: GPT, device, dtype) -> str:
     """Which backend computes a training step's attention; see attention_backend."""
     c = model.config
-    shapes = [(1, heads, c.block_size, c.head_size) for heads in (c.n_head, c.kv_heads)]
-    q, k = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
     normalizer = NORMALIZERS[c.normalizer]
+    keys = c.block_size + ("null_key" in normalizer.parameters)
+    shapes = [(1, c.n_head, c.block_size, c.head_size), (1, c.kv_heads, keys, c.head_size)]
+    q, k = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
     stock = c.backward == "full" and normalizer.null_logit is None
     return attention_backend(q, k, c.dropout, stock, fused=normalizer.is_softmax)
 
