@@ -1,5 +1,5 @@
 """Several checkpoints side by side: runs diagnostics over each of them, and puts their summaries in one table and one
-picture. `python scripts/NAME.py --help` explains each diagnostic's values; its options have their defaults here.
+picture. `python scripts/NAME.py --help` explains each diagnostic's values and options, which may be given here too.
 """
 
 import argparse
@@ -53,12 +53,14 @@ def main(argv: list[str] | None = None) -> None:
         "windows are in the JSON alone.",
         100,
     )
-    args = parser.parse_args(argv)
+    args, further = parser.parse_known_args(argv)
     if len(args.checkpoints) < 2:
         raise UserError(f"{args.checkpoints[0]} alone: name at least two checkpoints to compare")
     names = labels(args.checkpoints)
     diagnostics = [find_diagnostic(name) for name in args.diagnostics]
-    arguments = [arguments_of(diagnostic, args) for diagnostic in diagnostics]
+    arguments, unknown = zip(*(arguments_of(diagnostic, args, further) for diagnostic in diagnostics), strict=True)
+    if nobodys := set.intersection(*unknown):
+        raise UserError(f"{', '.join(sorted(nobodys))}: no option of {', '.join(args.diagnostics)}")
     folder = check_files(NAME, args)
 
     rows: list[dict[str, Any]] = [{"checkpoint": name} for name in names]
@@ -95,13 +97,15 @@ def find_diagnostic(name: str) -> Diagnostic:
     return importlib.import_module(module).DIAGNOSTIC
 
 
-def arguments_of(diagnostic: Diagnostic, args: argparse.Namespace) -> argparse.Namespace:
-    """The diagnostic's own defaults, and over them what was given here."""
+def arguments_of(
+    diagnostic: Diagnostic, args: argparse.Namespace, further: list[str]
+) -> tuple[argparse.Namespace, set[str]]:
+    """The diagnostic's own defaults, and over them what was given here; and which of the further options it lacks."""
     parser = argument_parser(diagnostic.name, diagnostic.about, diagnostic.batches, diagnostic.batch_size)
     diagnostic.add_arguments(parser)
-    own = parser.parse_args(args.checkpoints)
+    own, unknown = parser.parse_known_args([*args.checkpoints, *further])
     vars(own).update({name: value for name, value in vars(args).items() if value is not None and name in own})
-    return arguments_for(diagnostic, own)
+    return arguments_for(diagnostic, own), {word.partition("=")[0] for word in unknown if word.startswith("-")}
 
 
 if __name__ == "__main__":

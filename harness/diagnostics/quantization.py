@@ -27,6 +27,7 @@ The summary: the float model's loss and perplexity, and the perplexity_rise of e
 
 import argparse
 import math
+from fnmatch import fnmatchcase as fnmatch
 
 import numpy as np
 import torch
@@ -53,7 +54,7 @@ COLUMNS = {
     "loss_rise": "of the loss over the unquantized model's, in nats a token",
     "standard_error": "of loss_rise, over stretches of the text as in perplexity.py; both models see the same tokens",
 }
-WORST_FIRST, WITHOUT_OUTLIERS = "W8A8 min-max", "W8A8 per token"
+SHOWN = WORST_FIRST, WITHOUT_OUTLIERS = "W8A8 min-max", "W8A8 per token"
 LAYERS = {
     "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream (`site` in the JSON)",
     "layer": "the block it is in; – for the embedding and the head",
@@ -76,13 +77,14 @@ def measure(subject: Subject) -> Result:
             return Result([{"scheme": FLOAT, **unknown}], unknown, [f"not quantized: {'; '.join(findings)}"])
 
     before = score(model, batches, offsets, T)
-    found: dict[Scheme, list[np.ndarray]] = {scheme: [] for scheme in schemes(args.head)}  # each draw's losses (n,)
+    chosen = [scheme for scheme in schemes(args.head) if any(fnmatch(scheme.name, glob) for glob in args.schemes)]
+    found: dict[Scheme, list[np.ndarray]] = {scheme: [] for scheme in chosen}  # each draw's losses (n,)
     layers: list[dict] = []
     with tqdm(total=len(draws) * len(found), desc="schemes", leave=False, disable=None) as bar:
         for windows in draws:
             ranges = calibrate(model, windows, args.batch_size, args.percentile, args.head)
             if not layers:
-                compared = [scheme for scheme in found if scheme.weight_bits]
+                compared = [s for s in schemes(args.head) if s.name in SHOWN or (s in found and s.weight_bits)]
                 reading = tqdm([x for x, _ in batches], desc="signal to noise", leave=False, disable=None)
                 layers = signal_to_noise(model, reading, compared, ranges, args.head)
             for scheme, losses in found.items():
@@ -131,9 +133,10 @@ def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:
     notes = []
     for bits in (8, 6) if math.isfinite(rows[0]["perplexity"]) else ():
-        worst = max(
-            (row for row in rows if row["scheme"].startswith(f"A{bits} only")), key=lambda r: r["perplexity_rise"]
-        )
+        alone = [row for row in rows if row["scheme"].startswith(f"A{bits} only")]
+        if not alone:  # --schemes has left them out
+            continue
+        worst = max(alone, key=lambda row: row["perplexity_rise"])
         site, rise = worst["scheme"].removeprefix(f"A{bits} only "), worst["perplexity_rise"]
         notes.append(f"largest rise from activations of one kind alone, at {bits} bits: {site}, {rise:.3g}")
     worst = layers[0]
@@ -231,6 +234,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="quantize lm_head too, its weight and its input; holds a batch's logits several times over",
     )
+    parser.add_argument(
+        "--schemes", nargs="+", default=["*"], metavar="GLOB", help="those of the schemes, as 'W8A8*'; default: all"
+    )
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="calibration draws; default: 3")
     parser.add_argument("--calibration", type=int, default=32, metavar="N", help="training windows a draw; default: 32")
     parser.add_argument(
@@ -246,6 +252,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("seeds", "calibration"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} {getattr(args, name)}: at least 1")
+    for glob in args.schemes:
+        if not any(fnmatch(scheme.name, glob) for scheme in schemes(args.head)):
+            raise UserError(f"--schemes {glob!r} is none of {', '.join(scheme.name for scheme in schemes(args.head))}")
     if not 50 < args.percentile < 100:
         raise UserError(f"--percentile {args.percentile}: above 50 and below 100")
 

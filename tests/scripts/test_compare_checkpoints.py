@@ -69,6 +69,13 @@ def test_options_reach_the_diagnostics_and_leave_their_defaults_alone(checkpoint
     assert {row["activation_kurtosis/sequences"] for row in default["rows"]} == {20}  # 8 × 4 are more than there are
 
 
+def test_a_diagnostics_own_options_reach_it_and_no_other(checkpoints):
+    own = ("--schemes", "W8A8 per token", "W4*", "--seeds=1", "--calibration", "2")
+    rows = compare(*checkpoints[:2], "--diagnostics", "weight_kurtosis", "quantization", *own)["rows"]
+    rises = {value.removeprefix("quantization/perplexity_rise ") for value in rows[0] if "perplexity_rise" in value}
+    assert rises == {"W8A8 per token", "W4 per channel"}
+
+
 def test_without_names_it_is_all_of_them(checkpoints):
     rows = compare(*checkpoints[:2], "--batches", "1", "--batch-size", "2")["rows"]
     assert {value.partition("/")[0] for value in rows[0]} - {"checkpoint", "step"} == set(DIAGNOSTICS)
@@ -115,6 +122,8 @@ def test_the_same_weights_can_be_compared_too(checkpoints):
         (["one/ckpt.pt", "two/ckpt.pt", "--diagnostics", "sample"], "more than checkpoints"),
         (["one/ckpt.pt", "two/ckpt.pt", "--batches", "0"], "--batches 0"),
         (["one/ckpt.pt", "two/ckpt.pt", "--wandb"], r"one has no wandb/run\.json"),
+        (["one/ckpt.pt", "two/ckpt.pt", "--diagnostics", "weight_kurtosis", "--seeds", "1"], "--seeds: no option of"),
+        (["one/ckpt.pt", "two/ckpt.pt", "--schemes", "W9"], "--schemes 'W9' is none of W8 per channel, W4"),
         (["one/ckpt.pt", "nowhere.pt", "--diagnostics", "weight_kurtosis"], r"no checkpoint nowhere\.pt"),
     ],
 )
