@@ -75,7 +75,7 @@ def one_pass(backend: str, D: int, dropout_p: float) -> bool:
 
 
 # At most so many queries (one, when a key/value cache is in use) are materialized against a longer context: a matrix of
-# SHORT × T_k scores is O(T_k) memory, as a fused kernel's is.
+# SHORT × T_k scores is O(T_k) memory, as a fused kernel's is. One key more is no longer context, but a null slot's.
 SHORT = 64
 
 
@@ -87,7 +87,7 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     """
     if _backend_in_use is not None:
         return _backend_in_use
-    if not fused or (q.size(-2) != k.size(-2) and q.size(-2) <= SHORT):
+    if not fused or (q.size(-2) <= SHORT and k.size(-2) > q.size(-2) + 1):
         return "materialized"
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and native():
