@@ -14,7 +14,7 @@ import statistics
 import threading
 import time
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure, save_figure
 from harness.timing import Laps, in_turn, median_ratio
 from kernels.backends import materialized_attention
-from model import NORMALIZERS, Backward, attention
+from model import NORMALIZERS, Backward, GPTConfig, attention
 
 FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
 VARIANTS: dict[str, tuple[str, Backward]] = {
@@ -52,9 +52,16 @@ def forward(name: str, q, k, v) -> torch.Tensor:
     if name == STOCK:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) < q.size(1))
     normalizer, backward = VARIANTS[name]
-    learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
-    null_logit = torch.zeros(q.size(1), device=q.device, requires_grad=True) if learned else None
-    return attention(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
+    return attention(q, k, v, normalizer=normalizer, backward=backward, **learned(normalizer, q, k))
+
+
+def learned(normalizer: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]:
+    """What the normalizer learns, as it starts, under the names that `attention` has for it."""
+    entry, config = NORMALIZERS[normalizer], GPTConfig(n_head=q.size(1), n_kv_head=k.size(1), head_dim=q.size(-1))
+    return {
+        "null_logit" if name == entry.null_logit else name: start(config).to(q.device).requires_grad_()
+        for name, start in entry.parameters.items()
+    }
 
 
 def step(name: str, form: str, T: int, args: argparse.Namespace, device, laps: Laps) -> None:

@@ -386,4 +386,4 @@ def _explicit(config: GPTConfig) -> GPTConfig:
     unused |= {"activation"} if config.mlp == "swiglu" else set()
     unused |= {"rope_original_context"} if config.rope_scaling == 1 else set()
     unused |= {f for f in default if f.startswith("rope_")} if config.position != "rope" else set()
-    return GPTConfig(**config.resolved() | {name: default[name] for name in unused})
+    return replace(config, **config.resolved() | {name: default[name] for name in unused})

@@ -16,12 +16,12 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from torch import Tensor
 
-from harness.bench_attention import VARIANTS
+from harness.bench_attention import VARIANTS, learned
 from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
 from kernels.backends import materialized_attention, use_backend
-from model import NORMALIZERS, attention, attention_rows
+from model import attention, attention_rows
 
 FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
 BACKENDS = {  # on CUDA; the dtypes it takes
@@ -77,7 +77,8 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
     T_q, T_k, D = shape
     generator, rows = torch.Generator().manual_seed(seed), []
     for normalizer, backward in VARIANTS.values():
-        inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, torch.device("cpu" if cpu else "cuda"))
+        device = torch.device("cpu" if cpu else "cuda")
+        inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, device, normalizer)
         with materialized_attention():
             reference = values([x.double() for x in inputs], normalizer, backward)
         for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
@@ -90,24 +91,24 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
     return rows
 
 
-def draw(T_q: int, T_k: int, D: int, dtype, generator, device) -> list[Tensor]:
-    """q, k, v as views of one projection where T_q = T_k, dL/dO, and the sinks of the heads."""
+def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) -> list[Tensor]:
+    """q, k, v as views of one projection where T_q = T_k, dL/dO, and what the normalizer learns."""
     B, H = 2, 4
     qkv = torch.randn(B, T_k, 3 * H * D, generator=generator).to(device, dtype)
     q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
     grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
-    return [q[:, :, T_k - T_q :], k, v, grad, torch.randn(H, generator=generator).to(device)]
+    own = (torch.randn(x.shape, generator=generator).to(device) for x in learned(normalizer, q, k).values())
+    return [q[:, :, T_k - T_q :], k, v, grad, *own]
 
 
 def values(inputs: list[Tensor], normalizer: str, backward: str, function=attention) -> dict[str, Tensor]:
-    """The output, and the gradients of q, k, v and of the sinks where there are any."""
-    q, k, v, grad, sink = (x.detach() for x in inputs)
-    learned = isinstance(NORMALIZERS[normalizer].null_logit, str)
-    wanted = {"dQ": q, "dK": k, "dV": v} | ({"dsink": sink} if learned else {})
+    """The output, and the gradients of q, k, v and of what the normalizer learns."""
+    q, k, v, grad, *own = (x.detach() for x in inputs)
+    names = learned(normalizer, q, k)
+    wanted = {"dQ": q, "dK": k, "dV": v} | {f"d{name}": x for name, x in zip(names, own, strict=True)}
     for x in wanted.values():
         x.requires_grad_()
-    null_logit = sink if learned else None
-    out = function(q, k, v, normalizer=normalizer, backward=backward, null_logit=null_logit)
+    out = function(q, k, v, normalizer=normalizer, backward=backward, **dict(zip(names, own, strict=True)))
     return {"out": out} | dict(zip(wanted, torch.autograd.grad(out, list(wanted.values()), grad), strict=True))
 
 
@@ -124,8 +125,8 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
     except Exception as error:
         return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
     norms = {name: x.norm() for name, x in reference.items()}
-    if "dsink" in found:  # a sum over all rows, whose terms cancel: relative to that of their absolute values
-        norms["dsink"] = terms_of_dsink(inputs, normalizer).norm()
+    if "dnull_logit" in found:  # a sum over all rows, whose terms cancel: relative to that of their absolute values
+        norms["dnull_logit"] = terms_of_dsink(inputs, normalizer).norm()
     errors = {name: ((x.double() - reference[name]).norm() / norms[name]).item() for name, x in found.items()}
     if inputs[1].size(2) == 1:
         # Of one key: 1 − P may be near 0, and then the scores' gradient has lost its digits, as in every form. Where it

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from harness.bench_attention import VARIANTS
+from harness.bench_attention import FUSED, VARIANTS, learned
 from harness.gpu_report import Section, Table, Task, pivot, with_error
 from harness.timing import Laps, in_turn, median, median_ratio
 from harness.workers import Worker, WorkerError
 from kernels.backends import use_backend
-from model import NORMALIZERS, Backward, attention
+from model import Backward, attention
 
 SHAPES = list(itertools.product((1024, 4096, 16384), (64, 128)))  # T, D
 BASELINE = "PyTorch, flash"
@@ -71,13 +71,12 @@ class Shape:
         q, k, v = (x.view(self.B, T, self.H, D).transpose(1, 2) for x in qkv.split(self.H * D, dim=-1))
         self.qkv = [x.detach().requires_grad_() for x in (q, k, v)]
         self.grad = torch.randn(self.B, T, self.H, D, device=self.device, dtype=self.dtype).transpose(1, 2)
-        self.sink = torch.zeros(self.H, device=self.device, requires_grad=True)
+        self.learned = {normalizer: learned(normalizer, q, k) for normalizer in FUSED}
         self.calls = self._calls(cpu)
 
     def _calls(self, cpu: bool) -> dict[str, Callable]:
         def ours(normalizer: str, backward: Backward, backend: str | None = None):
-            null_logit = self.sink if isinstance(NORMALIZERS[normalizer].null_logit, str) else None
-            call = functools.partial(attention, normalizer=normalizer, backward=backward, null_logit=null_logit)
+            call = functools.partial(attention, normalizer=normalizer, backward=backward, **self.learned[normalizer])
             return within(lambda: use_backend(backend), call) if backend else call
 
         causal = functools.partial(F.scaled_dot_product_attention, is_causal=True)
@@ -120,7 +119,7 @@ class Shape:
         return refused
 
     def step(self, name: str, laps: Laps) -> None:
-        inputs = [*self.qkv, self.sink] if name.startswith("sink") else self.qkv
+        inputs = [*self.qkv, *self.learned.get(name.split("/")[0], {}).values()]
         out = self.calls[name](*self.qkv)
         laps.end("forward")
         torch.autograd.grad(out, inputs, self.grad)
