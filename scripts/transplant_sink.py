@@ -20,7 +20,7 @@ from harness.corpus import SPLITS
 from harness.diagnostics import Subject
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import make_folder
+from harness.files import check_folder, make_folder
 from measure.transplant import first_tokens, transplanted
 
 COLUMNS = ("layer", "key_agreement", "value_agreement")
@@ -45,6 +45,7 @@ def main() -> None:
     path = args.out / "ckpt.pt"
     if path.exists():
         raise UserError(f"{path} is there already: give another folder, or remove it")
+    check_folder(args.out)  # before a large model is read in vain
 
     subject = Subject(args.checkpoint, args)
     subject.corpus.verify(args.split)

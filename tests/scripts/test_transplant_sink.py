@@ -60,7 +60,7 @@ def test_a_mistake_gets_one_line_and_nothing_is_lost(run, tmp_path):
         (("ckpt.pt", "out", "--tokens", 0), "--tokens 0: at least 1"),
         (("none.pt", "out"), "no checkpoint none.pt"),
         (("ckpt.pt", "out", "--data", "nowhere"), "nowhere"),
-        (("ckpt.pt", "softmax1.pt"), "softmax1.pt cannot be a folder, a file is in the way"),
+        (("none.pt", "softmax1.pt"), "softmax1.pt cannot be a folder, a file is in the way"),  # before it is read
     ):
         status, _, error = run(*arguments)
         assert status == 2, arguments
