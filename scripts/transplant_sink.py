@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from harness.checkpoint import FORMAT, save_checkpoint
+from harness.checkpoint import FORMAT, check_finite, save_checkpoint
 from harness.corpus import SPLITS
 from harness.diagnostics import Subject
 from harness.errors import UserError, run_cli
@@ -48,6 +48,7 @@ def main() -> None:
     check_folder(args.out)  # before a large model is read in vain
 
     subject = Subject(args.checkpoint, args)
+    check_finite(subject.model, args.checkpoint)
     subject.corpus.verify(args.split)
     text = subject.corpus.tokens[args.split]
     chosen = text[np.linspace(0, len(text) - 1, min(args.tokens, len(text))).astype(np.int64)].astype(np.int64)
