@@ -1,7 +1,7 @@
 """GPT-2 with a pluggable attention, in one file: read it from top to bottom.
 
 - `NORMALIZERS`: how a row of scores becomes attention weights, one entry for each way (softmax; softmax1, which may
-  attend to nothing; sink, which learns how readily).
+  attend to nothing; sink, which learns how readily; kvbias, which learns to what).
 - `attention`: by any of these *normalizers* forward, and one of three *backward* passes (full, diagonal or
   straight-through). The two are chosen independently; the forward pass never depends on the backward.
 - `GPT`: GPT-2 by default; grouped queries, rotary positions, RMSNorm, SwiGLU and what else today's models have by the
@@ -316,7 +316,7 @@ class GPTConfig:
     mlp: Mlp = field(default="gelu", metadata={"in_weights": True})
     """gelu: c_proj(gelu(c_fc(x))); swiglu: c_proj(silu(c_gate(x)) · c_fc(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
-    """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily"""
+    """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily, kvbias to what"""
     sink_init: float = field(default=0.0, metadata={"free": True, "forward": False})
     """normalizer sink: its logit at the start; 0 is softmax1, far below every score, as −20, softmax"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
@@ -338,8 +338,8 @@ class GPTConfig:
             raise ValueError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
-        if not math.isfinite(self.sink_init):
-            raise ValueError(f"sink_init is {self.sink_init}, but must be finite")
+        if not abs(self.sink_init) <= 1e30:  # `_null_logit` takes no larger one, and float32 hardly
+            raise ValueError(f"sink_init is {self.sink_init}, but must lie in [-1e30, 1e30]")
         for name in ("rope_theta", "rope_fraction", "rope_scaling", "norm_eps"):
             if not 0 < (value := getattr(self, name)) < math.inf:
                 raise ValueError(f"{name} is {value}, but must be positive and finite")

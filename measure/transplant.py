@@ -7,6 +7,7 @@ them. The first token then has something to attend to, as later ones have, and n
 """
 
 import dataclasses
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -34,16 +35,18 @@ class FirstToken(NamedTuple):
 
 @torch.no_grad()
 def first_tokens(model: GPT, tokens: Tensor) -> list[FirstToken]:
-    """Of each layer, over `tokens` (N,) int64, each the first of a sequence: what follows it changes nothing."""
+    """Of each layer, over `tokens` (N,) int64, each the first of a sequence: what follows it changes nothing,
+    and each id is computed once."""
     sums: list[list] = [[0.0] * 4 for _ in model.transformer.h]
+    ids, counts = tokens.unique(return_counts=True)
 
-    def add(layer: int, _attn, _q: Tensor, k: Tensor, v: Tensor) -> None:
+    def add(times: Tensor, layer: int, _attn, _q: Tensor, k: Tensor, v: Tensor) -> None:
         key, value = float64(k[:, :, 0]), float64(v[:, :, 0])  # (B, H_kv, D)
         for i, x in enumerate((key, value, key.norm(dim=-1), value.norm(dim=-1))):
-            sums[layer][i] += x.sum(0)
+            sums[layer][i] += torch.tensordot(times, x, 1)
 
-    with watch(model, lambda *_: None, add):
-        for idx in tokens[:, None].split(AT_ONCE):
+    for idx, times in zip(ids[:, None].split(AT_ONCE), float64(counts).split(AT_ONCE), strict=True):
+        with watch(model, lambda *_: None, partial(add, times)):
             model.features(idx)
     return [
         FirstToken(key / len(tokens), value / len(tokens), key.norm(dim=-1) / key_norm, value.norm(dim=-1) / value_norm)

@@ -15,12 +15,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from harness.checkpoint import FORMAT, save_checkpoint
+from harness.checkpoint import FORMAT, check_finite, save_checkpoint
 from harness.corpus import SPLITS
 from harness.diagnostics import Subject
 from harness.errors import UserError, run_cli
 from harness.figures import print_table
-from harness.files import make_folder
+from harness.files import check_folder, make_folder
 from measure.transplant import first_tokens, transplanted
 
 COLUMNS = ("layer", "key_agreement", "value_agreement")
@@ -45,8 +45,10 @@ def main() -> None:
     path = args.out / "ckpt.pt"
     if path.exists():
         raise UserError(f"{path} is there already: give another folder, or remove it")
+    check_folder(args.out)  # before a large model is read in vain
 
     subject = Subject(args.checkpoint, args)
+    check_finite(subject.model, args.checkpoint)
     subject.corpus.verify(args.split)
     text = subject.corpus.tokens[args.split]
     chosen = text[np.linspace(0, len(text) - 1, min(args.tokens, len(text))).astype(np.int64)].astype(np.int64)

@@ -329,6 +329,7 @@ def test_a_block_adds_attention_and_a_gated_mlp_in_a_row_or_side_by_side(paralle
         ({"norm": "batch"}, "unknown norm 'batch'"),
         ({"mlp": "relu"}, "unknown mlp 'relu'"),
         ({"rope_theta": 0.0}, "rope_theta is 0.0, but must be positive"),
+        ({"sink_init": -1e39}, "sink_init is -1e+39, but must lie in"),  # beyond float32
         ({"rope_scaling": float("nan")}, "rope_scaling is nan"),
         ({"norm_eps": float("inf")}, "norm_eps is inf"),
         ({"position": "rope", "head_dim": 7}, "rope_fraction 1.0 of 7 channels"),

@@ -21,7 +21,7 @@ from measure.perplexity import nonfinite_weights
 
 SPLIT = {
     "mean_attention": "mean weight A_ij over j ≤ i",
-    "entropy": "of a row of A, in nats, averaged; with softmax1 and sink the null slot counts as one of the row's; "
+    "entropy": "of a row of A, in nats, averaged; a null slot counts as one of the row's; "
     "where the normalizer is no softmax, of the row over its own mass",
     "row_mass": "Σ_j A_ij, averaged over rows: 1 under softmax; the rest goes to the null slot",
     "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA",

@@ -38,6 +38,13 @@ def test_of_many_tokens_it_has_their_means():
     assert not without.null_value.any()
 
 
+def test_a_token_is_computed_once_however_often_it_is_in_the_text(monkeypatch):
+    model, computed = tiny_gpt(vocab_size=16), []
+    monkeypatch.setattr(model, "features", lambda idx, own=model.features: computed.append(len(idx)) or own(idx))
+    first_tokens(model, random_ids(1, 1000, vocab_size=16)[0])
+    assert sum(computed) == 16
+
+
 def test_only_softmax_has_a_place_for_it():
     model = tiny_gpt(normalizer="softmax1")
     with pytest.raises(ValueError, match="its normalizer is softmax1"):

@@ -49,6 +49,9 @@ def test_what_it_writes_is_measured_and_sampled_as_any_checkpoint(run, tmp_path,
 
 def test_a_mistake_gets_one_line_and_nothing_is_lost(run, tmp_path):
     save_model(tiny_gpt(normalizer="softmax1"), "softmax1.pt", "corpus")
+    broken = tiny_gpt()
+    broken.transformer.h[1].attn.c_attn.weight.data[0, 0] = float("nan")
+    save_model(broken, "nan.pt", "corpus")
     (tmp_path / "here").mkdir()
     (tmp_path / "here" / "ckpt.pt").write_text("mine")
     for arguments, message in (
@@ -58,9 +61,10 @@ def test_a_mistake_gets_one_line_and_nothing_is_lost(run, tmp_path):
             "softmax1.pt: its normalizer is softmax1, and a null slot",
         ),
         (("ckpt.pt", "out", "--tokens", 0), "--tokens 0: at least 1"),
+        (("nan.pt", "out"), "nan.pt"),
         (("none.pt", "out"), "no checkpoint none.pt"),
         (("ckpt.pt", "out", "--data", "nowhere"), "nowhere"),
-        (("ckpt.pt", "softmax1.pt"), "softmax1.pt cannot be a folder, a file is in the way"),
+        (("none.pt", "softmax1.pt"), "softmax1.pt cannot be a folder, a file is in the way"),  # before it is read
     ):
         status, _, error = run(*arguments)
         assert status == 2, arguments
