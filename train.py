@@ -64,7 +64,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if ranks.share(start) != start:
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     torch.manual_seed(config.run.seed)
-    raw_model = initial_model(config, corpus, checkpoint).to(device)
+    raw_model = initial_model(config, corpus, checkpoint, say).to(device)
     check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
     reference = None
@@ -329,9 +329,10 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
 
 def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
     """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
-    what the normalizer has learned: each of its parameters, averaged over heads."""
+    what the normalizer has learned: each of its parameters, or of a vector the norm, averaged over heads."""
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
-    metrics |= {f"normalizer/{name}": p.mean().item() for name, p in model.normalizer_parameters().items()}
+    for name, p in model.normalizer_parameters().items():
+        metrics[f"normalizer/{name}"] = (p if p.dim() == 1 else p.norm(dim=-1)).mean().item()
     model.eval()
     for split, tokens in corpus.tokens.items():
         offsets = validation_offsets(len(tokens) - model.config.block_size + 1, model.config.block_size, count=8)

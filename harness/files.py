@@ -69,7 +69,10 @@ def check_folder(folder: Path) -> None:
 
 def make_folder(folder: Path) -> None:
     check_folder(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:  # as in /proc, whatever its permissions say
+        raise UserError(f"{folder} cannot be made ({e.strerror}): give another folder") from e
 
 
 def check_file(path: Path) -> None:

@@ -59,7 +59,7 @@ def checkpoint_to_resume(config: Config) -> dict | None:
     return None
 
 
-def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GPT:
+def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=print) -> GPT:
     """The GPT of the checkpoint being resumed, or of `init_from`, or a new one.
 
     With `init_from`, model keys that the config leaves out are taken from there, and those that it sets have to agree.
@@ -83,9 +83,13 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
         wanted = {
             k: v for k, v in wanted.items() if f"model.{k}" in config.sources and vars(config.model)[k] is not None
         }
-    # A fine-tuning may choose these anew; rotary positions reach as far as one likes.
-    free = [] if checkpoint else [f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")]
-    free += ["block_size"] if not checkpoint and model.config.position == "rope" else []
+    # A fine-tuning may choose these anew; rotary positions reach as far as one likes. What a normalizer has learned
+    # stays while the normalizer does, wherever it was to start.
+    free = set() if checkpoint else {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
+    free |= {"block_size"} if not checkpoint and model.config.position == "rope" else set()
+    forgotten = model.normalizer_parameters()
+    if wanted.get("normalizer", found["normalizer"]) == found["normalizer"] and forgotten:
+        free, forgotten = free - {"sink_init"}, {}
     implied = [k for k in found if getattr(model.config, k) is None and getattr(scratch, k) is None]  # by other keys
     differing = [k for k, v in wanted.items() if k not in free and k not in implied and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
@@ -98,8 +102,10 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None) -> GP
     weights, rebuilt = model.state_dict(), without_weights(chosen)
     if chosen.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
         starts = NORMALIZERS[chosen.normalizer].parameters
-        weights = {name: x for name, x in weights.items() if name not in model.normalizer_parameters()}
+        weights = {name: x for name, x in weights.items() if name not in forgotten}
         weights |= {name: starts[name.rpartition(".")[2]](chosen) for name in rebuilt.normalizer_parameters()}
+        if forgotten:
+            say(f"what {source} has learned for its normalizer, {model.config.normalizer}, is left out")
     return assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
 
 

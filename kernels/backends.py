@@ -163,7 +163,7 @@ def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, par
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
     if null_logit is not None and null_logit.shape != (q.size(1),):
         raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
-    for name in {"null_key", "null_value"} & set(parameters):
+    for name in [name for name in ("null_key", "null_value") if name in parameters]:
         if (shape := parameters[name].shape) != (k.size(1), k.size(-1)):
             raise ValueError(f"{name} {tuple(shape)}: need one for each head of keys, {(k.size(1), k.size(-1))}")
 

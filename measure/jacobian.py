@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kernels.backends import check_parameters
+from kernels.backends import check_inputs, check_parameters
 from measure.activations import row_entropy
 from measure.moments import float64
 from measure.probe import capture_attention
@@ -67,6 +67,7 @@ def jacobian_energy(
         )
     entry = find_normalizer(normalizer)
     check_parameters(entry, normalizer, null_logit, parameters)
+    check_inputs(q, k, v, null_logit, 0.0, scale, parameters)
     if null_logit is not None:
         if entry.null_logit is None:
             raise ValueError(f"a null_logit, one learned logit a head, goes with 'sink', and not with {normalizer!r}")

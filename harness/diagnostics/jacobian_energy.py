@@ -24,7 +24,8 @@ SPLIT = {
     "entropy": "of a row of A, in nats, averaged; a null slot counts as one of the row's; "
     "where the normalizer is no softmax, of the row over its own mass",
     "row_mass": "Σ_j A_ij, averaged over rows: 1 under softmax; the rest goes to the null slot",
-    "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA",
+    "e_full": "Σ s², s_ij = A_ij (g_ij − Σ_k A_ik g_ik) the gradient of the scores, g = dL/dA; a null slot that has a "
+    "value (kvbias) is one of the k",
     "e_diag": "Σ d², d_ij = A_ij (1 − A_ij) g_ij: what the Jacobian's diagonal passes on",
     "e_lateral": "Σ o², o = s − d: what comes from the other entries of the row",
     "e_cross": "2 Σ d·o; e_full = e_diag + e_lateral + e_cross",

@@ -157,6 +157,20 @@ def test_a_fine_tuning_takes_the_weights_as_they_lie_in_memory_into_the_model_th
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_what_a_normalizer_has_learned_stays_or_is_said_to_go(capsys):
+    learned = tiny_gpt(5, **SHAPE | {"normalizer": "sink", "sink_init": -20.0})
+    save_model(learned, "other.pt")
+    keys = [word for key, value in SHAPE.items() for word in (f"--model.{key}", str(value).lower())]
+    start = ("--training.init_from", "other.pt", *keys)
+    with pytest.raises(UserError, match=r"sink_init is 2\.0 in the config and -20\.0 in the checkpoint"):
+        initial_model(config(*start, "--model.normalizer", "sink", "--model.sink_init", "2"), Corpus("corpus"), None)
+    capsys.readouterr()
+    initial_model(config(*start, "--model.normalizer", "sink"), Corpus("corpus"), None)
+    assert not capsys.readouterr().out
+    initial_model(config(*start, "--model.normalizer", "kvbias"), Corpus("corpus"), None)
+    assert capsys.readouterr().out == "what other.pt has learned for its normalizer, sink, is left out\n"
+
+
 def test_a_resumed_model_has_the_tensors_of_its_checkpoint():
     save_model(tiny_gpt(5, **SHAPE), "other.pt")
     checkpoint = read_checkpoint("other.pt")

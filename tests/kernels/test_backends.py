@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kernels.backends import materialized_attention, reads_groups, use_backend
+from kernels.backends import materialized_attention, native, reads_groups, use_backend
 from model import (
     attention,
     attention_backend,
@@ -29,6 +29,14 @@ def test_a_backend_refuses_what_it_cannot_do():
     ):
         with use_backend(backend), pytest.raises(ValueError, match=named):
             attention(q, k, v, **arguments)
+
+
+@pytest.mark.skipif(not native(), reason="without the CPU's own kernel another is fused")
+@pytest.mark.parametrize(("T_q", "T_k"), [(64, 64), (64, 65), (1, 2), (65, 200)])
+def test_short_queries_are_materialized_on_a_context_and_not_beside_a_null_key(T_q, T_k):
+    q, k = torch.empty(1, 2, T_q, 8), torch.empty(1, 2, T_k, 8)
+    assert attention_backend(q, k) == "cpu_native"
+    assert attention_backend(q[:, :, -64:], torch.empty(1, 2, T_k + 64, 8)) == "materialized"
 
 
 @both_dtypes

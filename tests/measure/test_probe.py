@@ -153,6 +153,12 @@ def test_the_gradient_split_is_that_of_the_rotated(model, idx):
             close(value, whole[name], rtol=1e-8)
 
 
+def test_a_null_key_of_another_shape_is_no_part_of_a_split():
+    x, null = torch.zeros(1, 4, 3, D), torch.zeros(1, D)
+    with pytest.raises(ValueError, match=rf"null_key \(1, {D}\): need one for each head of keys, \(4, {D}\)"):
+        jacobian_energy(x, x, x, x, "kvbias", null_key=null, null_value=null)
+
+
 def score_gradients(P, v, grad_out) -> tuple[torch.Tensor, ...]:
     """dL/dS by autograd, g = dL/dA over the visible keys, and A, (B, H, T, T) each; v ends with the null slot's."""
     g = (grad_out @ v.mT).detach()
