@@ -280,11 +280,14 @@ def signal_to_noise(
     def look(site: Site, x: Tensor, then) -> Tensor:
         y = then(x)
         signal[site.name] += y.double().square().sum().item()
+        rounded: dict[tuple[int, bool], Tensor] = {}  # the weight, which several schemes round alike
         for scheme in compared:
             x_q = quantize_activation(x, site, scheme, ranges)
             if isinstance(site.module, nn.Linear) and scheme.weight_bits:
-                weight = quantize_weight(site.module.weight, scheme.weight_bits, scheme.per_channel)
-                y_q = F.linear(x_q, weight, site.module.bias)
+                how = scheme.weight_bits, scheme.per_channel
+                if how not in rounded:
+                    rounded[how] = quantize_weight(site.module.weight, *how)
+                y_q = F.linear(x_q, rounded[how], site.module.bias)
             else:
                 y_q = then(x_q)
             noise[site.name, scheme.name] += (y_q.double() - y.double()).square().sum().item()
