@@ -275,9 +275,13 @@ def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
     arguments = ("--training.init_from", "out/base/ckpt.pt", "--training.max_steps", "1", "--model.activation", "gelu")
     assert "activation is gelu in the config and gelu_tanh in the checkpoint" in refused("tuned", *arguments)
     free = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
-    assert free == {"dropout", "normalizer", "backward"}
-    others = {"model.dropout": 0.2, "model.normalizer": "sink", "model.backward": "ste"}
-    finished("tuned", *arguments[:-2], *(str(x) for key, value in others.items() for x in (f"--{key}", value)))
+    others = {"dropout": 0.2, "normalizer": "sink", "sink_init": 3.0, "backward": "ste"}
+    assert free == others.keys()
+    options = (f"--model.{key}={value}" for key, value in others.items())
+    chosen = finished("tuned", *arguments[:-2], *options).checkpoint()
+    assert others.items() <= chosen["model_args"].items()
+    sink = chosen["model"]["transformer.h.1.attn.sink"]
+    assert sink.sub(3).abs().max() < 0.1  # where it starts, but for one step
 
 
 @pytest.mark.slow
