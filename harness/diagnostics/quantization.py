@@ -151,15 +151,21 @@ def draw(result: Result, title: str) -> Figure:
     figure.suptitle(f"{title}: quantization")
     base, rows = result.rows[0]["perplexity"], result.rows[1:]  # base is None only where there are no rows
     layers = result.tables.get("layers", [])
-    draw_rises(upper_left, {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}, base)
+    whole = {row["scheme"]: [row] for row in rows if row["scheme"].startswith("W")}
     alone = {kind: [row for row in rows if row["scheme"].endswith(f" only {kind}")] for kind in (*KINDS, HEAD)}
-    draw_rises(upper_right, {kind: found for kind, found in alone.items() if found}, base)
+    for axes, found, what in (
+        (upper_left, whole, "weights, and with activations"),
+        (upper_right, {kind: found for kind, found in alone.items() if found}, "activations alone, min-max"),
+    ):
+        if rows and not found:  # --schemes has left them out
+            axes.set_axis_off()
+            continue
+        draw_rises(axes, found, base)
+        axes.set_title(what)
     both = [axes.get_legend_handles_labels() for axes in (upper_left, upper_right)]
     by_bits = {label: handle for found in both for handle, label in zip(*found, strict=True)}  # one entry each
     labels = sorted(by_bits, reverse=True)
     figure.legend([by_bits[label] for label in labels], labels, loc="outside lower center", ncols=3, title="above:")
-    upper_left.set_title("weights, and with activations")
-    upper_right.set_title("activations alone, min-max")
     decibels = [row[name] for row in layers for name in (WORST_FIRST, WITHOUT_OUTLIERS) if row[name] is not None]
     for axes, name in ((lower_left, WORST_FIRST), (lower_right, WITHOUT_OUTLIERS)):
         axes.set_title(name)
