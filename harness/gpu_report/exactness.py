@@ -97,7 +97,7 @@ def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) 
     qkv = torch.randn(B, T_k, 3 * H * D, generator=generator).to(device, dtype)
     q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
     grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
-    # In float32, as a model has them, but in the dtype's own numbers: a null key is rounded to it beside the other keys.
+    # In float32, as a model has them, but in the dtype's own numbers, to which a null key is rounded beside the others.
     own = (
         torch.randn(x.shape, generator=generator).to(device, dtype).float() for x in learned(normalizer, q, k).values()
     )
