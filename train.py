@@ -19,7 +19,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
 from harness.checkpoint import FORMAT, save_checkpoint
-from harness.config import Config, ModelConfig, main_config
+from harness.config import Config, ModelConfig
+from harness.config_files import main_config
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from harness.config import Config, main_config, parse_overrides
+from harness.config import Config
+from harness.config_files import main_config, parse_overrides
 from harness.errors import UserError, run_cli
 
 PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.reference")  # the options that take one

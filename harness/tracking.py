@@ -15,7 +15,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from harness.config import Config, load_config
+from harness.config import Config
+from harness.config_files import load_config
 from harness.errors import UserError
 from harness.files import write_text
 

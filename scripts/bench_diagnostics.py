@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from harness.bench_diagnostics import DIAGNOSTICS, bench
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.device import choose_device, processor_name
 from harness.errors import UserError, run_cli
 from harness.figures import print_table

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.corpus import Corpus
 from harness.device import processor_name
 from harness.errors import UserError, run_cli

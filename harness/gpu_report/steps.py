@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.bench_attention import VARIANTS
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.gpu_report import Section, Table, Task, with_error
 from harness.stepping import Stepper
 from harness.timing import median, median_ratio

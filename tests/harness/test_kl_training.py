@@ -13,7 +13,7 @@ import torch
 from scipy.special import log_softmax, rel_entr
 
 from harness.checkpoint import load_model
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.errors import UserError

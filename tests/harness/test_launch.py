@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.launch import as_typed, next_steps
 from tests.helpers import ROOT, run_python
 

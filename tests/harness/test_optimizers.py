@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from harness.config import OptimizerConfig, load_config
+from harness.config import OptimizerConfig
+from harness.config_files import load_config
 from harness.optimizers import make_optimizer, schedule_note
 from tests.helpers import ROOT, tiny_gpt
 

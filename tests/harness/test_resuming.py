@@ -9,7 +9,7 @@ import torch
 
 from harness import resuming
 from harness.checkpoint import read_checkpoint
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.optimizers import make_optimizer

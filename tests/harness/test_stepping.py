@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from harness.config import load_config
+from harness.config_files import load_config
 from harness.stepping import PHASES, NanoGPT, Stepper
 from tests.helpers import finished, random_ids, tiny_gpt
 

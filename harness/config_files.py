@@ -1,0 +1,179 @@
+"""Experiment configs: YAML files that extend one another, overridden on the command line, checked against the keys of
+config.py.
+
+jsonargparse checks and converts the values; errors name the file (or the command line), the key and the value.
+"""
+
+import dataclasses
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from jsonargparse import ArgumentParser
+
+from harness.config import SECTIONS, Config, describe_field, help_text
+from harness.errors import UserError
+
+_PATHS = (("run", "out_dir"), ("data", "corpus"), ("training", "init_from"), ("kl", "reference"))
+
+
+def load_config(arguments: list[str]) -> Config:
+    """The config of a command line `CONFIG [--section.key value …]`; UserError for every mistake in it."""
+    if not arguments or arguments[0].startswith("--"):
+        raise UserError("no config given: python train.py CONFIG [--section.key value …]; --help lists the keys")
+    path, overrides = Path(arguments[0]), arguments[1:]
+    values, sources = _read_file(path, ())
+    for key, value in parse_overrides(overrides):
+        section, _, name = key.partition(".")
+        values.setdefault(section, {})[name] = value
+        sources[key] = "command line"
+    config = build_config(values, sources)
+    config.run.name = config.run.name or path.stem
+    if config.run.name == ".." or "\0" in config.run.name or Path(config.run.name).name != config.run.name:
+        raise config.error(
+            "run.name", f"{config.run.name!r} is not the plain name of a folder; run.out_dir may be a path"
+        )
+    if found := re.search(r"[/\\#?%:]", config.tracking.project):
+        problem = f"wandb allows no {found[0]!r} in the name of a project; a team is named by WANDB_ENTITY"
+        raise config.error("tracking.project", f"{config.tracking.project!r}: {problem}")
+    return config
+
+
+def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> Config:
+    """Check and convert `{section: {key: value}}`; UserError names the source, key and value of the first mistake."""
+    for section, entries in values.items():
+        where = next((source for key, source in sources.items() if key.split(".")[0] == section), "config")
+        if section not in SECTIONS:
+            raise UserError(f"{where}: unknown section '{section}'; the sections are {', '.join(SECTIONS)}")
+        known = {f.name: f.type for f in dataclasses.fields(SECTIONS[section])}
+        for name in entries:
+            source = sources.get(f"{section}.{name}", where)
+            if name not in known:
+                raise UserError(f"{source}: unknown key '{name}' in section '{section}', which has {', '.join(known)}")
+
+    try:
+        parsed = _parser().parse_object(values)
+        sections = {section: {k: _plain(v) for k, v in vars(parsed[section]).items()} for section in SECTIONS}
+        for section, cls in SECTIONS.items():
+            for f in dataclasses.fields(cls):  # jsonargparse lets null pass for any type
+                value, choices = sections[section][f.name], f.metadata.get("choices")
+                if (value is None and type(None) not in get_args(f.type)) or (choices and value not in choices):
+                    raise _InvalidValue(f"{section}.{f.name}")
+    except _InvalidValue as e:
+        section, _, name = e.key.partition(".")
+        wanted = describe_field(next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name))
+        value = "nothing" if values[section][name] is None else repr(values[section][name])
+        raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value}") from e
+    for section, name in _PATHS:
+        if path := sections[section][name]:  # ~ is the user's home here too, where no shell has put it in
+            scheme = "hf:" if path.startswith("hf:") else ""
+            sections[section][name] = scheme + os.path.expanduser(path.removeprefix(scheme))
+    try:
+        config = Config(**{section: cls(**sections[section]) for section, cls in SECTIONS.items()})
+    except ValueError as e:  # GPTConfig's own checks
+        named = [f"model.{word}" for word in re.findall(r"\w+", str(e)) if f"model.{word}" in sources]
+        where = sources[named[-1]] if named else "default"
+        raise UserError(f"{where}: model: {e}") from e
+    config.sources = sources
+    return config
+
+
+def _plain(value: Any) -> Any:
+    """jsonargparse's restricted numbers (PositiveInt, …) are classes of their own: back to what YAML can write."""
+    return next((t(value) for t in (bool, int, float) if isinstance(value, t)), value)
+
+
+class _InvalidValue(Exception):
+    def __init__(self, key: str):
+        self.key = key
+
+
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None):
+        key = re.search(r'"(\w+\.\w+)"', message)
+        raise (_InvalidValue(key[1]) if key else UserError(f"config: {' '.join(message.split())}")) from ex
+
+
+def _parser() -> ArgumentParser:
+    parser = _Parser()
+    for section, cls in SECTIONS.items():
+        parser.add_class_arguments(cls, section)
+    return parser
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """YAML keeps the last of two equal keys and says nothing; a config that says two things is a mistake."""
+
+    def construct_mapping(self, node, deep=False):
+        key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        keys = [self.construct_object(key, deep=True) for key in key_nodes]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                raise yaml.MarkedYAMLError(problem=f"'{key}' stands here twice", problem_mark=key_nodes[i].start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The values of a config file over those of the files it extends, and the source of each key."""
+    if path.resolve() in extending:
+        cycle = " → ".join(p.name for p in (*extending, path))
+        raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
+    try:
+        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+    except FileNotFoundError:
+        by = f"{extending[-1]}: extends: " if extending else ""
+        raise UserError(f"{by}no config file {path}") from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"cannot read the config {path}: {e}") from e
+    except yaml.YAMLError as e:
+        mark = getattr(e, "problem_mark", None)
+        line = f", line {mark.line + 1}" if mark else ""
+        raise UserError(
+            f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
+        ) from e
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
+
+    values: dict[str, dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    if base := content.pop("extends", None):
+        values, sources = _read_file(path.parent / os.path.expanduser(str(base)), (*extending, path.resolve()))
+    for section, entries in content.items():
+        entries = {} if entries is None else entries  # all of its keys commented out
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: section '{section}' is a mapping of keys to values, not {entries!r}")
+        if section not in SECTIONS:
+            raise UserError(f"{path}: unknown section '{section}'; the sections are {', '.join(SECTIONS)}")
+        values.setdefault(section, {}).update(entries)
+        sources |= {f"{section}.{name}": str(path) for name in entries}
+    return values, sources
+
+
+def parse_overrides(arguments: list[str]):
+    """`--section.key value` or `--section.key=value` → (key, value), in order; the parser converts the strings."""
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        key, equals, text = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or not re.fullmatch(r"\w+\.\w+", key):
+            raise UserError(f"command line: {argument!r}: overrides are --section.key value; --help lists the keys")
+        if not equals:
+            if not rest or rest[0].startswith("--"):  # a value that starts so is given as --section.key=value
+                raise UserError(f"command line: --{key} has no value")
+            text = rest.pop(0)
+        yield key, text
+
+
+def main_config(arguments: list[str]) -> Config:
+    """load_config for a program: `--help` and `--print_config` print and end it."""
+    if "--help" in arguments or "-h" in arguments:
+        print(help_text())
+        sys.exit(0)
+    config = load_config([a for a in arguments if a != "--print_config"])
+    if "--print_config" in arguments:
+        print(config.to_yaml(), end="")
+        sys.exit(0)
+    return config
