@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from kernels.backends import attention_backend, check_inputs, check_parameters
 from kernels.fused import SlopedProduct, fused_attention, repeat_heads
 from kernels.loss import cross_entropy, linear_cross_entropy
+from kernels.normalizers import softmax1, softmax_diagonal, softmax_rows, softmax_weights  # noqa: F401
 
 Backward = Literal["full", "diagonal", "ste"]
 Activation = Literal["gelu_tanh", "gelu"]
@@ -29,43 +30,6 @@ Norm = Literal["layernorm", "rmsnorm"]
 Mlp = Literal["gelu", "swiglu"]
 
 # --- normalizers: from a row of scores to attention weights ---------------------------------------------------------
-
-
-def softmax1(x: Tensor, dim: int = -1) -> Tensor:
-    """`exp(x_i) / (1 + Σ_j exp(x_j))` along `dim`: a softmax over x and one more logit, 0, whose share is dropped.
-
-    Any shape; integers become the default float type. E. Miller, "Attention Is Off By One" (2023).
-    """
-    if not x.is_floating_point():
-        x = x.to(torch.get_default_dtype())
-    if x.numel() == 0:
-        return x
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    # Subtracting the largest logit keeps exp from overflowing. The null logit, 0, counts among them, hence the clamp.
-    shift = wide.detach().amax(dim, keepdim=True).clamp(min=0)
-    exp_x = torch.exp(wide - shift)
-    return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
-
-
-def softmax_rows(scores: Tensor, null_logit: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """A softmax over the keys and, with a `null_logit` (H,), over one slot more, whose value is zero.
-
-    scores (B, H, T_q, T_k) → the keys' weights, of that shape, and the null slot's share (B, H, T_q, 1), or None.
-    """
-    logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
-    if null_logit is None:
-        return (scores - logsumexp).exp(), None
-    null_logit = null_logit.to(scores.dtype).view(-1, 1, 1)
-    logsumexp = torch.logaddexp(logsumexp, null_logit)
-    return (scores - logsumexp).exp(), (null_logit - logsumexp).exp()
-
-
-def softmax_weights(scores: Tensor, null_logit: Tensor | None = None) -> Tensor:
-    return softmax_rows(scores, null_logit)[0]
-
-
-def softmax_diagonal(scores: Tensor, weights: Tensor, null_logit: Tensor | None = None) -> Tensor:
-    return weights * (1 - weights)
 
 
 @dataclass(frozen=True)

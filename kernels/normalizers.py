@@ -1,0 +1,188 @@
+"""From a row of scores to attention weights: the definitions, and how the weights change with the scores.
+
+`scores` are (B, H, T_q, T_k), −∞ where a query does not see a key, and so are the results; each row is computed by
+itself. Of each normalizer there are its weights P and, for two of the backward passes, what they multiply dL/dP with:
+
+    diagonal   ∂P_ij/∂S_ij
+    detached   the same, with what the row sums to in its denominator (for entmax: its threshold) held constant
+
+model.py lists them in `NORMALIZERS`. The fused kernels compute the same functions tile by tile, those of `TILES`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+TILES = ("softmax", "clipped", "softpick", "sigmoid", "relu")
+"""What the kernels of cpu.cpp and triton_tiles.py compute; "softmax" is every softmax, with or without a null slot."""
+
+
+def visible_keys(scores: Tensor) -> Tensor:
+    """How many keys each query sees: (B, H, T_q, 1)."""
+    return (~scores.isneginf()).sum(-1, keepdim=True).to(scores.dtype)
+
+
+# --- softmax, over the keys and perhaps a null slot -------------------------------------------------------------------
+
+
+def softmax1(x: Tensor, dim: int = -1) -> Tensor:
+    """`exp(x_i) / (1 + Σ_j exp(x_j))` along `dim`: a softmax over x and one more logit, 0, whose share is dropped.
+
+    Any shape; integers become the default float type. E. Miller, "Attention Is Off By One" (2023).
+    """
+    if not x.is_floating_point():
+        x = x.to(torch.get_default_dtype())
+    if x.numel() == 0:
+        return x
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    # Subtracting the largest logit keeps exp from overflowing. The null logit, 0, counts among them, hence the clamp.
+    shift = wide.detach().amax(dim, keepdim=True).clamp(min=0)
+    exp_x = torch.exp(wide - shift)
+    return (exp_x / (torch.exp(-shift) + exp_x.sum(dim, keepdim=True))).to(x.dtype)
+
+
+def softmax_rows(scores: Tensor, null_logit: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """A softmax over the keys and, with a `null_logit` (H,), over one slot more, whose value is zero.
+
+    scores (B, H, T_q, T_k) → the keys' weights, of that shape, and the null slot's share (B, H, T_q, 1), or None.
+    """
+    logsumexp = torch.logsumexp(scores, dim=-1, keepdim=True)
+    if null_logit is None:
+        return (scores - logsumexp).exp(), None
+    null_logit = null_logit.to(scores.dtype).view(-1, 1, 1)
+    logsumexp = torch.logaddexp(logsumexp, null_logit)
+    return (scores - logsumexp).exp(), (null_logit - logsumexp).exp()
+
+
+def softmax_weights(scores: Tensor, null_logit: Tensor | None = None) -> Tensor:
+    return softmax_rows(scores, null_logit)[0]
+
+
+def softmax_diagonal(scores: Tensor, weights: Tensor, null_logit: Tensor | None = None) -> Tensor:
+    return weights * (1 - weights)
+
+
+def softmax_detached(scores: Tensor, weights: Tensor, null_logit: Tensor | None = None) -> Tensor:
+    return weights
+
+
+# --- clipped softmax --------------------------------------------------------------------------------------------------
+
+
+def clipped_weights(scores: Tensor, alpha: float, context: int) -> Tensor:
+    """`clip((1 − γ) softmax(x) + γ, 0, 1)`, γ = −alpha / context; a context of 0 stands for the number of keys that the
+    row sees. A weight below about alpha / context is exactly 0, without scores that grow without bound.
+
+    Bondarenko, Nagel & Blankevoort, "Quantizable Transformers" (2023), whose ζ is 1 here. With a fixed context the
+    threshold is the same for all rows, and causal rows are not: of equal scores, a row keeps all as long as it sees at
+    most context / alpha keys, and from then on none.
+    """
+    gamma = _gamma(scores, alpha, context)
+    return ((1 - gamma) * softmax_weights(scores) + gamma).clip(0, 1)
+
+
+def clipped_diagonal(scores: Tensor, weights: Tensor, alpha: float, context: int) -> Tensor:
+    P = softmax_weights(scores)
+    return torch.where(weights > 0, (1 - _gamma(scores, alpha, context)) * P * (1 - P), 0)
+
+
+def clipped_detached(scores: Tensor, weights: Tensor, alpha: float, context: int) -> Tensor:
+    return torch.where(weights > 0, (1 - _gamma(scores, alpha, context)) * softmax_weights(scores), 0)
+
+
+def _gamma(scores: Tensor, alpha: float, context: int) -> Tensor | float:
+    return -alpha / (context or visible_keys(scores))
+
+
+# --- softpick ---------------------------------------------------------------------------------------------------------
+
+SOFTPICK_EPSILON = 1e-6
+
+
+def softpick_weights(scores: Tensor) -> Tensor:
+    """`ReLU(eˣ − 1) / (Σ |eˣ − 1| + ε)`, ε = 1e-6: scores up to 0 get nothing, but keep others from getting all.
+
+    Zuhri, Fuadi & Aji, "Softpick" (2025), whose ε is added after the shift by the largest score, and so means another
+    number for each row.
+    """
+    _, terms, total = _softpick_terms(scores)
+    return F.relu(terms) / total
+
+
+def softpick_diagonal(scores: Tensor, weights: Tensor) -> Tensor:
+    exp_x, _, total = _softpick_terms(scores)
+    return torch.where(scores > 0, exp_x / total * (1 - weights), 0)
+
+
+def softpick_detached(scores: Tensor, weights: Tensor) -> Tensor:
+    exp_x, _, total = _softpick_terms(scores)
+    return torch.where(scores > 0, exp_x / total, 0)
+
+
+def _softpick_terms(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """eˣ, eˣ − 1 and Σ |eˣ − 1| + ε, all times e⁻ᵐ, where m is the row's largest score, or 0 if all are below."""
+    x = scores.masked_fill(scores.isneginf(), 0)  # e⁰ − 1 = 0: a key that is not visible adds nothing
+    m = x.detach().amax(-1, keepdim=True).clamp(min=0)
+    exp_x, small = (x - m).exp(), x < 1
+    # Where the difference would cancel, by expm1.
+    terms = torch.where(small, torch.expm1(x.masked_fill(~small, 0)) * (-m).exp(), exp_x - (-m).exp())
+    return exp_x, terms, terms.abs().sum(-1, keepdim=True) + SOFTPICK_EPSILON * (-m).exp()
+
+
+# --- sigmoid and ReLU: no key competes with another -------------------------------------------------------------------
+
+
+def sigmoid_weights(scores: Tensor, bias: float) -> Tensor:
+    """`σ(x + bias)`. With bias −log T the row mass of equal scores, 0, is about 1 at T keys (Ramapuram et al. 2024)."""
+    return torch.sigmoid(scores + bias)
+
+
+def sigmoid_slope(scores: Tensor, weights: Tensor, bias: float) -> Tensor:
+    return weights * torch.sigmoid(-(scores + bias))  # σ(−x) = 1 − σ(x) without cancellation
+
+
+def relu_weights(scores: Tensor) -> Tensor:
+    """`ReLU(x) / n`, where n is the number of keys that the row sees (Wortsman et al. 2023)."""
+    return F.relu(scores) / visible_keys(scores)
+
+
+def relu_slope(scores: Tensor, weights: Tensor) -> Tensor:
+    return (scores > 0) / visible_keys(scores)
+
+
+# --- entmax -----------------------------------------------------------------------------------------------------------
+
+
+def entmax15_weights(scores: Tensor) -> Tensor:
+    """`[x/2 − τ]₊²` with the τ for which the row sums to 1: entmax with α = 1.5, between softmax (1) and sparsemax (2).
+
+    Exact, by sorting: Peters, Niculae & Martins, "Sparse Sequence-to-Sequence Models" (2019).
+    """
+    return _entmax15_roots(scores).square()
+
+
+def entmax15_diagonal(scores: Tensor, weights: Tensor) -> Tensor:
+    roots = weights.sqrt()
+    return roots * (1 - roots / roots.sum(-1, keepdim=True))
+
+
+def entmax15_detached(scores: Tensor, weights: Tensor) -> Tensor:
+    return weights.sqrt()
+
+
+def _entmax15_roots(scores: Tensor) -> Tensor:
+    """`[x/2 − τ]₊`: with z = x/2 and its mean and squared deviations over the k keys that get a weight, the root of the
+    quadratic `Σ (z − τ)² = 1` that lies below them all, `τ = mean − √((1 − Σ (z − mean)²) / k)`."""
+    # A key that gets a weight has z above the largest z less 1: what lies below −2 may as well lie there.
+    z = ((scores - scores.detach().amax(-1, keepdim=True)) / 2).clamp(min=-2)
+    with torch.no_grad():  # the k largest get a weight, for the largest k whose τ lies below all of them
+        ordered = z.sort(-1, descending=True).values
+        k = torch.arange(1, z.size(-1) + 1, dtype=z.dtype, device=z.device)
+        mean = ordered.cumsum(-1) / k
+        deviations = ordered.square().cumsum(-1) - k * mean.square()
+        tau = mean - ((1 - deviations) / k).clamp(min=0).sqrt()
+        kept = z >= ordered.gather(-1, (tau <= ordered).sum(-1, keepdim=True) - 1)
+    k = kept.sum(-1, keepdim=True)
+    mean = torch.where(kept, z, 0).sum(-1, keepdim=True) / k
+    deviations = torch.where(kept, z - mean, 0).square().sum(-1, keepdim=True)
+    return torch.where(kept, z - mean + ((1 - deviations) / k).clamp(min=0).sqrt(), 0).clamp(min=0)
