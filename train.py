@@ -87,7 +87,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     model: Any = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
-    if not NORMALIZERS[a.normalizer].is_softmax:
+    if NORMALIZERS[a.normalizer].tile is None:
         say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
     heads = f"{a.n_head} heads" + (f" on {a.kv_heads} of keys" if a.kv_heads != a.n_head else "")
     say(
@@ -286,7 +286,7 @@ def attention_kernel(model: GPT, device, dtype) -> str:
     shapes = [(1, c.n_head, c.block_size, c.head_size), (1, c.kv_heads, keys, c.head_size)]
     q, k = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
     stock = c.backward == "full" and normalizer.null_logit is None
-    return attention_backend(q, k, c.dropout, stock, fused=normalizer.is_softmax)
+    return attention_backend(q, k, c.dropout, stock, normalizer.tile)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

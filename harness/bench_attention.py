@@ -61,7 +61,7 @@ def learned(normalizer: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]
     return {
         "null_logit" if name == entry.null_logit else name: start(config).to(q.device).requires_grad_()
         for name, start in entry.parameters.items()
-    }
+    }  # the constants are those of a context of these keys anyway
 
 
 def step(name: str, form: str, T: int, args: argparse.Namespace, device, laps: Laps) -> None:

@@ -12,7 +12,9 @@ from torch.nn import functional as F
 from kernels.backends import one_pass, reads_groups, with_triton
 
 
-def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str) -> Tensor:
+def fused_attention(
+    q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str, tile="softmax", constants=None
+) -> Tensor:
     """Attention as model.py's `attention` defines it, on any backend but "materialized". ValueError where the backend,
     chosen by `use_backend`, has no such variant. k and v may have fewer heads than q, in whole groups (see
     `repeat_heads`): they are repeated only for the kernels of PyTorch that cannot read them so (`reads_groups`)."""
@@ -38,6 +40,11 @@ def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale:
 def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """Keys or values (B, H_kv, T, D) → (B, heads, T, D), each head as often in a row as there are queries for it."""
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
+
+
+def in_front(null: Tensor, x: Tensor) -> Tensor:
+    """The null slot's key, or its value, (H_kv, D), in front of those of the tokens, x (B, H_kv, T, D)."""
+    return torch.cat((null[None, :, None].expand(len(x), -1, -1, -1).to(x.dtype), x), dim=2)
 
 
 def sum_groups(x: Tensor, heads: int) -> Tensor:

@@ -416,7 +416,7 @@ SOME = torch.zeros(1, 2, 3, 4)
         (SOME, SOME.to(torch.float8_e5m2), SOME, {}, ("k", "torch.float8_e5m2", "torch.bfloat16")),
         (SOME, SOME.numpy(), SOME, {}, ("k", "ndarray", "a tensor of torch.float32")),
         (SOME, SOME, SOME.to("meta"), {}, ("v is on meta", "q on cpu", "one device")),
-        (SOME, SOME, SOME, {"null_logit": 0.0}, ("null_logit", "a float", "a tensor of torch.float32")),
+        (SOME, SOME, SOME, {"null_logit": "0"}, ("null_logit", "a str", "a tensor of torch.float32")),
         (SOME, SOME, SOME, {"null_logit": torch.zeros(2).long()}, ("null_logit", "torch.int64", "torch.float32")),
         (SOME[0], SOME[0], SOME[0], {}, ("(2, 3, 4)", "(B, H, T_q, D)")),
         (SOME, SOME, SOME[:, :, :2], {}, ("(1, 2, 3, 4)", "(1, 2, 2, 4)", "(B, H_kv, T_k, D)")),

@@ -265,7 +265,7 @@ def test_a_sequence_longer_than_the_context_is_refused():
         ({"vocab_size": 0}, ("vocab_size", "0", "1")),
         ({"dropout": 1.0}, ("dropout", "1.0", "[0, 1)")),
         ({"dropout": -0.1}, ("dropout", "-0.1", "[0, 1)")),
-        ({"normalizer": "softmax2"}, ("normalizer", "softmax2", "softmax1")),
+        ({"normalizer": "softmax2"}, ("normalizer", "softmax2", "softmax1", "entmax15")),
         ({"backward": "lateral"}, ("backward", "lateral", "diagonal")),
         ({"activation": "relu"}, ("activation", "relu", "gelu_tanh")),
     ],
