@@ -222,9 +222,9 @@ def _check_backward(backward: str, normalizer: str) -> None:
 class GPTConfig:
     """The shape of a GPT. Raises ValueError where it makes no sense.
 
-    A field's metadata tells the rest of the project how to treat it, so that a new field needs no other list:
-    `choices` is the table whose names are the values; `free`, weights trained with one value may go on with another;
-    `in_weights`, the weights' names and shapes tell the value; `forward` False, evaluation does not depend on it.
+    A field's metadata tells the rest of the project how to treat it: `choices` is the table whose names are the values;
+    `free`, weights trained with one value may go on with another; `in_weights`, their names and shapes tell the value;
+    `forward` False, evaluation does not depend on it; `constant`, it matters to one normalizer alone.
     """
 
     block_size: int = field(default=1024, metadata={"in_weights": True})
@@ -273,17 +273,17 @@ class GPTConfig:
     """gelu: c_proj(gelu(c_fc(x))); swiglu: c_proj(silu(c_gate(x)) · c_fc(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily, kvbias to what"""
-    softmax_n: float = field(default=1.0, metadata={"free": True})
+    softmax_n: float = field(default=1.0, metadata={"free": True, "constant": True})
     """normalizer softmax_n: n in exp(x_i) / (n + Σ exp(x_j)); 0 is softmax, 1 softmax1"""
     sink_init: float = field(default=0.0, metadata={"free": True, "forward": False})
     """normalizer sink: its logit at the start; 0 is softmax1, far below every score, as −20, softmax"""
     ssmax_init: float | None = field(default=None, metadata={"free": True, "forward": False})
     """normalizer ssmax: s at the start, in queries times s·log(keys seen); null: 1 / log(block_size)"""
-    clipped_alpha: float = field(default=4.0, metadata={"free": True})
+    clipped_alpha: float = field(default=4.0, metadata={"free": True, "constant": True})
     """normalizer clipped: α in clip((1 − γ) softmax + γ, 0, 1), γ = −α / T; 0 is softmax"""
-    clipped_by: Literal["context", "row"] = field(default="context", metadata={"free": True})
+    clipped_by: Literal["context", "row"] = field(default="context", metadata={"free": True, "constant": True})
     """normalizer clipped: T is the context, block_size, or for each row the number of keys that it sees"""
-    sigmoid_bias: float | None = field(default=None, metadata={"free": True})
+    sigmoid_bias: float | None = field(default=None, metadata={"free": True, "constant": True})
     """normalizer sigmoid: b in σ(score + b); null: −log(block_size)"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
@@ -291,7 +291,7 @@ class GPTConfig:
     """of mlp gelu: gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
     gate: Literal["none", "head", "element"] = field(default="none", metadata={"in_weights": True})
     """σ(W x), x the block's normed input, times what the heads read: one a head or an element (Qiu et al. 2025)"""
-    gate_init: float | None = field(default=None, metadata={"free": True, "forward": False})
+    gate_init: float | None = field(default=None, metadata={"forward": False})
     """gate: how far it is open at the start, by a bias (.25: Bondarenko et al. 2023); null: half, W as other weights"""
 
     def __post_init__(self):

@@ -89,7 +89,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     free |= {"block_size"} if not checkpoint and model.config.position == "rope" else set()
     forgotten = model.normalizer_parameters()
     if wanted.get("normalizer", found["normalizer"]) == found["normalizer"] and forgotten:
-        free, forgotten = free - {"sink_init"}, {}
+        free, forgotten = free - {"sink_init", "ssmax_init"}, {}
     implied = [k for k in found if getattr(model.config, k) is None and getattr(scratch, k) is None]  # by other keys
     differing = [k for k, v in wanted.items() if k not in free and k not in implied and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:

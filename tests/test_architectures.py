@@ -165,7 +165,7 @@ def test_flops_are_counted_as_pytorch_counts_them(config):
         model(idx, idx)[1].backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     expected = model.flops_per_token() - 6 * vectors
-    if model.config.normalizer == "kvbias":
+    if model.config.normalizer in ("kbias", "kvbias"):
         # One key more for each query, and the null keys and values are in no product with a layer's input.
         nulls = sum(p.numel() for p in model.normalizer_parameters().values())
         expected += 12 * sum(block.attn.c_proj.in_features for block in model.transformer.h) - 6 * nulls
