@@ -109,7 +109,6 @@ def attention_backend(
     if tile is None or (q.size(-2) <= SHORT and k.size(-2) > q.size(-2) + 1):
         return "materialized"
     if tile != "softmax":
-        return "materialized"
         if q.device.type == "cpu" and not dropout_p and q.dtype in (torch.float32, torch.bfloat16) and native():
             return "cpu_native"
         return "cuda_triton" if q.device.type == "cuda" and has_tiles(q, dropout_p) else "materialized"
