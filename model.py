@@ -92,8 +92,7 @@ def attention(
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
     `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what it takes by name: tensors that a model learns,
-    such as kvbias's null_key and null_value (H_kv, D), and constants, such as sigmoid's bias; one that is left out is
-    that of a `GPTConfig` with a context of T_k tokens.
+    as kvbias's null_key and null_value (H_kv, D), and constants, by default those of a `GPTConfig` of T_k tokens.
     `null_logit` (H,), or one number, gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0
     softmax1, log n softmax_n, ∞ gives zeros; a learned one, "sink", is gpt-oss's (OpenAI 2025).
     `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, detached `P∘g`, or ste
@@ -209,9 +208,10 @@ def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dro
 
 
 def _check_backward(backward: str, normalizer: str) -> None:
+    entry = find_normalizer(normalizer)
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
-    if backward in ("diagonal", "detached") and getattr(find_normalizer(normalizer), backward) is None:
+    if backward in ("diagonal", "detached") and getattr(entry, backward) is None:
         raise ValueError(f"normalizer {normalizer!r} has no backward {backward!r}: its entry does not say it")
 
 
