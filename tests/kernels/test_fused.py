@@ -226,9 +226,9 @@ every_tile = pytest.mark.parametrize("tile", TILES)
 
 
 def tile_references(q, k, v, g, tolerance: float, normalizer: str, **constants) -> Iterator[tuple[str, dict]]:
-    """As `references`, by the definitions of kernels/normalizers.py: by autograd for full, else by their slopes. Where a
-    score is nearer to a kink than float32 rounds it, the slope may be either one: then a magnitude that the tolerance
-    makes the whole of it is added."""
+    """As `references`, by the definitions of kernels/normalizers.py: by autograd for full, else by their slopes. What
+    the rounding of scores to float32 may change, a slope at a kink above all, is in the magnitudes, over `tolerance`.
+    """
     q, k, v, g = (x.double() for x in (q, k, v, g))
     scale, definition = 1 / math.sqrt(q.size(-1)), DEFINITIONS[normalizer]
     offset = k.size(-2) - q.size(-2)
@@ -716,3 +716,19 @@ def test_cuda_has_the_digits_of_its_dtype(backend, dtype):
 
 
 # --- attention: bad input -------------------------------------------------------------------------------------------
+
+
+@every_tile
+@pytest.mark.parametrize("backend", ["stock", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn"])
+def test_a_backend_that_knows_softmax_alone_says_so(backend, tile):
+    q = torch.randn(1, 1, 70, 8)
+    with use_backend(backend), pytest.raises(ValueError, match=f"{backend}.* has no {TILES[tile]['normalizer']}: use"):
+        attention(q, q, q, **TILES[tile])
+
+
+def test_what_stands_in_softmaxs_place_has_no_dropout_in_a_kernel(monkeypatch):
+    use_own_kernel(True, monkeypatch)
+    q = torch.randn(1, 1, 70, 8)
+    with use_backend("cpu_native"), pytest.raises(ValueError, match=r"no dropout of relu, and dropout_p is 0\.5"):
+        attention(q, q, q, normalizer="relu", dropout_p=0.5)
+    assert attention(q, q, q, normalizer="relu", dropout_p=0.5).isfinite().all()  # where the choice is free
