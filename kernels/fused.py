@@ -5,23 +5,16 @@ Which kernel computes it is for backends.py to say; what PyTorch's kernels canno
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels import normalizers
 from kernels.backends import one_pass, reads_groups, with_triton
+from kernels.normalizers import CLIPPED, RELU, SIGMOID, SOFTPICK
 
-# Of each of TILES but softmax: its weights, and its slope for the backward passes diagonal and detached.
-DEFINITIONS: dict[str, tuple[Callable[..., Tensor], ...]] = {
-    "clipped": (normalizers.clipped_weights, normalizers.clipped_diagonal, normalizers.clipped_detached),
-    "softpick": (normalizers.softpick_weights, normalizers.softpick_diagonal, normalizers.softpick_detached),
-    "sigmoid": (normalizers.sigmoid_weights, normalizers.sigmoid_slope, normalizers.sigmoid_slope),
-    "relu": (normalizers.relu_weights, normalizers.relu_slope, normalizers.relu_slope),
-}
-# What they take besides scores, in the order of the kernels' two numbers.
+DEFINITIONS = {definition["tile"]: definition for definition in (CLIPPED, SOFTPICK, SIGMOID, RELU)}
+# What TILES take besides scores, in the order of the kernels' two numbers.
 CONSTANTS = {"softmax": (), "clipped": ("alpha", "context"), "softpick": (), "sigmoid": ("bias",), "relu": ()}
 
 
@@ -192,10 +185,9 @@ def differentiable_gradients(q, k, v, null_logit, grad, backward, scale, tile="s
             mean = (P * dP).sum(-1, keepdim=True)
             slope = P * (1 - P) if backward == "diagonal" else P
         else:
-            weights, diagonal, detached = DEFINITIONS[tile]
             constants = dict(zip(CONSTANTS[tile], numbers, strict=False))
-            P = weights(scores.requires_grad_(), **constants)
-            slope = (diagonal if backward == "diagonal" else detached)(scores, P, **constants)
+            P = DEFINITIONS[tile]["weights"](scores.requires_grad_(), **constants)
+            slope = DEFINITIONS[tile]["diagonal" if backward == "diagonal" else "detached"](scores, P, **constants)
         if backward == "full" and tile == "softmax":
             dS = P * (dP - mean)
         elif backward == "full":

@@ -193,7 +193,7 @@ def softpick_detached(scores: Tensor, weights: Tensor) -> Tensor:
 def _softpick_terms(scores: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """eˣ, eˣ − 1 and Σ |eˣ − 1| + ε, all times e⁻ᵐ, where m is the row's largest score, or 0 if all are below."""
     x = scores.masked_fill(scores.isneginf(), 0)  # e⁰ − 1 = 0: a key that is not visible adds nothing
-    m = x.detach().amax(-1, keepdim=True).clamp(min=0)
+    m = F.pad(x.detach(), (0, 1)).amax(-1, keepdim=True)
     exp_x, small = (x - m).exp(), x < 1
     # Where the difference would cancel, by expm1.
     terms = torch.where(small, torch.expm1(x.masked_fill(~small, 0)) * (-m).exp(), exp_x - (-m).exp())
@@ -270,6 +270,8 @@ def entmax15_detached(scores: Tensor, weights: Tensor) -> Tensor:
 def _entmax15_roots(scores: Tensor) -> Tensor:
     """`[x/2 − τ]₊`: with z = x/2 and its mean and squared deviations over the k keys that get a weight, the root of the
     quadratic `Σ (z − τ)² = 1` that lies below them all, `τ = mean − √((1 − Σ (z − mean)²) / k)`."""
+    if not scores.size(-1):
+        return scores
     # A key that gets a weight has z above the largest z less 1: what lies below −2 may as well lie there.
     z = ((scores - scores.detach().amax(-1, keepdim=True)) / 2).clamp(min=-2)
     with torch.no_grad():  # the k largest get a weight, for the largest k whose τ lies below all of them

@@ -137,6 +137,12 @@ def test_rows_are_finite_and_hold_no_more_than_they_promise(kind, dtype, row):
     assert gradient[..., :-1].isfinite().all()
 
 
+@every_kind
+def test_a_row_of_no_keys_has_no_weights(kind):
+    definition, constants = KINDS[kind]
+    assert definition["weights"](torch.zeros(1, 2, 0, 0), **constants).shape == (1, 2, 0, 0)
+
+
 def test_clipped_without_clipping_is_softmax_and_more_of_it_keeps_less():
     scores = causal()
     softmax = softmax_weights(scores)
