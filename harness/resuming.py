@@ -137,12 +137,19 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("kl.reference", problem)
+    before_by_default = Config().to_dict()  # what a key that a checkpoint is older than stood for
     changed = {}
     for section, entries in config.to_dict().items():
         for key, value in entries.items():
-            before = checkpoint["config"].get(section, {}).get(key, value)
+            before = checkpoint["config"].get(section, {}).get(key, before_by_default[section][key])
             if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
                 changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
+    if "optimizer.name" in changed:
+        problem = (
+            f"{config.folder}/ckpt.pt holds the state of another optimizer ({changed['optimizer.name']}): start a run "
+            "of another name, with --training.init_from if its weights are to be kept"
+        )
+        raise config.error("optimizer.name", problem)
     step, max_steps = checkpoint["step"], config.training.max_steps
     if step >= max_steps:
         other = [key for key in changed if not _HOW.fullmatch(key)]
