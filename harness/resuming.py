@@ -26,6 +26,7 @@ _HOW = re.compile(
     r"(evaluation|tracking)\..*|data\.corpus|kl\.reference|"
     r"training\.(max_steps|checkpoint_interval|micro_batch_size|device|compile)"
 )
+_WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
@@ -142,7 +143,7 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
     for section, entries in config.to_dict().items():
         for key, value in entries.items():
             before = checkpoint["config"].get(section, {}).get(key, before_by_default[section][key])
-            if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
+            if section != "model" and f"{section}.{key}" not in _WHERE and before != value:
                 changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
     if "optimizer.name" in changed:
         problem = (
