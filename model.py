@@ -106,19 +106,19 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    q, null_logit, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
+    q, null, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
     if "null_key" in parameters:
         v = in_front(parameters.get("null_value", torch.zeros_like(parameters["null_key"])), v)
         k, parameters = in_front(parameters["null_key"], k), {}
-    stock = backward == "full" and null_logit is None
+    stock = backward == "full" and null is None
     # Without queries, or without a batch, PyTorch's kernels would divide by zero.
     backend = attention_backend(q, k, dropout_p, stock, entry.tile) if q.numel() else "materialized"
     if backend == "materialized":
-        arguments = parameters if null_logit is None else {"null_logit": null_logit}
+        arguments = parameters if null is None else {"null_logit": null}
         return _materialized(q, k, v, entry, arguments, backward, dropout_p, scale)
     if entry.tile is None:
         raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
-    return fused_attention(q, k, v, null_logit, backward, dropout_p, scale, backend, entry.tile, parameters)
+    return fused_attention(q, k, v, null, backward, dropout_p, scale, backend, entry.tile, parameters)
 
 
 # --- the readable form: reference, fallback and oracle ----------------------------------------------------------------

@@ -27,7 +27,7 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
-from harness.optimizers import learning_rate, make_optimizer, schedule_note
+from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
@@ -203,9 +203,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rates(optimizer, step, config)
         means: dict[str, Any] = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
             x, y = next(batches)

@@ -42,12 +42,15 @@ class Normalizer:
     it. A slot with a key has the parameter null_key (H_kv, D) instead, and may have a null_value."""
     queries: Callable[..., Tensor] | None = None
     """(q, T_k, parameters) → q: what happens to the queries before the scores, of which the weights are the softmax."""
+    bounded: bool = False
+    """Whether a weight lies in [0, 1] whatever the scores are, as a softmax's does."""
     tile: str | None = None
     """Which of `TILES` computes it in the fused kernels; without one it runs materialized, in O(T²) memory."""
 
     def __post_init__(self):
         if self.is_softmax:
             object.__setattr__(self, "tile", "softmax")
+            object.__setattr__(self, "bounded", True)
         elif self.null_logit is not None or self.queries is not None:
             raise ValueError("a null_logit or queries go with softmax_weights: other weights have no place for them")
         known: tuple[set, ...] = ({self.null_logit}, {"null_key"}, {"null_key", "null_value"}, set())
@@ -157,6 +160,7 @@ CLIPPED: dict[str, Any] = {
     "weights": clipped_weights,
     "diagonal": clipped_diagonal,
     "detached": clipped_detached,
+    "bounded": True,
     "tile": "clipped",
 }
 
@@ -200,6 +204,7 @@ SOFTPICK: dict[str, Any] = {
     "weights": softpick_weights,
     "diagonal": softpick_diagonal,
     "detached": softpick_detached,
+    "bounded": True,
     "tile": "softpick",
 }
 
@@ -220,6 +225,7 @@ SIGMOID: dict[str, Any] = {
     "weights": sigmoid_weights,
     "diagonal": sigmoid_slope,
     "detached": sigmoid_slope,
+    "bounded": True,
     "tile": "sigmoid",
 }
 
@@ -285,4 +291,5 @@ ENTMAX15: dict[str, Any] = {
     "weights": entmax15_weights,
     "diagonal": entmax15_diagonal,
     "detached": entmax15_detached,
+    "bounded": True,
 }
