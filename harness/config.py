@@ -98,7 +98,7 @@ class TrainingConfig:
     micro_batch_size: PositiveInt | None = None
     """sequences one device holds at a time at most, the rest accumulates; null: its whole share of batch_size"""
     feedback: Feedback = "backprop"
-    """how errors travel back through linear layers: by the weights, fixed random matrices, signs, or straight from e"""
+    """how errors go back through linear layers: by weights, random matrices, signs, or (dfa) from the logits at once"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

@@ -75,8 +75,9 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     """
     init_from = config.training.init_from
     scratch = config.model.gpt_config(corpus.vocab_size)
-    if config.training.feedback != "backprop" and scratch.tie_embeddings:
-        say(f"tie_embeddings true → false: with feedback {config.training.feedback} the head has weights of its own")
+    feedback, before = config.training.feedback, feedback_of(checkpoint or {})[0]
+    if (how := before if feedback == "backprop" else feedback) != "backprop" and scratch.tie_embeddings:
+        say(f"tie_embeddings true → false: with feedback {how} the head has weights of its own")
         scratch = dataclasses.replace(scratch, tie_embeddings=False)
     if not checkpoint and init_from == "scratch":
         if config.evaluation.only:
@@ -90,9 +91,9 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
         key = "data.corpus" if checkpoint else "training.init_from"
         raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
     check_finite(model, source)
-    if config.training.feedback != "backprop" and model.config.tie_embeddings:
+    if feedback != "backprop" and model.config.tie_embeddings:
         if checkpoint:
-            problem = f"{config.training.feedback} takes a head of its own, and that of {source} is the embedding"
+            problem = f"{feedback} takes a head of its own, and that of {source} is the embedding"
             raise config.error("training.feedback", f"{problem}: start a run of another name with it as init_from")
         say(f"the head begins as a copy of the embedding, which it is in {source}")
         untie_head(model)
