@@ -17,9 +17,11 @@ def stepper(*changes: str, **how) -> Stepper:
 
 
 @pytest.mark.slow
-def test_its_steps_give_the_weights_of_training():
+@pytest.mark.parametrize("feedback", ["backprop", "fa"])
+def test_its_steps_give_the_weights_of_training(feedback):
     """Up to the learning rate, which training changes from step to step: one that is held."""
     held = ("--optimizer.warmup_steps", "0", "--optimizer.min_lr", "1e-2", "--training.compile", "false")
+    held += ("--training.feedback", feedback)
     run = finished("run", *held, "--training.max_steps", "3")
     own = stepper(*held, "--training.micro_batch_size", "8")
     laps = own.run(3)
