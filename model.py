@@ -507,8 +507,7 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True) -> tuple[Any, Any]:
         """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored, or None
-        without targets. Not `with_logits`: None and the loss, and the logits are never in memory all at once; but not
-        where the head has a backward of its own (measure/feedback.py)."""
+        without targets. Not `with_logits`, a head that is a plain layer never has them in memory all at once: None."""
         x = self.features(idx)
         if targets is not None and not with_logits and type(self.lm_head) is nn.Linear:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)
