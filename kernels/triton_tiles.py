@@ -23,7 +23,6 @@ from kernels.triton import (
     _block_sizes,
     _empty_gradients,
     _grid,
-    _load_lse,
     _load_rows,
     _one_minus_exp,
     _store_rows,

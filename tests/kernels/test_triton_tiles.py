@@ -1,6 +1,5 @@
 """The tiles in Triton against their definitions in float64: on a GPU if there is one, else in the interpreter."""
 
-import itertools
 import math
 
 import pytest
