@@ -215,12 +215,12 @@ class AttentionStatistics:
 
     @torch.no_grad()
     def update(
-        self, q: Tensor, k: Tensor, v: Tensor | None = None, normalizer: str = "softmax", **parameters: Tensor
+        self, q: Tensor, k: Tensor, v: Tensor | None = None, normalizer: str = "softmax", **parameters: Any
     ) -> "AttentionStatistics":
         """q (B, H, T, D) and k (B, H_kv, T, D) as they enter the scores, v (B, H_kv, T, D); normalizer and parameters
         as `attention` takes them. Without v there is no value drain."""
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
-        parameters = {name: parameter.to(device) for name, parameter in parameters.items()}
+        parameters = {name: x.to(device) if torch.is_tensor(x) else x for name, x in parameters.items()}
         for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):
             self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
         if v is not None:
