@@ -59,8 +59,8 @@ def defined(q, k, v, g, scale, case: str, backward: str) -> tuple[dict, dict]:
         if tile == "clipped":
             exp_x = normalizers.softmax_weights(scores)
         else:
-            x = scores.masked_fill(hidden, 0)
-            exp_x = (torch.where(x == 0, 0, x.exp()) / (x.expm1().abs().sum(-1, keepdim=True) + 1e-6)).tril()
+            exp_x, terms, total = normalizers._softpick_terms(scores)
+            exp_x = torch.where(terms == 0, 0, exp_x / total)
         moved = P if tile == "softpick" else detached
         magnitude = magnitude + exp_x * (g.abs() * (moved @ v).abs()).sum(-1, keepdim=True)
     values = {"out": P @ v, "dq": scale * ds @ k, "dk": scale * ds.mT @ q, "dv": P.mT @ g}
@@ -80,3 +80,29 @@ def test_output_and_gradients_are_those_of_the_definition(H, H_kv, T, D, case, d
     for backward in BACKWARDS:
         own = found(q, k, v, g, D**-0.5, case, backward)
         check(own, *defined(q, k, v, g, D**-0.5, case, backward), 2 * TOLERANCE[dtype], dtype)
+
+
+@pytest.mark.parametrize("backward", ["full", "diagonal", "ste"])
+@pytest.mark.parametrize("case", ["clipped", "softpick", "sigmoid"])
+def test_scores_of_a_thousand_stay_finite(case, backward):
+    q, k, v, g = inputs(1, 33, 16, torch.float32)
+    largest = 1000.0
+    own = found(40 * q, 40 * k, v, g, 0.25, case, backward)
+    values, sizes = defined(40 * q, 40 * k, v, g, 0.25, case, backward)
+    check(own, values, sizes, TOLERANCE[torch.float32] + 16 * largest * 2**-24, torch.float32)
+
+
+def test_softpick_of_scores_near_0_in_float16():
+    """Its slope is up to 1/ε there: dS is beyond float16, dQ and dK are not; and P is made of its smallest numbers."""
+    q, k, v, g = inputs(1, 33, 16, torch.float16)
+    q, k = q / 1024, k / 1024
+    own = found(q, k, v, g, 0.25, "softpick", "full")
+    check(own, *defined(q, k, v, g, 0.25, "softpick", "full"), 2 * TOLERANCE[torch.float16], torch.float16)
+
+
+def test_operators_keep_what_pytorch_asks_of_them():
+    q, k, v, g = inputs(2, 2, 16, torch.float32, H_kv=1)
+    for tile in ("clipped", "relu"):
+        torch.library.opcheck(tile_forward, (q, k, v, 0.25, tile, 4.0, 0.0))
+        _, lse, kept = tile_forward(q, k, v, 0.25, tile, 4.0, 0.0)
+        torch.library.opcheck(tile_backward, (g, q, k, v, kept, lse, 0.25, tile, 4.0, 0.0, "full"))
