@@ -21,7 +21,7 @@ from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
 from kernels.backends import materialized_attention, use_backend
-from model import attention, attention_rows
+from model import NORMALIZERS, attention, attention_rows
 
 FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
 BACKENDS = {  # on CUDA; the dtypes it takes
@@ -32,6 +32,8 @@ BACKENDS = {  # on CUDA; the dtypes it takes
     "cuda_cudnn": HALF,
     "cuda_cudnn, compiled": ("bfloat16",),
     "cuda_cudnn without Triton": HALF,
+    "cuda_triton": HALF + FLOAT32,
+    "cuda_triton, compiled": ("bfloat16",),
     "materialized": HALF + FLOAT32,
     "stock": HALF + FLOAT32,
     "stock, compiled": ("bfloat16",),
@@ -39,6 +41,7 @@ BACKENDS = {  # on CUDA; the dtypes it takes
 CPU_BACKENDS = {  # the dry run's: Triton's kernels in its interpreter, beside the CPU's flash kernel
     "cuda_flash": ("float16",),
     "cuda_flash, compiled": ("float16",),
+    "cuda_triton": ("float16", "float32"),
     "cpu_flash": ("bfloat16", "float32"),
     "materialized": ("bfloat16", "float32"),
     "stock": ("float32",),
@@ -84,11 +87,20 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
         for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
             if backend.startswith("stock") and (normalizer, backward) != ("softmax", "full"):
                 continue  # PyTorch has no other
+            if backend != "materialized" and not _takes(backend, normalizer, D):
+                continue
             if ("compiled" in backend and not compiled) or ("cudnn" in backend and (D > 128 or T_k == 1)):
                 continue
             row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
             rows.append(row | {"dtype": dtype} | compare(cpu, inputs, reference, backend, normalizer, backward))
     return rows
+
+
+def _takes(backend: str, normalizer: str, D: int) -> bool:
+    """Whether a kernel has the normalizer: those of softmax any softmax, Triton's what else has a tile."""
+    if "cuda_triton" in backend:
+        return NORMALIZERS[normalizer].tile not in (None, "softmax") and D <= 128
+    return NORMALIZERS[normalizer].tile == "softmax"
 
 
 def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) -> list[Tensor]:
