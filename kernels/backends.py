@@ -150,6 +150,8 @@ def use_backend(name: str):
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
     if name == "cpu_native" and not native():
         raise ValueError("the CPU's own kernel is not there: it needs Linux and a C++ compiler, see kernels/cpu.py")
+    if name == "cuda_triton":
+        from kernels import triton_tiles  # noqa: F401  (registers its operators)
     former, _backend_in_use = _backend_in_use, name
     try:
         yield

@@ -134,7 +134,7 @@ def tile_forward(
 
     q (B, H, T, D), D up to 128, k and v (B, H_kv, T, D), where H_kv divides H; of one dtype, float16, bfloat16 or
     float32 (products without TF32), any strides. out lies in memory as (B, T, H, D). lse (B, H, T), float32, is the
-    row's statistic; empty where there is none. kept, like out, is empty unless the tile is "clipped".
+    row's statistic; (B, H, 0) where there is none. kept, like out, is empty unless the tile is "clipped".
     """
     out, lse, kept = _outputs(q, tile)
     own = {"out": out, "kept": kept if kept.numel() else None, "lse": lse if lse.numel() else None}
@@ -185,5 +185,5 @@ def _(grad, q, k, v, kept, lse, scale, tile, a, b, backward):
 
 def _outputs(q: Tensor, tile: str) -> tuple[Tensor, Tensor, Tensor]:
     (out,) = _empty_gradients(q)
-    lse = q.new_empty(q.shape[:-1] if tile in ("clipped", "softpick") else (0,), dtype=torch.float32)
+    lse = q.new_empty(*q.shape[:2], q.size(2) if tile in ("clipped", "softpick") else 0, dtype=torch.float32)
     return out, lse, _empty_gradients(q)[0] if tile == "clipped" else q.new_empty(0)
