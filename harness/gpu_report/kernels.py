@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from harness.bench_attention import VARIANTS, learned
+from harness.bench_attention import FIRST, VARIANTS, learned, names
 from harness.gpu_report import Section, Table, Task, pivot, with_error
 from harness.timing import Laps, in_turn, median, median_ratio
 from harness.workers import Worker, WorkerError
@@ -97,8 +97,8 @@ class Shape:
             calls["FlexAttention, softmax"] = torch.compile(flex, **how)
             calls["FlexAttention, softmax1"] = torch.compile(flex_softmax1, **how)
         # Without a tile it is materialized, in more memory than there is at the longer contexts.
-        for normalizer, backward in ((n, b) for n, b in VARIANTS.values() if NORMALIZERS[n].tile):
-            calls[f"{normalizer}/{backward}"] = ours(normalizer, backward)
+        for name in (name for name in names(FIRST)[1:] if NORMALIZERS[VARIANTS[name][0]].tile):
+            calls[name] = ours(*VARIANTS[name])
         for backward in get_args(Backward):
             call = torch.compile(functools.partial(attention, normalizer="softmax1", backward=backward), **how)
             calls[f"softmax1/{backward}, compiled"] = call
