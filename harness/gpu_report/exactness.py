@@ -110,9 +110,10 @@ def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) 
     q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
     grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
     # In float32, as a model has them, but in the dtype's own numbers, to which a null key is rounded beside the others.
-    own = (
-        torch.randn(x.shape, generator=generator).to(device, dtype).float() for x in learned(normalizer, q, k).values()
-    )
+    own = []
+    for start in learned(normalizer, q, k).values():
+        noise = torch.randn(start.shape, generator=generator).to(device)
+        own.append(torch.where(start == 0, noise, start * (1 + noise / 8)).detach().to(dtype).float())
     return [q[:, :, T_k - T_q :], k, v, grad, *own]
 
 
@@ -139,10 +140,12 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
             found = values(inputs, normalizer, backward, function)
     except Exception as error:
         return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    norms = {name: x.norm() for name, x in reference.items()}
-    if "dnull_logit" in found:  # a sum over all rows, whose terms cancel: relative to that of their absolute values
-        norms["dnull_logit"] = terms_of_dsink(inputs, normalizer).norm()
-    errors = {name: ((x.double() - reference[name]).norm() / norms[name]).item() for name, x in found.items()}
+    norms = {name: x.norm() for name, x in reference.items()} | before_cancelling(
+        inputs, reference, normalizer, backward
+    )
+    errors = {name: (x.double() - reference[name]).norm().item() for name, x in found.items()}
+    # What is 0, as what kbias's key learns from a value of zeros by all but the full backward, has to be 0.
+    errors = {name: error / norms[name].item() if norms[name] else error for name, error in errors.items()}
     if inputs[1].size(2) == 1:
         # Of one key: 1 − P may be near 0, and then the scores' gradient has lost its digits, as in every form. Where it
         # is 0, as under softmax, it must be 0.
@@ -154,6 +157,21 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
     good = all(error <= allowed for error in errors.values())
     largest = errors[worst] if math.isfinite(errors[worst]) else None
     return {"error": largest, "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
+
+
+def before_cancelling(inputs, reference: dict[str, Tensor], normalizer: str, backward: str) -> dict[str, Tensor]:
+    """Of gradients that are sums of terms which cancel, the norm of the terms' absolute values: what rounding is
+    relative to."""
+    if "dnull_logit" in reference:
+        return {"dnull_logit": terms_of_dsink(inputs, normalizer).norm()}
+    if "dssmax_scale" in reference:  # Σ q·dQ over the queries, over the scale
+        terms = (inputs[0].double() * reference["dQ"]).abs().sum((0, 2, 3)) / inputs[-1].double().abs()
+        return {"dssmax_scale": terms.norm()}
+    if normalizer == "softpick" and backward == "full":  # E (g − Σ P g), where E is large if all scores are near 0
+        with materialized_attention():
+            terms = values([x.double() for x in inputs], normalizer, "detached")
+        return {name: terms[name].norm() + (reference[name] - terms[name]).norm() for name in ("dQ", "dK")}
+    return {}
 
 
 def terms_of_dsink(inputs: list[Tensor], normalizer: str) -> Tensor:
