@@ -17,7 +17,7 @@ from measure.jacobian import (
 from measure.probe import rows_of_c_attn
 from model import GPT, GPTConfig, find_normalizer
 
-MODES = ("diagonal", "ste")
+MODES = ("diagonal", "detached", "ste")
 """The backward passes that are compared with the full one."""
 
 
@@ -33,7 +33,7 @@ class Backwards(NamedTuple):
     """their names"""
     products: dict[str, dict[str, Tensor]]
     """mode → parameter → `dot_products` with the full gradient. The rows of c_attn that make q and k also have an entry
-    of their own, "NAME q, k". Where the normalizer does not give its Jacobian's diagonal, there is no "diagonal"."""
+    of their own, "NAME q, k". Where the normalizer has no such backward, there is no "diagonal" or "detached"."""
 
 
 def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Tensor]]]) -> Backwards:
@@ -46,7 +46,8 @@ def run_backwards(model: GPT, batches: Callable[[str], Iterable[tuple[Tensor, Te
             loss += backpropagate(model, x, y, splits) * len(x)
             sequences += len(x)
     full, products = take_gradients(model), {}
-    for mode in MODES if find_normalizer(model.config.normalizer).diagonal else ("ste",):
+    entry = find_normalizer(model.config.normalizer)
+    for mode in (mode for mode in MODES if getattr(entry, mode, True)):
         with backward_mode(model, mode):
             for x, y in batches(f"{mode} backward"):
                 backpropagate(model, x, y)
@@ -119,4 +120,6 @@ def not_computed(name: str) -> list[str]:
     notes = [] if normalizer.is_softmax else [f"jacobian_offdiag has a closed form of a softmax alone, not of {name}"]
     if normalizer.diagonal is None:
         notes.append(f"{name} does not say its Jacobian's diagonal: whatever compares with that is null")
+    if normalizer.detached is None:
+        notes.append(f"{name} has no backward detached: whatever compares with that is null")
     return notes

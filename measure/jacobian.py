@@ -10,8 +10,10 @@ and `Σ s² = Σ d² + Σ o² + 2 Σ d·o`. The maps exist in float64, one row b
 slot of value 0 (softmax1, sink) adds nothing to m, one with a value (kvbias) its own A g; the sums run over the keys
 alone.
 
+The backward "detached" passes on `A_ij g_ij`, and "ste" g_ij itself.
+
 For a normalizer that is no softmax, s is the derivative of its weights A(S), `s_ij = Σ_k g_ik ∂A_ik/∂S_ij`, and d is g
-times the diagonal that its entry in `model.NORMALIZERS` gives.
+times the diagonal that its entry in `model.NORMALIZERS` gives; likewise what is detached.
 """
 
 import contextlib
@@ -49,7 +51,8 @@ def jacobian_energy(
 
     e_full, e_diag, e_lateral, e_cross: energies summed over batch and positions; e_full is the sum of the others.
     r_diag, r_lateral, r_cross: those over e_full, adding up to 1; r_offdiag = 1 − r_diag.
-    cos_diag, cos_ste: cosine of d, and of g, with s over each sequence's (i, j ≤ i), averaged over the sequences.
+    cos_diag, cos_detached, cos_ste: cosine with s of d, of A g and of g over each sequence's (i, j ≤ i), averaged over
+    the sequences.
     mean_attention over (i, j ≤ i); entropy in nats, the null slot counted (`row_entropy`); row_mass `Σ_j A_ij`; and of
     the Jacobian alone jacobian_diag `Σ A²(1 − A)²` and jacobian_offdiag `(Σ A²)² − Σ A⁴`: means over rows.
 
@@ -118,6 +121,7 @@ class ScoreGradients(NamedTuple):
 
     s: Tensor  # the full gradient of the scores
     d: Tensor  # its diagonal part
+    held: Tensor  # what passes with the row's sum held constant
     jacobian_diag: Tensor  # the diagonal of each row's Jacobian
     jacobian_offdiag: Tensor  # (H, rows): the squared norm of the rest of it
 
@@ -125,11 +129,12 @@ class ScoreGradients(NamedTuple):
 def softmax_gradients(A: Tensor, g: Tensor, of_null: Tensor | float = 0) -> ScoreGradients:
     """Of a softmax over the keys and perhaps a null slot, in closed form: A and g (H, rows, keys), and the slot's own
     A g (H, rows, 1), a part of the row's mean."""
-    s = A * (g - (A * g).sum(-1, keepdim=True) - of_null)
+    held = A * g
+    s = A * (g - held.sum(-1, keepdim=True) - of_null)
     diagonal = A * (1 - A)
     A_squared = A.square()
     offdiag = (A_squared.sum(-1).square() - A_squared.square().sum(-1)).clamp(min=0)
-    return ScoreGradients(s, diagonal * g, diagonal, offdiag)
+    return ScoreGradients(s, diagonal * g, held, diagonal, offdiag)
 
 
 def general_gradients(scores: Tensor, g: Tensor, normalizer: str, parameters: dict[str, Tensor]) -> ScoreGradients:
@@ -141,15 +146,17 @@ def general_gradients(scores: Tensor, g: Tensor, normalizer: str, parameters: di
         weights = entry.weights(scores, **parameters)
         (s,) = torch.autograd.grad(weights, scores, g[None])
     scores, visible = scores.detach(), ~scores.isneginf()
-    if entry.diagonal is None:
-        diagonal = torch.full_like(scores, math.nan)
-    else:
-        diagonal = entry.diagonal(scores, weights.detach(), **parameters)
-    s, diagonal = (torch.where(visible, x, 0)[0] for x in (s, diagonal))
-    return ScoreGradients(s, diagonal * g, diagonal, torch.full(g.shape[:-1], math.nan).to(g))
+    slopes = [
+        torch.full_like(scores, math.nan) if slope is None else slope(scores, weights.detach(), **parameters)
+        for slope in (entry.diagonal, entry.detached)
+    ]
+    s, diagonal, detached = (torch.where(visible, x, 0)[0] for x in (s, *slopes))
+    return ScoreGradients(s, diagonal * g, detached * g, diagonal, torch.full(g.shape[:-1], math.nan).to(g))
 
 
-def _sums_of_rows(A: Tensor, g: Tensor, s: Tensor, d: Tensor, diagonal: Tensor, offdiag: Tensor) -> dict[str, Tensor]:
+def _sums_of_rows(
+    A: Tensor, g: Tensor, s: Tensor, d: Tensor, held: Tensor, diagonal: Tensor, offdiag: Tensor
+) -> dict[str, Tensor]:
     """Sums over a block of rows, A and g (H, rows, keys) and their `ScoreGradients` → (H,) each."""
 
     def total(x: Tensor) -> Tensor:
@@ -163,8 +170,10 @@ def _sums_of_rows(A: Tensor, g: Tensor, s: Tensor, d: Tensor, diagonal: Tensor, 
         "e_diag": total(d.square()),
         "e_lateral": total(o.square()),
         "e_cross": 2 * total(d * o),
+        "e_detached": total(held.square()),
         "e_ste": total(g.square()),
         "diag_dot_full": total(d * s),
+        "detached_dot_full": total(held * s),
         "ste_dot_full": total(g * s),
         "jacobian_diag": total(diagonal.square()),
         "jacobian_offdiag": offdiag.sum(-1),
@@ -177,7 +186,7 @@ def pool(splits: list[dict[str, Tensor]], over_heads: bool = False) -> dict[str,
     stacked = {name: torch.stack([split[name] for split in splits]) for name in splits[0]}  # (N, H)
     if over_heads:
         stacked = {name: x.flatten() for name, x in stacked.items()}
-    full, diag, ste = (stacked[name].sqrt() for name in ("e_full", "e_diag", "e_ste"))
+    full, *norms = (stacked[f"e_{part}"].sqrt() for part in ("full", "diag", "detached", "ste"))
     energy = {name: stacked[name].sum(0) for name in ("e_full", "e_diag", "e_lateral", "e_cross")}
     mean = {name: stacked[name].mean(0) for name in ("mean_attention", "entropy", "row_mass")}
     ratio = {f"r_{part}": energy[f"e_{part}"] / energy["e_full"] for part in ("diag", "lateral", "cross")}
@@ -186,8 +195,10 @@ def pool(splits: list[dict[str, Tensor]], over_heads: bool = False) -> dict[str,
         **energy,
         **ratio,
         "r_offdiag": 1 - ratio["r_diag"],
-        "cos_diag": _mean_cosine(stacked["diag_dot_full"], diag, full),
-        "cos_ste": _mean_cosine(stacked["ste_dot_full"], ste, full),
+        **{
+            f"cos_{part}": _mean_cosine(stacked[f"{part}_dot_full"], norm, full)
+            for part, norm in zip(("diag", "detached", "ste"), norms, strict=True)
+        },
         **{name: stacked[name].mean(0) for name in ("jacobian_diag", "jacobian_offdiag")},
     }
 

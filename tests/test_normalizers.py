@@ -452,6 +452,7 @@ def test_the_general_split_of_a_softmax_is_its_closed_form(null_logit, monkeypat
         lambda scores, b=None: softmax_weights(scores, b),
         parameters=dict.fromkeys(general_takes, lambda _config: torch.zeros(2)),
         diagonal=lambda scores, weights, b=None: weights * (1 - weights),
+        detached=lambda scores, weights, b=None: weights,
     )
     monkeypatch.setitem(NORMALIZERS, "general", general)
     closed = jacobian_energy(q, k, v, grad, name, **closed_takes)

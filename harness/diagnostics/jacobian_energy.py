@@ -4,7 +4,8 @@ without it: the split of the softmax Jacobian into its diagonal and the rest, on
 The loss L is each batch's own mean, so that a sequence's gradient is in proportion to 1 / --batch-size, and the
 energies, which are sums of squares over all sequences, to 1 / --batch-size squared. Ratios and cosines do not depend on
 it. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was trained with; then the
-same weights and batches run again with the diagonal one and with straight-through (ste).
+same weights and batches run again with the diagonal one, with the rows' sums held constant (detached), and with
+straight-through (ste).
 
 Of a checkpoint that was trained by another training.feedback than backprop, the gradients of all of this are those that
 its feedback gives. The table backprop_rows has what backpropagation gives in their place, and feedback compares both.
@@ -42,6 +43,7 @@ SPLIT = {
     "r_cross": "e_cross / e_full; the three add up to 1",
     "r_offdiag": "1 − r_diag",
     "cos_diag": "cosine of d and s over a sequence's (i, j ≤ i), averaged over sequences",
+    "cos_detached": "cosine of A g and s, likewise: what is kept where the row's sum is held constant (detached)",
     "cos_ste": "cosine of g and s, likewise: what straight-through keeps of the direction",
     "jacobian_diag": "Σ_j A²(1 − A)², averaged over rows: of the Jacobian alone, the squared norm of its diagonal",
     "jacobian_offdiag": "(Σ_j A²)² − Σ_j A⁴, averaged over rows: that of the rest",
@@ -50,6 +52,8 @@ GRADIENTS = {
     "parameter": "of the model, by name; a head that is tied to the token embedding is part of it",
     "cos_diagonal": "cosine of its gradient under the diagonal backward with the full one's",
     "norm_ratio_diagonal": "norm of its gradient under the diagonal backward over the full one's",
+    "cos_detached": "the same cosine, the rows' sums held constant",
+    "norm_ratio_detached": "the same ratio, the rows' sums held constant",
     "cos_ste": "the same cosine, straight through",
     "norm_ratio_ste": "the same ratio, straight through",
 }

@@ -30,7 +30,8 @@ from tests.helpers import shakespeares_nanogpt, tiny_gpt
 
 COLUMNS = [
     *("mean_attention", "entropy", "row_mass", "e_full", "e_diag", "e_lateral", "e_cross"),
-    *("r_diag", "r_lateral", "r_cross", "r_offdiag", "cos_diag", "cos_ste", "jacobian_diag", "jacobian_offdiag"),
+    *("r_diag", "r_lateral", "r_cross", "r_offdiag", "cos_diag", "cos_detached", "cos_ste"),
+    *("jacobian_diag", "jacobian_offdiag"),
 ]
 SINK = torch.tensor([-1.0, 0.5, 2.0], dtype=torch.float64)
 NORMALIZERS = {"softmax": None, "softmax1": torch.zeros(3, dtype=torch.float64), "sink": SINK}
@@ -57,7 +58,7 @@ def row_weights(scores: torch.Tensor, null_logit: torch.Tensor | None) -> torch.
 def by_autograd(q, k, v, grad_out, null_logits) -> dict[str, torch.Tensor]:
     """The columns, row by row from the diagonal and the rest of `torch.autograd.functional.jacobian`."""
     B, H, T, D = q.shape
-    sums = {name: torch.zeros(B, H, dtype=torch.float64) for name in (*COLUMNS, "e_ste", "d_s", "g_s")}
+    sums = {name: torch.zeros(B, H, dtype=torch.float64) for name in (*COLUMNS, "e_held", "e_ste", "d_s", "h_s", "g_s")}
     for b in range(B):
         for h in range(H):
             null_logit = None if null_logits is None else null_logits[h]
@@ -79,8 +80,10 @@ def by_autograd(q, k, v, grad_out, null_logits) -> dict[str, torch.Tensor]:
                     "e_diag": d @ d,
                     "e_lateral": o @ o,
                     "e_cross": 2 * d @ o,
+                    "e_held": (A * g) @ (A * g),
                     "e_ste": g @ g,
                     "d_s": d @ s,
+                    "h_s": (A * g) @ s,
                     "g_s": g @ s,
                 }.items():
                     sums[name][b, h] += value
@@ -91,6 +94,7 @@ def by_autograd(q, k, v, grad_out, null_logits) -> dict[str, torch.Tensor]:
         columns[f"r_{part}"] = columns[f"e_{part}"] / columns["e_full"]
     columns["r_offdiag"] = 1 - columns["r_diag"]
     columns["cos_diag"] = (sums["d_s"] / (sums["e_diag"] * sums["e_full"]).sqrt()).mean(0)
+    columns["cos_detached"] = (sums["h_s"] / (sums["e_held"] * sums["e_full"]).sqrt()).mean(0)
     columns["cos_ste"] = (sums["g_s"] / (sums["e_ste"] * sums["e_full"]).sqrt()).mean(0)
     return columns
 
@@ -215,6 +219,7 @@ def test_uniform_attention_by_hand():
             "r_cross": 0,
             "r_offdiag": 0.5,
             "cos_diag": math.sqrt(0.5),
+            "cos_detached": math.sqrt(0.1),  # A g = 1 in the first row, (½, 0) in the second: ⅛ / (√(5/4) · √⅛)
             "cos_ste": 0.5,  # g = 1 in the first row too: (g·s) / |g||s| = ¼ / (√2 · √⅛)
             "jacobian_diag": 1 / 16,  # (2/16 + 0) / 2 rows
             "jacobian_offdiag": 1 / 16,

@@ -24,7 +24,8 @@ from tests.helpers import diagnose, read_json, save_model, shakespeares_nanogpt,
 
 COLUMNS = [
     *("mean_attention", "entropy", "row_mass", "e_full", "e_diag", "e_lateral", "e_cross"),
-    *("r_diag", "r_lateral", "r_cross", "r_offdiag", "cos_diag", "cos_ste", "jacobian_diag", "jacobian_offdiag"),
+    *("r_diag", "r_lateral", "r_cross", "r_offdiag", "cos_diag", "cos_detached", "cos_ste"),
+    *("jacobian_diag", "jacobian_offdiag"),
 ]
 
 
