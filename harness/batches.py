@@ -36,10 +36,12 @@ class Windows:
         with_targets = np.diff(bounds) > 1  # an empty document has none
         self.starts, self.ends = bounds[:-1][with_targets], bounds[1:][with_targets]
 
-    def training(self, seed: int, step: int, batch_size: int) -> np.ndarray:
-        """The offsets of a step's windows: uniform over the stream, or over the documents, whatever their length."""
+    def training(self, seed: int, step: int, batch_size: int, whole: bool = False) -> np.ndarray:
+        """The offsets of a step's windows: uniform over the stream, or over the documents whatever their length, or
+        where it is to be `whole`, over those that fill a window."""
         if self.kind == "documents":
-            return self.starts[training_offsets(seed, step, len(self.starts), 0, batch_size)]
+            starts = np.intersect1d(self.starts, self.whole()) if whole else self.starts
+            return starts[training_offsets(seed, step, len(starts), 0, batch_size)]
         return training_offsets(seed, step, len(self.tokens), self.block_size, batch_size)
 
     def check_training(self) -> str | None:
