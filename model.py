@@ -1,8 +1,8 @@
 """GPT-2 with a pluggable attention, in one file: read it from top to bottom.
 
 - `NORMALIZERS`: how a row of scores becomes attention weights, one entry for each way (softmax; softmax1, which may
-  attend to nothing; sink, which learns how readily; kvbias, which learns to what).
-- `attention`: by any of these *normalizers* forward, and one of three *backward* passes (full, diagonal or
+  attend to nothing; sink, which learns how readily; and their rivals). kernels/normalizers.py has the definitions.
+- `attention`: by any of these *normalizers* forward, and one of four *backward* passes (full, diagonal, detached or
   straight-through). The two are chosen independently; the forward pass never depends on the backward.
 - `GPT`: GPT-2 by default; grouped queries, rotary positions, RMSNorm, SwiGLU and what else today's models have by the
   fields of `GPTConfig`, each independent of the others. Modules and parameters carry nanoGPT's names, so that its
@@ -10,7 +10,6 @@
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args, get_origin
 
@@ -18,66 +17,51 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from kernels import normalizers as definitions
 from kernels.backends import attention_backend, check_inputs, check_parameters
-from kernels.fused import SlopedProduct, fused_attention, repeat_heads
+from kernels.fused import SlopedProduct, fused_attention, in_front, repeat_heads
 from kernels.loss import cross_entropy, linear_cross_entropy
-from kernels.normalizers import softmax1, softmax_diagonal, softmax_rows, softmax_weights  # noqa: F401
+from kernels.normalizers import SOFTMAX, Normalizer, scaled_queries, softmax1, softmax_rows, softmax_weights  # noqa: F401
 
-Backward = Literal["full", "diagonal", "ste"]
-Activation = Literal["gelu_tanh", "gelu"]
-Position = Literal["learned", "rope"]
-Norm = Literal["layernorm", "rmsnorm"]
-Mlp = Literal["gelu", "swiglu"]
+Backward = Literal["full", "diagonal", "ste", "detached"]
 
 # --- normalizers: from a row of scores to attention weights ---------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Normalizer:
-    """One way from scores to attention weights. An entry of `NORMALIZERS` is all that a new one takes: the config, the
-    model, training and the diagnostics read that table."""
-
-    weights: Callable[..., Tensor]
-    """The definition: scores (B, H, T_q, T_k), float32 at least and −∞ where a key is not visible, and the parameters
-    by name → the weights, of that shape, each row from its own scores alone. Keys that are not visible get 0 anyway."""
-    parameters: dict[str, Callable[["GPTConfig"], Tensor]] = field(default_factory=dict)
-    """What an attention module learns for it: name → its start value."""
-    diagonal: Callable[..., Tensor] | None = None
-    """(scores, weights, parameters) → ∂weights_ij/∂scores_ij. Without it the backward "diagonal" is refused."""
-    null_logit: float | str | None = None
-    """Where the softmax covers a null slot besides the keys: the slot's logit, or the parameter that holds it. A slot
-    with a key and a value of its own has the parameters null_key and null_value, (H_kv, D) each, instead."""
-
-    def __post_init__(self):
-        if not self.is_softmax and self.null_logit is not None:
-            raise ValueError("a null_logit goes with softmax_weights: other weights have no slot for it")
-        known = {self.null_logit} if isinstance(self.null_logit, str) else set()
-        if self.is_softmax and set(self.parameters) not in (known, known or {"null_key", "null_value"}):
-            raise ValueError("softmax_weights takes no parameters but its null_logit, or null_key and null_value")
-
-    @property
-    def is_softmax(self) -> bool:
-        """Whether the weights are a softmax over the keys and perhaps a null slot. Only then do the fused kernels apply
-        (others run materialized), and only then is a row, with its null slot, a probability distribution."""
-        return self.weights is softmax_weights
+def _zeros(c: "GPTConfig") -> Tensor:
+    return torch.zeros(c.kv_heads, c.head_size)
 
 
+def _each_head(start: str):
+    return lambda c: torch.full((c.n_head,), float(c.resolved()[start]))
+
+
+# `Normalizer` says what an entry has; a new one is all that a new normalizer takes: the config, training and the
+# diagnostics read this table. The definitions, with their sources, are in kernels/normalizers.py.
 NORMALIZERS: dict[str, Normalizer] = {
-    "softmax": Normalizer(softmax_weights, diagonal=softmax_diagonal),
-    "softmax1": Normalizer(softmax_weights, diagonal=softmax_diagonal, null_logit=0.0),
+    "softmax": Normalizer(**SOFTMAX),
+    "softmax1": Normalizer(**SOFTMAX, null_logit=0.0),
+    # As many null slots as softmax_n says, any number ≥ 0: exp(x_i) / (n + Σ exp(x_j)).
+    "softmax_n": Normalizer(
+        **SOFTMAX,
+        null_logit="null_logit",
+        constants={"null_logit": lambda c: math.log(c.softmax_n) if c.softmax_n else -math.inf},
+    ),
     # Each head learns its null slot's logit, as in gpt-oss (OpenAI 2025).
-    "sink": Normalizer(
-        softmax_weights,
-        diagonal=softmax_diagonal,
-        null_logit="sink",
-        parameters={"sink": lambda config: torch.full((config.n_head,), config.sink_init)},
+    "sink": Normalizer(**SOFTMAX, null_logit="sink", parameters={"sink": _each_head("sink_init")}),
+    # A key that belongs to no token, in front of all others, its value zero or learned too (Gu et al. 2024). Both start
+    # as softmax1.
+    "kbias": Normalizer(**SOFTMAX, parameters={"null_key": _zeros}),
+    "kvbias": Normalizer(**SOFTMAX, parameters={"null_key": _zeros, "null_value": _zeros}),
+    "ssmax": Normalizer(**SOFTMAX, queries=scaled_queries, parameters={"ssmax_scale": _each_head("ssmax_init")}),
+    "clipped": Normalizer(
+        **definitions.CLIPPED,
+        constants={"alpha": lambda c: c.clipped_alpha, "context": lambda c: c.block_size * (c.clipped_by == "context")},
     ),
-    # A key and a value that belong to no token, in front of all others (Gu et al. 2024). It starts as softmax1.
-    "kvbias": Normalizer(
-        softmax_weights,
-        diagonal=softmax_diagonal,
-        parameters=dict.fromkeys(("null_key", "null_value"), lambda c: torch.zeros(c.kv_heads, c.head_size)),
-    ),
+    "softpick": Normalizer(**definitions.SOFTPICK),
+    "sigmoid": Normalizer(**definitions.SIGMOID, constants={"bias": lambda c: c.resolved()["sigmoid_bias"]}),
+    "relu": Normalizer(**definitions.RELU),
+    "entmax15": Normalizer(**definitions.ENTMAX15),
 }
 
 
@@ -98,22 +82,22 @@ def attention(
     *,
     normalizer: str = "softmax",
     backward: Backward = "full",
-    null_logit: Tensor | None = None,
+    null_logit: Tensor | float | None = None,
     dropout_p: float = 0.0,
     scale: float | None = None,
-    **parameters: Tensor,
+    **parameters: Any,
 ) -> Tensor:
     """Causal attention: q (B, H, T_q, D), k and v (B, H_kv, T_k, D) → (B, H, T_q, D). Query head h reads the keys of
     head h // (H / H_kv): grouped queries (Ainslie et al. 2023).
 
     Aligned at the end: query i sees the keys up to i + T_k − T_q, as a key/value cache needs it (T_q ≤ T_k).
-    `null_logit` (H,) gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0 softmax1, log n
-    softmax_n, ∞ gives zeros; a learned one, "sink", is gpt-oss's (OpenAI 2025). Its gradient is always the full one.
-    `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, or ste `g`.
-    `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what that entry takes besides a null logit: kvbias
-    null_key and null_value (H_kv, D), a key and a value in front of all others, with the gradients of any other.
-    `scale` multiplies q·k, 1/√D by default. The result can be differentiated as often as you like, from the second time
-    on in O(T²) memory. Raises ValueError, naming what was given and what is allowed.
+    `normalizer` is an entry of `NORMALIZERS`, and `parameters` are what it takes by name: tensors that a model learns,
+    as kvbias's null_key and null_value (H_kv, D), and constants, by default those of a `GPTConfig` of T_k tokens.
+    `null_logit` (H,), or one number, gives every row one more slot, of that logit and with value zero: −∞ is softmax, 0
+    softmax1, log n softmax_n, ∞ gives zeros; a learned one, "sink", is gpt-oss's (OpenAI 2025).
+    `backward` chooses dL/dS from P and g = dL/dP: full `P∘(g − Σ P∘g)`, diagonal `P∘(1 − P)∘g`, detached `P∘g`, or ste
+    `g`; but for ste, what stands for it where P is no softmax. The gradients of parameters are always the full ones.
+    `scale` multiplies q·k, 1/√D by default. Higher derivatives take O(T²) memory. ValueError says what does not fit.
     """
     entry = find_normalizer(normalizer)
     _check_backward(backward, normalizer)
@@ -122,18 +106,19 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    null_logit = _null_logit(entry, null_logit, q)
+    q, null, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
     if "null_key" in parameters:
-        k, v, parameters = in_front(parameters["null_key"], k), in_front(parameters["null_value"], v), {}
-    stock = backward == "full" and null_logit is None
+        v = in_front(parameters.get("null_value", torch.zeros_like(parameters["null_key"])), v)
+        k, parameters = in_front(parameters["null_key"], k), {}
+    stock = backward == "full" and null is None
     # Without queries, or without a batch, PyTorch's kernels would divide by zero.
-    backend = attention_backend(q, k, dropout_p, stock, fused=entry.is_softmax) if q.numel() else "materialized"
-    if backend != "materialized" and not entry.is_softmax:
-        raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
+    backend = attention_backend(q, k, dropout_p, stock, entry.tile) if q.numel() else "materialized"
     if backend == "materialized":
-        arguments = parameters if null_logit is None else {"null_logit": null_logit}
+        arguments = parameters if null is None else {"null_logit": null}
         return _materialized(q, k, v, entry, arguments, backward, dropout_p, scale)
-    return fused_attention(q, k, v, null_logit, backward, dropout_p, scale, backend)
+    if entry.tile is None:
+        raise ValueError(f"backend {backend!r} has no normalizer {normalizer!r}, which runs materialized")
+    return fused_attention(q, k, v, null, backward, dropout_p, scale, backend, entry.tile, parameters)
 
 
 # --- the readable form: reference, fallback and oracle ----------------------------------------------------------------
@@ -144,9 +129,9 @@ def attention_rows(
     k: Tensor,
     *,
     normalizer: str = "softmax",
-    null_logit: Tensor | None = None,
+    null_logit: Tensor | float | None = None,
     scale: float | None = None,
-    **parameters: Tensor,
+    **parameters: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """The attention weights P by any normalizer. Whatever looks at attention weights takes them from here.
 
@@ -155,17 +140,13 @@ def attention_rows(
     needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
     entry, has_key = find_normalizer(normalizer), "null_key" in parameters
+    q, null, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
     k = in_front(parameters["null_key"], k) if has_key else k
     scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
     if not entry.is_softmax:
         return _weights(entry, scores, parameters), None
-    P, null = softmax_rows(scores, _null_logit(entry, null_logit, q))
+    P, null = softmax_rows(scores, null)
     return (P[..., 1:], P[..., :1]) if has_key else (P, null)
-
-
-def in_front(null: Tensor, x: Tensor) -> Tensor:
-    """The null slot's key, or its value, (H_kv, D), in front of those of the tokens, x (B, H_kv, T, D)."""
-    return torch.cat((null[None, :, None].expand(len(x), -1, -1, -1).to(x.dtype), x), dim=2)
 
 
 def attention_scores(q: Tensor, k: Tensor, scale: float) -> Tensor:
@@ -184,13 +165,22 @@ def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) ->
     return weights if entry.is_softmax else weights.masked_fill(scores.isneginf(), 0)
 
 
-def _null_logit(entry: Normalizer, given: Tensor | None, q: Tensor) -> Tensor | None:
-    """The logit of each head's null slot (H,): the one given, or the entry's own number; None without such a slot. For
-    ±∞, of which the kernels would compute ∞ − ∞, a number beyond all scores: P, and so each result, is the same."""
-    if isinstance(entry.null_logit, int | float):
-        finite, dtype = min(max(entry.null_logit, -1e30), 1e30), torch.promote_types(q.dtype, torch.float32)
-        return torch.full((q.size(1),), finite, dtype=dtype, device=q.device)
-    return None if given is None else given.to(torch.promote_types(given.dtype, torch.float32)).clamp(-1e30, 1e30)
+def _prepared(entry: Normalizer, q: Tensor, keys: int, null_logit, parameters: dict) -> tuple[Tensor, Any, dict]:
+    """q as it enters the scores; each head's null logit (H,), or None; the parameters that are left, and those of the
+    constants that were not given."""
+    if missing := entry.constants.keys() - parameters.keys():
+        config = GPTConfig(block_size=max(keys, 1))
+        parameters = parameters | {name: entry.constants[name](config) for name in missing}
+    if entry.queries:
+        return entry.queries(q, keys, **parameters), None, {}
+    own = parameters.pop("null_logit", None) if isinstance(entry.null_logit, str) else entry.null_logit
+    null_logit = own if null_logit is None else null_logit
+    if null_logit is None:
+        return q, None, parameters
+    if not torch.is_tensor(null_logit):
+        null_logit = q.new_full((q.size(1),), null_logit, dtype=torch.promote_types(q.dtype, torch.float32))
+    # For ±∞, of which the kernels would compute ∞ − ∞, a number beyond all scores: P, and so each result, is the same.
+    return q, null_logit.to(torch.promote_types(null_logit.dtype, torch.float32)).clamp(-1e30, 1e30), parameters
 
 
 def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dropout_p: float, scale: float) -> Tensor:
@@ -203,24 +193,26 @@ def _materialized(q, k, v, entry: Normalizer, arguments, backward: Backward, dro
     if backward == "full":
         return F.dropout(_weights(entry, scores, arguments), dropout_p).to(v.dtype) @ v
     kept = F.dropout(torch.ones_like(scores), dropout_p) if dropout_p else 1
+    arguments, constants = ({k: x for k, x in arguments.items() if torch.is_tensor(x) is y} for y in (True, False))
 
     def weights_and_slope(scores: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
         named = dict(zip(arguments, parameters, strict=True))
-        weights, hidden = _weights(entry, scores, named), scores.isneginf()
+        weights, hidden = _weights(entry, scores, named | constants), scores.isneginf()
         if backward == "ste":  # which goes straight through the dropout too
             return weights * kept, (~hidden).to(scores.dtype)
-        assert entry.diagonal is not None  # _check_backward has refused it otherwise
-        return weights * kept, entry.diagonal(scores, weights, **named).masked_fill(hidden, 0) * kept
+        slope = getattr(entry, backward)(scores, weights, **named, **constants)
+        return weights * kept, slope.masked_fill(hidden, 0) * kept
 
     weights, slope = weights_and_slope(scores.detach(), *arguments.values())
     return SlopedProduct.apply(scores, v, weights, slope.detach(), weights_and_slope, *arguments.values())
 
 
 def _check_backward(backward: str, normalizer: str) -> None:
+    entry = find_normalizer(normalizer)
     if backward not in get_args(Backward):
         raise ValueError(f"unknown backward {backward!r}: choose from {', '.join(get_args(Backward))}")
-    if find_normalizer(normalizer).diagonal is None and backward == "diagonal":
-        raise ValueError(f"normalizer {normalizer!r} has no backward 'diagonal': its entry does not say the diagonal")
+    if backward in ("diagonal", "detached") and getattr(entry, backward) is None:
+        raise ValueError(f"normalizer {normalizer!r} has no backward {backward!r}: its entry does not say it")
 
 
 # --- the model ------------------------------------------------------------------------------------------------------
@@ -230,9 +222,9 @@ def _check_backward(backward: str, normalizer: str) -> None:
 class GPTConfig:
     """The shape of a GPT. Raises ValueError where it makes no sense.
 
-    A field's metadata tells the rest of the project how to treat it, so that a new field needs no other list:
-    `choices` is the table whose names are the values; `free`, weights trained with one value may go on with another;
-    `in_weights`, the weights' names and shapes tell the value; `forward` False, evaluation does not depend on it.
+    A field's metadata tells the rest of the project how to treat it: `choices` is the table whose names are the values;
+    `free`, weights trained with one value may go on with another; `in_weights`, their names and shapes tell the value;
+    `forward` False, evaluation does not depend on it; `constant`, it matters to one normalizer alone.
     """
 
     block_size: int = field(default=1024, metadata={"in_weights": True})
@@ -259,7 +251,7 @@ class GPTConfig:
     """biases of queries, keys and values; null: as bias"""
     tie_embeddings: bool = field(default=True, metadata={"in_weights": True})
     """whether the output layer's weights are the token embedding's"""
-    position: Position = "learned"
+    position: Literal["learned", "rope"] = "learned"
     """learned: an embedding of the position is added to the token's; rope: queries and keys are rotated by it"""
     rope_theta: float = 10000.0
     """rope: the pairs of channels turn once in 2π tokens, the first, to nearly 2π rope_theta, the last"""
@@ -269,7 +261,7 @@ class GPTConfig:
     """rope: the factor by which long wavelengths are stretched, as in Llama 3.1; 1: none is"""
     rope_original_context: int = 8192
     """rope: with rope_scaling, wavelengths above so many tokens are stretched, below a quarter not, between in part"""
-    norm: Norm = "layernorm"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
     """layernorm, or rmsnorm, which does not subtract the mean and has no bias"""
     norm_eps: float = 1e-5
     """added to the variance, or to the mean square, of a norm"""
@@ -277,16 +269,30 @@ class GPTConfig:
     """an RMSNorm of each head's queries and keys, before the rotation"""
     parallel_residual: bool = False
     """attention and MLP both read the block's input, as in GPT-NeoX; otherwise the MLP reads the attention's result"""
-    mlp: Mlp = field(default="gelu", metadata={"in_weights": True})
+    mlp: Literal["gelu", "swiglu"] = field(default="gelu", metadata={"in_weights": True})
     """gelu: c_proj(gelu(c_fc(x))); swiglu: c_proj(silu(c_gate(x)) · c_fc(x))"""
     normalizer: str = field(default="softmax", metadata={"free": True, "choices": NORMALIZERS})
     """how scores become attention weights; softmax1 may attend to nothing, sink learns how readily, kvbias to what"""
+    softmax_n: float = field(default=1.0, metadata={"free": True, "constant": True})
+    """normalizer softmax_n: n in exp(x_i) / (n + Σ exp(x_j)); 0 is softmax, 1 softmax1"""
     sink_init: float = field(default=0.0, metadata={"free": True, "forward": False})
     """normalizer sink: its logit at the start; 0 is softmax1, far below every score, as −20, softmax"""
+    ssmax_init: float | None = field(default=None, metadata={"free": True, "forward": False})
+    """normalizer ssmax: s at the start, in queries times s·log(keys seen); null: 1 / log(block_size)"""
+    clipped_alpha: float = field(default=4.0, metadata={"free": True, "constant": True})
+    """normalizer clipped: α in clip((1 − γ) softmax + γ, 0, 1), γ = −α / T; 0 is softmax"""
+    clipped_by: Literal["context", "row"] = field(default="context", metadata={"free": True, "constant": True})
+    """normalizer clipped: T is the context, block_size, or for each row the number of keys that it sees"""
+    sigmoid_bias: float | None = field(default=None, metadata={"free": True, "constant": True})
+    """normalizer sigmoid: b in σ(score + b); null: −log(block_size)"""
     backward: Backward = field(default="full", metadata={"free": True, "forward": False})
     """what flows back through the normalizer: its whole Jacobian, the diagonal, or straight through"""
-    activation: Activation = "gelu_tanh"
+    activation: Literal["gelu_tanh", "gelu"] = "gelu_tanh"
     """of mlp gelu: gelu_tanh is GPT-2's own; gelu is the exact form of nanoGPT's models"""
+    gate: Literal["none", "head", "element"] = field(default="none", metadata={"in_weights": True})
+    """σ(W x), x the block's normed input, times what the heads read: one a head or an element (Qiu et al. 2025)"""
+    gate_init: float | None = field(default=None, metadata={"forward": False})
+    """gate: how far it is open at the start, by a bias (.25: Bondarenko et al. 2023); null: half, W as other weights"""
 
     def __post_init__(self):
         for f in fields(self):
@@ -300,13 +306,20 @@ class GPTConfig:
             raise ValueError(f"n_embd ({self.n_embd}) is not divisible by n_head ({self.n_head})")
         if self.n_head % self.kv_heads:
             raise ValueError(f"n_head ({self.n_head}) is not divisible by n_kv_head ({self.n_kv_head})")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is {self.dropout}, but must lie in [0, 1)")
-        if not abs(self.sink_init) <= 1e30:  # `_null_logit` takes no larger one, and float32 hardly
-            raise ValueError(f"sink_init is {self.sink_init}, but must lie in [-1e30, 1e30]")
-        for name in ("rope_theta", "rope_fraction", "rope_scaling", "norm_eps"):
-            if not 0 < (value := getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} is {value}, but must be positive and finite")
+        for names, fits, words in (
+            ("dropout", lambda x: 0 <= x < 1, "lie in [0, 1)"),
+            ("gate_init", lambda x: 0 < x < 1, "lie between 0 and 1"),
+            (
+                "sink_init ssmax_init sigmoid_bias",
+                lambda x: abs(x) <= 1e30,
+                "lie in [-1e30, 1e30]",
+            ),  # as in `_prepared`
+            ("softmax_n clipped_alpha", lambda x: 0 <= x < math.inf, "be at least 0 and finite"),
+            ("rope_theta rope_fraction rope_scaling norm_eps", lambda x: 0 < x < math.inf, "be positive and finite"),
+        ):
+            for name in names.split():
+                if (value := getattr(self, name)) is not None and not fits(value):
+                    raise ValueError(f"{name} is {value}, but must {words}")
         if self.position == "rope" and (self.rotated % 2 or not 2 <= self.rotated <= self.head_size):
             raise ValueError(f"rope_fraction {self.rope_fraction} of {self.head_size} channels is no number of pairs")
 
@@ -325,8 +338,15 @@ class GPTConfig:
     def resolved(self) -> dict[str, Any]:
         """The fields by name, each null replaced by what it stands for: equal for two configs of the same model."""
         inner = -(-8 * self.n_embd // 192) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
-        meant = {"n_kv_head": self.n_head, "head_dim": self.head_size, "n_inner": inner, "qkv_bias": self.bias}
-        return {f.name: meant[f.name] if (v := getattr(self, f.name)) is None else v for f in fields(self)}
+        log_T = math.log(max(self.block_size, 2))
+        meant: dict[str, Any] = {
+            "n_kv_head": self.n_head,
+            "head_dim": self.head_size,
+            "n_inner": inner,
+            "qkv_bias": self.bias,
+        }
+        meant |= {"ssmax_init": 1 / log_T, "sigmoid_bias": -log_T}
+        return {f.name: meant.get(f.name) if (v := getattr(self, f.name)) is None else v for f in fields(self)}
 
 
 class AttentionCore(nn.Module):
@@ -384,16 +404,27 @@ class CausalSelfAttention(nn.Module):
         self.c_proj = nn.Linear(self.sizes[0], config.n_embd, bias=config.bias)
         self.q_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(self.head_dim, eps=config.norm_eps) if config.qk_norm else nn.Identity()
+        gates = {"none": 0, "head": self.n_head, "element": self.sizes[0]}[config.gate]
+        self.c_gate = nn.Linear(config.n_embd, gates, config.bias or config.gate_init is not None) if gates else None
         self.resid_dropout = nn.Dropout(config.dropout)
-        for name, start in NORMALIZERS[config.normalizer].parameters.items():
+        entry = NORMALIZERS[config.normalizer]
+        for name, start in entry.parameters.items():
             setattr(self, name, nn.Parameter(start(config)))
+        self.constants = {name: value(config) for name, value in entry.constants.items()}
         self.core = AttentionCore()
 
+    def learned(self) -> dict[str, Tensor]:
+        """The normalizer's parameters by name."""
+        return {name: getattr(self, name) for name in NORMALIZERS[self.normalizer].parameters}
+
     def arguments(self) -> dict[str, Any]:
-        """The normalizer's name and its parameters, as `attention` and `attention_rows` take them, by keyword."""
+        """The normalizer, its parameters and constants, as `attention` and `attention_rows` take them by keyword beside
+        the q, k and v that `core` sees, where what ssmax does to q is done."""
         entry = NORMALIZERS[self.normalizer]
-        names = {name: "null_logit" if name == entry.null_logit else name for name in entry.parameters}
-        return {"normalizer": self.normalizer} | {taken: getattr(self, name) for name, taken in names.items()}
+        if entry.queries:
+            return {"normalizer": "softmax"}
+        values = {"normalizer": self.normalizer} | self.learned() | self.constants
+        return {"null_logit" if name == entry.null_logit else name: value for name, value in values.items()}
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, cache=None) -> Tensor:
         B, T, _ = x.shape
@@ -406,9 +437,14 @@ class CausalSelfAttention(nn.Module):
             q, k = rotate(q, *rope), rotate(k, *rope)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
+        if change := NORMALIZERS[self.normalizer].queries:
+            q = change(q, k.size(-2), **self.learned())
         dropout_p = self.dropout if self.training else 0.0
         y = self.core(q, k, v, backward=self.backward_mode, dropout_p=dropout_p, **self.arguments())
-        return self.resid_dropout(self.c_proj(y.transpose(1, 2).reshape(B, T, -1)))
+        y = y.transpose(1, 2)  # (B, T, H, D)
+        if self.c_gate is not None:
+            y = y * self.c_gate(x).sigmoid().view(B, T, self.n_head, -1)
+        return self.resid_dropout(self.c_proj(y.reshape(B, T, -1)))
 
 
 class MLP(nn.Module):
@@ -464,6 +500,8 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for name, parameter in self.named_parameters():
+            if name.endswith("attn.c_gate.bias") and (pi := config.gate_init) is not None:
+                nn.init.constant_(parameter, math.log(pi / (1 - pi)))
             if name.endswith("c_proj.weight"):  # the residual stream sums 2·n_layer branches: keep its variance (GPT-2)
                 nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.n_layer))
 
@@ -495,8 +533,8 @@ class GPT(nn.Module):
 
     def normalizer_parameters(self) -> dict[str, Tensor]:
         """What the attention's normalizer learns, by the name of the parameter."""
-        names, layers = NORMALIZERS[self.config.normalizer].parameters, enumerate(self.transformer.h)
-        return {f"transformer.h.{i}.attn.{name}": getattr(block.attn, name) for i, block in layers for name in names}
+        layers = enumerate(self.transformer.h)
+        return {f"transformer.h.{i}.attn.{name}": p for i, block in layers for name, p in block.attn.learned().items()}
 
     def num_parameters(self) -> int:
         """All parameters but the tables in which rows are only looked up, since no matrix product takes them: the

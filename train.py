@@ -27,7 +27,7 @@ from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
-from harness.optimizers import learning_rate, make_optimizer, schedule_note
+from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
@@ -90,7 +90,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     model: Any = torch.compile(raw_model) if use_compile else raw_model
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
-    if not NORMALIZERS[a.normalizer].is_softmax:
+    if NORMALIZERS[a.normalizer].tile is None:
         say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
     heads = f"{a.n_head} heads" + (f" on {a.kv_heads} of keys" if a.kv_heads != a.n_head else "")
     say(
@@ -205,9 +205,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_learning_rates(optimizer, step, config)
         means: dict[str, Any] = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
             x, y, weight = next(batches)
@@ -289,7 +287,7 @@ def attention_kernel(model: GPT, device, dtype) -> str:
     shapes = [(1, c.n_head, c.block_size, c.head_size), (1, c.kv_heads, keys, c.head_size)]
     q, k = (torch.empty(shape, device=device, dtype=dtype) for shape in shapes)
     stock = c.backward == "full" and normalizer.null_logit is None
-    return attention_backend(q, k, c.dropout, stock, fused=normalizer.is_softmax)
+    return attention_backend(q, k, c.dropout, stock, normalizer.tile)
 
 
 def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:

@@ -6,6 +6,7 @@ the seconds to spend on a length.
 
 import argparse
 import contextlib
+import fnmatch
 import functools
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ import resource
 import statistics
 import threading
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,16 +28,20 @@ from harness.timing import Laps, in_turn, median_ratio
 from kernels.backends import materialized_attention
 from model import NORMALIZERS, Backward, GPTConfig, attention
 
-FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # only these have kernels
+FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # these run on PyTorch's kernels, too
 VARIANTS: dict[str, tuple[str, Backward]] = {
-    f"{normalizer}/{backward}": (normalizer, backward) for normalizer in FUSED for backward in get_args(Backward)
+    f"{normalizer}/{backward}": (normalizer, backward) for normalizer in NORMALIZERS for backward in get_args(Backward)
 }
 STOCK = "scaled_dot_product_attention"
 
 
-def names() -> list[str]:
-    """What is measured: STOCK, and each variant as normalizer/backward."""
-    return [STOCK, *VARIANTS]
+def names(patterns: Iterable[str] = ("*",)) -> list[str]:
+    """What is measured: STOCK, and each variant, named normalizer/backward, that one of the patterns fits. UserError
+    for a pattern that fits none."""
+    for pattern in patterns:
+        if not fnmatch.filter(VARIANTS, pattern):
+            raise UserError(f"--variants {pattern} is none of them, which are named {next(iter(VARIANTS))} and so on")
+    return [STOCK, *(name for name in VARIANTS if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns))]
 
 
 def inputs(T: int, args: argparse.Namespace, device) -> list[torch.Tensor]:
@@ -61,7 +67,7 @@ def learned(normalizer: str, q: torch.Tensor, k: torch.Tensor) -> dict[str, Any]
     return {
         "null_logit" if name == entry.null_logit else name: start(config).to(q.device).requires_grad_()
         for name, start in entry.parameters.items()
-    }
+    }  # the constants are those of a context of these keys anyway
 
 
 def step(name: str, form: str, T: int, args: argparse.Namespace, device, laps: Laps) -> None:
@@ -80,9 +86,10 @@ def step(name: str, form: str, T: int, args: argparse.Namespace, device, laps: L
 def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
     """The rows of one context length: the script's columns without MiB."""
     matrix = 4 * args.B * args.H * T * T  # bytes in float32; a materialised step holds several
-    slow = [name for name in VARIANTS if 8 * matrix < 2**31]
-    grouped = list(VARIANTS) if args.H_kv < args.H else []
-    forms = [(name, "") for name in names()]
+    measured = names(args.variants)
+    slow = [name for name in measured[1:] if 8 * matrix < 2**31]
+    grouped = measured[1:] if args.H_kv < args.H else []
+    forms = [(name, "") for name in measured]
     forms += [(name, "materialized") for name in slow] + [(name, "repeated") for name in grouped]
     runs = {f"{n}, {form}" if form else n: functools.partial(step, n, form, T, args, device) for n, form in forms}
 
@@ -106,7 +113,7 @@ def bench_length(T: int, args: argparse.Namespace, device) -> list[dict]:
             "materialized": ratio[f"{name}, materialized"] / ratio[name] if name in slow else None,
             "repeated": ratio[f"{name}, repeated"] / ratio[name] if name in grouped else None,
         }
-        for name in names()
+        for name in measured
     ]
 
 
@@ -164,15 +171,15 @@ def style(name: str) -> dict:
     if name == STOCK:
         return {"color": "#000000", "linewidth": 2.5}
     normalizer, backward = VARIANTS[name]
-    own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3]}[backward]
-    return own | {"linestyle": ("-", "--", ":", "-.")[FUSED.index(normalizer) % 4]}
+    own = {"full": RUN_STYLES[0], "diagonal": RUN_STYLES[1], "ste": RUN_STYLES[3], "detached": RUN_STYLES[2]}[backward]
+    return own | {"linestyle": ("-", "--", ":", "-.")[[*NORMALIZERS].index(normalizer) % 4]}
 
 
 def draw(rows: list[dict], title: str, path: Path) -> Path:
     figure, (times, ratios) = new_figure(1, 2)
     figure.set_figheight(4.2)  # taller than usual, for the legend
     timed = [row for row in rows if "ratio" in row]
-    for name in names():
+    for name in dict.fromkeys(row["variant"] for row in timed):
         own = [row for row in timed if row["variant"] == name]
         slow = [row for row in own if row["materialized"] is not None and row["variant"].startswith("softmax1/")]
         for panel, column in ((times, "forward+backward"), (ratios, "ratio")):

@@ -138,13 +138,17 @@ def _model_args_of(state: dict[str, torch.Tensor]) -> dict[str, Any]:
     if "transformer.wpe.weight" in state:
         sizes["block_size"] = len(state["transformer.wpe.weight"])
     args: dict[str, Any] = sizes | {"vocab_size": vocab_size, "bias": "mlp.c_fc.bias" in first}
-    younger = {
+    younger: dict[str, Any] = {
         "n_inner": first["mlp.c_fc.weight"][0],
         "qkv_bias": "attn.c_attn.bias" in first,
         "tie_embeddings": _is_tied(state),
         "qk_norm": "attn.q_norm.weight" in first,
         "mlp": "swiglu" if "mlp.c_gate.weight" in first else "gelu",
+        "gate": "none",
     }
+    if gate := first.get("attn.c_gate.weight"):
+        younger["gate"] = "element" if gate[0] == first["attn.c_proj.weight"][1] else "head"
+        younger["gate_init"] = 0.5 if "attn.c_gate.bias" in first and not args["bias"] else None
     gpt2 = GPTConfig(**args, n_head=1).resolved()
     return args | {name: value for name, value in younger.items() if value != gpt2[name]}
 

@@ -23,6 +23,7 @@ from model import GPTConfig
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
 Beta = restricted_number_type("Beta", float, [(">=", 0), ("<", 1)])  # at 1 AdamW's bias correction divides by 0
+Share = restricted_number_type("Share", float, [(">", 0), ("<=", 1)])
 
 
 @dataclass
@@ -62,22 +63,36 @@ class DataConfig:
 
 @dataclass
 class OptimizerConfig:
-    """AdamW: linear warm-up, then cosine decay"""
+    """What steps the parameters, and how far: a linear warm-up, then a schedule"""
 
+    name: Literal["adamw", "sgd", "muon", "adamw_muon_embeddings"] = "adamw"
+    """muon: Muon for the blocks' matrices, AdamW for the rest; adamw_muon_embeddings: Muon for embeddings, head too"""
     lr: NonNegativeFloat = 1e-3
     """peak learning rate"""
+    muon_lr: NonNegativeFloat | None = None
+    """of what Muon steps, whose steps are as long as AdamW's are; min_lr is as much less of it; null: lr"""
     min_lr: NonNegativeFloat = 1e-4
     """learning rate from decay_steps on"""
+    schedule: Literal["cosine", "linear", "wsd"] = "cosine"
+    """how the rate falls from lr to min_lr after the warm-up; wsd: stays at lr, then linearly, see decay_share"""
     warmup_steps: NonNegativeInt = 100
     """steps from 0 to lr"""
     decay_steps: PositiveInt | None = None
     """step at which min_lr is reached; null: training.max_steps"""
+    decay_share: Share = 0.2  # type: ignore[valid-type]  # as Seed
+    """schedule wsd: the last share of decay_steps, in which the rate falls"""
     weight_decay: NonNegativeFloat = 0.1
-    """of matrices and embeddings; biases and layer norms never decay"""
+    """apart from the gradient (decoupled), but with sgd added to it: less by far there, as 1e-4"""
+    decay: Literal["matrices_and_embeddings", "matrices", "all"] = "matrices_and_embeddings"
+    """what decays; only under all do biases, norms and what the normalizer learns. A head of its own is a matrix"""
     beta1: Beta = 0.9  # type: ignore[valid-type]  # as Seed
-    """decay rate of the gradient's mean"""
+    """adamw: decay rate of the gradient's mean"""
     beta2: Beta = 0.99  # type: ignore[valid-type]  # as Seed
-    """decay rate of the gradient's square"""
+    """adamw: decay rate of the gradient's square"""
+    eps: PositiveFloat = 1e-8
+    """adamw: what is added to the root of that square"""
+    momentum: Beta | None = None  # type: ignore[valid-type]  # as Seed
+    """Nesterov's, of sgd and of Muon; null: 0.9 for sgd, 0.95 for Muon"""
     grad_clip: NonNegativeFloat = 1.0
     """largest norm of the whole gradient; 0: no clipping"""
 
@@ -178,6 +193,16 @@ class Config:
         """A UserError about the value of `key` ("section.key"), saying where that was set."""
         return UserError(f"{self.sources.get(key, 'default')}: {key}: {problem}")
 
+    def check(self) -> None:
+        """UserError, naming a key, where values that are allowed each by itself do not go together."""
+        c = self.optimizer
+        if c.momentum is not None and c.name == "adamw":
+            raise self.error("optimizer.momentum", "adamw has none, but beta1: choose another optimizer.name")
+        if c.muon_lr is not None and c.name in ("adamw", "sgd"):
+            raise self.error("optimizer.muon_lr", f"{c.name} steps nothing by Muon: choose another optimizer.name")
+        if c.muon_lr is not None and not c.lr:
+            raise self.error("optimizer.muon_lr", "its schedule is lr's, in proportion, and optimizer.lr is 0")
+
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)
 
@@ -202,6 +227,7 @@ def describe(annotation: Any) -> str:
         PositiveFloat: "a positive number",
         NonNegativeFloat: "a number ≥ 0",
         Beta: "a number in [0, 1)",
+        Share: "a number in (0, 1]",
     }
     if get_origin(annotation) is Literal:
         return " or ".join(str(choice) for choice in get_args(annotation))

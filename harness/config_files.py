@@ -39,6 +39,7 @@ def load_config(arguments: list[str]) -> Config:
     if found := re.search(r"[/\\#?%:]", config.tracking.project):
         problem = f"wandb allows no {found[0]!r} in the name of a project; a team is named by WANDB_ENTITY"
         raise config.error("tracking.project", f"{config.tracking.project!r}: {problem}")
+    config.check()
     return config
 
 

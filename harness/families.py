@@ -9,7 +9,7 @@ import math
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from model import GPT, Activation, GPTConfig
+from model import GPT, GPTConfig
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ FAMILIES: dict[str, Family] = {  # by model_type; of several that can express a 
         trunk="model.",
     ),
 }
-_ACTIVATIONS: dict[str, Activation] = {
+_ACTIVATIONS: dict[str, Any] = {
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
     "gelu_fast": "gelu_tanh",

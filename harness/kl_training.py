@@ -119,8 +119,11 @@ def fingerprint(model: GPT) -> str:
     digest = hashlib.sha256(f"{c.n_head} {c.normalizer} {c.activation}".encode())
     for field in dataclasses.fields(c):
         hashed = field.name in ("n_head", "normalizer", "activation") or field.metadata.get("in_weights")
+        hashed = hashed or field.metadata.get("constant")
         if not hashed and field.metadata.get("forward", True) and (value := getattr(c, field.name)) != field.default:
             digest.update(f"{field.name} {value!r}".encode())
+    if constants := model.transformer.h[0].attn.constants:
+        digest.update(f"{constants}".encode())
     for name, weight in model.named_parameters():
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())

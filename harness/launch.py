@@ -91,10 +91,12 @@ def next_steps(config: Config, arguments: list[str], here: Path) -> str:
     folder, changed = config.folder, dict(parse_overrides(arguments[1:]))
     c, decay_steps = config.training, config.optimizer.decay_steps
     changed |= {"training.max_steps": 2 * c.max_steps}
-    if decay_steps is None:  # else it would follow max_steps, and the rate rise again
-        changed |= {"optimizer.decay_steps": c.max_steps}
     rate = "at min_lr, where the schedule has ended"
-    if decay_steps and decay_steps > c.max_steps:
+    if c.max_steps <= config.optimizer.warmup_steps:
+        rate = "while the learning rate still rises, up to warmup_steps"
+    elif decay_steps is None:  # else it would follow max_steps, and the rate rise again
+        changed |= {"optimizer.decay_steps": c.max_steps}
+    elif decay_steps > c.max_steps:
         rate = f"while the learning rate falls to min_lr at step {decay_steps}"
     kept = [
         f"--{k} {shlex.quote(str(v))}" for k, v in changed.items() if k not in ("training.resume", "training.overwrite")

@@ -26,6 +26,7 @@ _HOW = re.compile(
     r"(evaluation|tracking)\..*|data\.corpus|kl\.reference|"
     r"training\.(max_steps|checkpoint_interval|micro_batch_size|device|compile)"
 )
+_WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
@@ -89,7 +90,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     free |= {"block_size"} if not checkpoint and model.config.position == "rope" else set()
     forgotten = model.normalizer_parameters()
     if wanted.get("normalizer", found["normalizer"]) == found["normalizer"] and forgotten:
-        free, forgotten = free - {"sink_init"}, {}
+        free, forgotten = free - {"sink_init", "ssmax_init"}, {}
     implied = [k for k in found if getattr(model.config, k) is None and getattr(scratch, k) is None]  # by other keys
     differing = [k for k, v in wanted.items() if k not in free and k not in implied and v != found[k]]
     if not checkpoint and "block_size" in differing and wanted["block_size"] < found["block_size"]:
@@ -137,12 +138,19 @@ def check_resume(config: Config, checkpoint: dict, corpus: Corpus, reference: Re
             "with --training.init_from if its weights are to be kept"
         )
         raise config.error("kl.reference", problem)
+    before_by_default = Config().to_dict()  # what a key that a checkpoint is older than stood for
     changed = {}
     for section, entries in config.to_dict().items():
         for key, value in entries.items():
-            before = checkpoint["config"].get(section, {}).get(key, value)
-            if section != "model" and key not in ("resume", "overwrite", "out_dir", "name") and before != value:
+            before = checkpoint["config"].get(section, {}).get(key, before_by_default[section][key])
+            if section != "model" and f"{section}.{key}" not in _WHERE and before != value:
                 changed[f"{section}.{key}"] = f"{section}.{key} {before} → {value}"
+    if "optimizer.name" in changed:
+        problem = (
+            f"{config.folder}/ckpt.pt holds the state of another optimizer ({changed['optimizer.name']}): start a run "
+            "of another name, with --training.init_from if its weights are to be kept"
+        )
+        raise config.error("optimizer.name", problem)
     step, max_steps = checkpoint["step"], config.training.max_steps
     if step >= max_steps:
         other = [key for key in changed if not _HOW.fullmatch(key)]

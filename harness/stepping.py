@@ -1,10 +1,10 @@
 """A training step under the clock: train.py's own, or the same model stepped as nanoGPT's loop does it."""
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -33,14 +33,14 @@ class Stepper:
     """
 
     def __init__(self, config: Config, nanogpt: bool = False):
-        self.config, c = config, config.training
+        self.config, c, how = config, config.training, config.optimizer
         self.device = choose_device(c.device)
         on_gpu = self.device.type == "cuda"
         self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
         self.corpus = Corpus(config.data.corpus, (), config.model.vocab_size)
         shape = config.model.gpt_config(self.corpus.vocab_size)
         if nanogpt:
-            shape = dataclasses.replace(shape, normalizer="softmax", backward="full")
+            shape, how = replace(shape, normalizer="softmax", backward="full"), replace(how, name="adamw")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             keep_freed_memory()
@@ -53,7 +53,7 @@ class Stepper:
         self.reference = None
         if config.kl.reference:
             self.reference = Reference(config, self.raw_model.config, self.corpus, self.device, use_compile)
-        self.optimizer = make_optimizer(self.raw_model, config.optimizer, fused=on_gpu or not nanogpt)
+        self.optimizer = make_optimizer(self.raw_model, how, fused=on_gpu or not nanogpt)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         most = min(c.micro_batch_size or c.batch_size, c.batch_size)
         self.micro_batch_size = next(n for n in range(most, 0, -1) if c.batch_size % n == 0)

@@ -5,6 +5,7 @@ import importlib.util
 import math
 import os
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -58,12 +59,27 @@ def reads_groups(backend: str, q: Tensor) -> bool:
 TRITON = importlib.util.find_spec("triton") is not None
 
 
+def triton_allowed() -> bool:
+    return TRITON and os.environ.get("OFFBYONE_TRITON") != "0"
+
+
 def with_triton(backend: str) -> bool:
     """Whether kernels/triton.py completes this backend's backward. If so, its operators are registered in
     torch.ops.offbyone."""
-    if backend not in ("cuda_flash", "cuda_cudnn") or not TRITON or os.environ.get("OFFBYONE_TRITON") == "0":
+    if backend not in ("cuda_flash", "cuda_cudnn") or not triton_allowed():
         return False
     from kernels import triton  # noqa: F401
+
+    return True
+
+
+def has_tiles(q: Tensor, dropout_p: float) -> bool:
+    """Whether kernels/triton_tiles.py computes attention on such q. If so, its operators are registered in
+    torch.ops.offbyone."""
+    half = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and _is_ampere(q.device))
+    if not (half or q.dtype == torch.float32) or q.size(-1) > 128 or dropout_p or not triton_allowed():
+        return False
+    from kernels import triton_tiles  # noqa: F401
 
     return True
 
@@ -79,16 +95,23 @@ def one_pass(backend: str, D: int, dropout_p: float) -> bool:
 SHORT = 64
 
 
-def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, fused: bool = True) -> str:
+def attention_backend(
+    q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool = False, tile: str | None = "softmax"
+) -> str:
     """The kernel that computes attention on such q and k: "cpu_native" (kernels/cpu.py), PyTorch's "cpu_flash",
     "cuda_flash" or "cuda_efficient", "cuda_cudnn" (on Hopper), or "materialized". In place of the two CUDA kernels in
     the middle it is "stock" for the variant that PyTorch itself offers (`stock`): PyTorch's own function, which chooses
-    a kernel by itself. A normalizer without a fused form (`fused` False) is always materialized.
+    a kernel by itself. A `tile` that is no softmax has kernels of our own alone, "cpu_native" and "cuda_triton"
+    (kernels/triton_tiles.py); what has none (None) is always materialized.
     """
     if _backend_in_use is not None:
         return _backend_in_use
-    if not fused or (q.size(-2) <= SHORT and k.size(-2) > q.size(-2) + 1):
+    if tile is None or (q.size(-2) <= SHORT and k.size(-2) > q.size(-2) + 1):
         return "materialized"
+    if tile != "softmax":
+        if q.device.type == "cpu" and not dropout_p and q.dtype in (torch.float32, torch.bfloat16) and native():
+            return "cpu_native"
+        return "cuda_triton" if q.device.type == "cuda" and has_tiles(q, dropout_p) else "materialized"
     if q.device.type == "cpu" and dropout_p == 0:
         if q.dtype in (torch.float32, torch.bfloat16) and native():
             return "cpu_native"
@@ -109,7 +132,10 @@ def attention_backend(q: Tensor, k: Tensor, dropout_p: float = 0.0, stock: bool 
     return "stock" if stock else "materialized"
 
 
-BACKENDS = ("stock", "cpu_native", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn", "materialized")
+BACKENDS = (
+    *("stock", "cpu_native", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn", "cuda_triton"),
+    "materialized",
+)
 _backend_in_use: str | None = None
 
 
@@ -139,13 +165,14 @@ def materialized_attention():
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
-def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, parameters: dict[str, Tensor]) -> None:
+def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, parameters: dict[str, Any]) -> None:
     """ValueError, naming what was given, where attention is not defined for these arguments."""
     if scale is not None and not 0 < scale < math.inf:
         raise ValueError(f"scale is {scale}, but must be positive and finite (the kernels' masks need it)")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p is {dropout_p}, but must lie in [0, 1)")
-    tensors = {"q": q, "k": k, "v": v} | ({} if null_logit is None else {"null_logit": null_logit}) | parameters
+    tensors = {"q": q, "k": k, "v": v} | {name: x for name, x in parameters.items() if torch.is_tensor(x)}
+    tensors |= {} if isinstance(null_logit, int | float | None) else {"null_logit": null_logit}
     for name, x in tensors.items():
         if not (torch.is_tensor(x) and x.dtype in FLOATS):
             given = f"a tensor of {x.dtype}" if torch.is_tensor(x) else f"a {type(x).__name__}"
@@ -161,23 +188,32 @@ def check_inputs(q, k, v, null_logit, dropout_p: float, scale: float | None, par
         raise ValueError(f"{shapes}: need D ≥ 1, and a number of query heads that the key heads divide")
     if q.size(-2) > k.size(-2):
         raise ValueError(f"{shapes}: more queries than keys, and the queries are the last of the keys' positions")
-    if null_logit is not None and null_logit.shape != (q.size(1),):
+    if torch.is_tensor(null_logit) and null_logit.shape != (q.size(1),):
         raise ValueError(f"null_logit {tuple(null_logit.shape)}: need one logit a head, ({q.size(1)},)")
-    for name in [name for name in ("null_key", "null_value") if name in parameters]:
-        if (shape := parameters[name].shape) != (k.size(1), k.size(-1)):
-            raise ValueError(f"{name} {tuple(shape)}: need one for each head of keys, {(k.size(1), k.size(-1))}")
+    for name, wanted in {
+        "null_key": (k.size(1), k.size(-1)),
+        "null_value": (k.size(1), k.size(-1)),
+        "ssmax_scale": (q.size(1),),
+    }.items():
+        if name in parameters and (shape := parameters[name].shape) != wanted:
+            raise ValueError(f"{name} {tuple(shape)}: need one for each head{' of keys' * (len(wanted) > 1)}, {wanted}")
 
 
-def check_parameters(entry, normalizer: str, null_logit: Tensor | None, parameters: dict[str, Tensor]) -> None:
+def check_parameters(entry, normalizer: str, null_logit, parameters: dict[str, Any]) -> None:
     """ValueError where a normalizer, an entry of `model.NORMALIZERS` and its name, is not given just what it takes."""
-    if set(parameters) != (wanted := set(entry.parameters) - {entry.null_logit}):
-        what = f"takes the parameters {', '.join(sorted(wanted))}" if wanted else "takes no parameters"
+    wanted, free = set(entry.parameters) - {entry.null_logit}, set(entry.constants) - {entry.null_logit}
+    if not wanted <= set(parameters) <= wanted | free:
+        what = f"takes the parameters {', '.join(sorted(wanted | free))}" if wanted | free else "takes no parameters"
         raise ValueError(f"normalizer {normalizer!r} {what}, and not {', '.join(sorted(parameters)) or 'none'}")
-    if null_logit is not None and not entry.is_softmax:
+    for name, value in parameters.items():
+        kind, right = ("number", isinstance(value, int | float)) if name in free else ("tensor", torch.is_tensor(value))
+        if not right:
+            raise ValueError(f"{name} is a {type(value).__name__}, but must be a {kind}")
+    if null_logit is not None and (not entry.is_softmax or entry.queries):
         raise ValueError(f"normalizer {normalizer!r} has no null slot, so a null_logit does not go with it")
     if null_logit is not None and "null_key" in parameters:
         raise ValueError(f"normalizer {normalizer!r} has a null slot with a key, so a null_logit does not go with it")
     if null_logit is not None and isinstance(entry.null_logit, int | float):
         raise ValueError(f"{normalizer} is the null logit {entry.null_logit:g}: a null_logit goes with sink or softmax")
-    if null_logit is None and isinstance(entry.null_logit, str):
+    if null_logit is None and entry.null_logit in entry.parameters:
         raise ValueError(f"normalizer {normalizer!r} needs its null_logit, one learned logit a head")

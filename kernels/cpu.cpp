@@ -86,7 +86,7 @@ inline ints lane_numbers() {
 
 inline int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// y = exp(x), and exp(x) − 1 = y_minus_1 without cancellation, for x ≤ 0. Within 2 ulp; 0 below −87; NaN stays NaN.
+// y = exp(x), and exp(x) − 1 = y_minus_1 without cancellation, for x ≤ 87. Within 2 ulp; 0 below −87; NaN stays NaN.
 // x = n·log 2 + r, |r| ≤ log(2)/2, and exp(r) − 1 by its Taylor series, whose remainder is r⁸/8! < 2⁻²⁷.
 inline void exponential(vec x, vec& y, vec& y_minus_1) {
   const vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5·2²³: the last bits are now those of n
@@ -280,71 +280,215 @@ void share_out(int B, int H, int parts, int64_t size, int threads, Task task) {
   }
 }
 
+// --- weights: softmax, and what may stand in its place ---------------------------------------------------------------
+
+enum Kind { SOFTMAX, CLIPPED, SOFTPICK, SIGMOID, RELU };  // TILES of kernels/normalizers.py, which defines them
+enum Backward { FULL, DIAGONAL, STE, VALUES, DETACHED };  // VALUES: dV alone
+constexpr float SOFTPICK_EPSILON = 1e-6f;
+
+// What the weights of a kind depend on besides the scores.
+struct Constants {
+  Kind kind;
+  float a, b;                    // clipped: alpha and the context, 0 for a row's own number of keys; sigmoid: the bias
+  float of_row(int row) const {  // clipped: γ; sigmoid: the bias; relu: 1 / the number of keys that the row sees
+    const float keys = row + 1;
+    return kind == CLIPPED ? -a / (b > 0 ? b : keys) : kind == SIGMOID ? a : 1 / keys;
+  }
+};
+
+// What is known of a row: its constant; softmax's log Σ exp(S), or softpick's log(Σ |exp(S) − 1| + ε); and delta, which
+// is Σ P dP, or for clipped Σ p dP over the keys that it keeps, p being their weights in softmax.
+struct Row {
+  vec constant, lse, delta;
+};
+
+// From x = S and g = dL/dP to P and, except for VALUES, dS = dL/dS.
+template <Kind kind, Backward backward>
+inline void weigh(vec x, vec g, Row row, vec& P, vec& dS) {
+  vec slope, rest;  // ∂P/∂x with the row's sum held constant, and the factor that it has for `diagonal` besides
+  dS = g;           // STE
+  if constexpr (kind == SOFTMAX || kind == CLIPPED) {
+    x -= row.lse;
+    x = x > 0.0f ? vec{} : x;  // the rounding of large scores may exceed the logsumexp
+    vec p, p_minus_1;
+    exponential(x, p, p_minus_1);
+    P = slope = p, rest = -p_minus_1;
+    if constexpr (kind == CLIPPED) {
+      slope = p * (1.0f - row.constant);
+      P = slope + row.constant;
+      g = P <= 0.0f ? vec{} : g;
+      P = P <= 0.0f ? vec{} : P;
+    }
+    if (backward == FULL) dS = slope * (g - row.delta);
+  } else if constexpr (kind == SOFTPICK) {  // exp(x) − 1 = exp(x) (1 − exp(−x)), without cancellation
+    vec ignored, minus_share;
+    exponential(x < 0.0f ? x : -x, ignored, minus_share);
+    slope = exponential(x - row.lse);
+    P = x <= 0.0f ? vec{} : slope * -minus_share;
+    rest = 1.0f - P;
+    if (backward == FULL) dS = slope * (x > 0.0f ? g - row.delta : x < 0.0f ? row.delta : vec{});
+    g = x <= 0.0f ? vec{} : g;
+  } else if constexpr (kind == SIGMOID) {
+    x += row.constant;
+    const vec e = exponential(x < 0.0f ? x : -x), share = 1.0f / (1.0f + e);
+    P = x < 0.0f ? e * share : share;
+    slope = e * share * share;
+  } else {
+    P = x < 0.0f ? vec{} : x * row.constant;
+    slope = x <= 0.0f ? vec{} : row.constant;
+  }
+  constexpr bool alone = kind == SIGMOID || kind == RELU;  // no sum: full, diagonal and detached are one
+  if (backward == DETACHED || (alone && (backward == FULL || backward == DIAGONAL))) dS = slope * g;
+  if (backward == DIAGONAL && !alone) dS = slope * rest * g;
+}
+
 // --- forward ---------------------------------------------------------------------------------------------------------
+
+// Of each query: its row's constant; of softmax and softpick the statistics so far.
+struct Queries {
+  float *constant, *top, *sum, *decay;
+};
 
 // The scores in the tile, (keys, queries), become weights exp(S − top), where `top` is the largest score of a query so
 // far and `sum` the sum of its weights. Both are updated. Where a top rises, whatever was summed with the former top
-// has to be multiplied by `decay`; the result is true if any did.
-bool online_softmax(Tile s, int keys, int queries, bool diagonal, float* top, float* sum, float* decay) {
+// has to be multiplied by `decay`; the result is true if any did. For softpick the weights are ReLU(exp(S) − 1)
+// exp(−top), the sum is that of their magnitudes without the ReLU, and `top` starts at 0.
+template <Kind kind>
+bool online_weights(Tile s, int keys, int queries, bool diagonal, Queries of) {
   const ints lanes = lane_numbers();
   bool risen = false;
   for (int i = 0; i < queries; i += LANES) {
     const int seen = diagonal ? std::min(keys, i + LANES) : keys;
-    const vec before = load(top + i);
+    const vec before = load(of.top + i);
     vec now = before;
     for (int j = 0; j < seen; ++j) {
       vec x = load(s[j] + i);
-      if (diagonal) store(s[j] + i, x = lanes + i >= j ? x : fill(-INF));
+      if (diagonal) store(s[j] + i, x = lanes + i >= j ? x : fill(kind == SOFTPICK ? 0 : -INF));
       now = x > now ? x : now;
     }
     const vec shift = now == -INF ? vec{} : now;
     const vec less = exponential(before - shift);
-    vec total = load(sum + i) * less;
+    vec total = load(of.sum + i) * less;
     for (int j = 0; j < seen; ++j) {
-      const vec p = exponential(load(s[j] + i) - shift);
-      store(s[j] + i, p);
-      total += p;
+      const vec x = load(s[j] + i);
+      if constexpr (kind == SOFTPICK) {  // |exp(x) − 1| = exp(max(x, 0)) (1 − exp(−|x|)), without cancellation
+        vec ignored, minus_share;
+        exponential(x < 0.0f ? x : -x, ignored, minus_share);
+        const vec magnitude = exponential((x < 0.0f ? vec{} : x) - shift) * -minus_share;
+        store(s[j] + i, x <= 0.0f ? vec{} : magnitude);
+        total += magnitude;
+      } else {
+        const vec p = exponential(x - shift);
+        store(s[j] + i, p);
+        total += p;
+      }
     }
     for (int j = seen; j < keys; ++j) store(s[j] + i, vec{});
-    store(top + i, now), store(sum + i, total), store(decay + i, less);
+    store(of.top + i, now), store(of.sum + i, total), store(of.decay + i, less);
     for (int n = 0; n < LANES; ++n) risen |= less[n] != 1;
   }
   return risen;
 }
 
+// The same where a weight depends on its own score alone: the scores become the weights, and nothing rises.
+template <Kind kind>
+bool own_weights(Tile s, int keys, int queries, bool diagonal, Queries of) {
+  const ints lanes = lane_numbers();
+  for (int i = 0; i < queries; i += LANES) {
+    const int seen = diagonal ? std::min(keys, i + LANES) : keys;
+    const Row row{load(of.constant + i), vec{}, vec{}};
+    for (int j = 0; j < seen; ++j) {
+      vec P, ignored;
+      weigh<kind, VALUES>(load(s[j] + i), vec{}, row, P, ignored);
+      if (diagonal) P = lanes + i >= j ? P : vec{};
+      store(s[j] + i, P);
+    }
+    for (int j = seen; j < keys; ++j) store(s[j] + i, vec{});
+  }
+  return false;
+}
+
+// What online_weights left in a tile when the tops were `top` becomes clipped softmax's weights, now that `of` has those
+// of whole rows; and `kept` becomes the weights of softmax, or 0 where they are clipped. False if all are.
+bool clip(Tile s, Tile kept, int keys, int queries, const float* top, Queries of) {
+  ints found{};
+  for (int i = 0; i < queries; i += LANES) {
+    const vec gamma = load(of.constant + i), sum = load(of.sum + i), last = load(of.top + i);
+    const vec share = exponential(load(top + i) - (last == -INF ? vec{} : last)) / (sum == 0.0f ? fill(1) : sum);
+    for (int j = 0; j < keys; ++j) {
+      const vec p = load(s[j] + i) * share, P = p * (1.0f - gamma) + gamma;
+      store(kept[j] + i, P <= 0.0f ? vec{} : p);
+      store(s[j] + i, P <= 0.0f ? vec{} : P);
+      found |= ~(P <= 0.0f);
+    }
+  }
+  for (int n = 0; n < LANES; ++n)
+    if (found[n]) return true;
+  return false;
+}
+
 template <class Number>
-void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor out, float* lse, int parts, int B, int H,
-             int H_kv, int T, int D, float scale, int threads) {
+void forward(Constants constants, Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor out, Tensor kept_out,
+             float* lse, int parts, int B, int H, int H_kv, int T, int D, float scale, int threads) {
+  constexpr decltype(&online_weights<SOFTMAX>) by_kind[] = {online_weights<SOFTMAX>, online_weights<SOFTMAX>,
+                                                            online_weights<SOFTPICK>, own_weights<SIGMOID>,
+                                                            own_weights<RELU>};
+  const Kind kind = constants.kind;
+  const auto weights = by_kind[kind];
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES), group = H / H_kv;
-  const int64_t size = (2 * T + 3 * TILE) * (int64_t)width + TILE * TILE + 3 * TILE;
+  // Clipped: all scores of a block of queries stay until the sums are known, and there is a second output.
+  const int strip = kind == CLIPPED ? blocks : 1, second = kind == CLIPPED ? TILE : 0;
+  const int64_t size = (2 * T + 3 * TILE + second) * (int64_t)width + (strip + 4 + strip * TILE + second) * TILE;
   share_out(B, H, parts, size, threads, [=](Scratch& scratch, int b, int h, int part) {
     const Tile k = scratch.tile(T, width), v = scratch.tile(T, width), qi = scratch.tile(TILE, width);
-    const Tile qt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), s = scratch.tile(TILE, TILE);
-    float *top = scratch.tile(1, TILE)[0], *sum = scratch.tile(1, TILE)[0], *decay = scratch.tile(1, TILE)[0];
+    const Tile qt = scratch.tile(width, TILE), o = scratch.tile(TILE, width), kept_o = scratch.tile(second, width);
+    const Tile scores = scratch.tile(strip * TILE, TILE), kept = scratch.tile(second, TILE);
+    const Tile tops = scratch.tile(strip, TILE), statistics = scratch.tile(4, TILE);
+    const Queries of{statistics[0], statistics[1], statistics[2], statistics[3]};
     read(k, Rows<const Number>(k_, b, h / group), 0, T, D);
     read(v, Rows<const Number>(v_, b, h / group), 0, T, D);
     for (int i = part; i < blocks; i += parts) {
       const int queries = std::min(TILE, T - i * TILE);
       read(qi, Rows<const Number>(q_, b, h), i * TILE, queries, D, scale);
       transpose(qt, qi, queries);
-      std::fill(top, top + TILE, null_logit ? null_logit[h] : -INF);
-      std::fill(sum, sum + TILE, null_logit && null_logit[h] > -INF ? 1 : 0);
+      const float top = null_logit ? null_logit[h] : kind <= CLIPPED ? -INF : 0;
+      std::fill(of.top, of.top + TILE, top);
+      std::fill(of.sum, of.sum + TILE, kind == SOFTPICK ? SOFTPICK_EPSILON : top > -INF ? 1 : 0);
+      for (int t = 0; t < TILE; ++t) of.constant[t] = constants.of_row(i * TILE + t);
       for (int j = 0; j <= i; ++j) {
         const bool diagonal = j == i;
         const int keys = std::min(TILE, T - j * TILE);
-        const Tile kj = k.from(j * TILE), vj = v.from(j * TILE);
+        const Tile kj = k.from(j * TILE), vj = v.from(j * TILE), s = scores.from(kind == CLIPPED ? j * TILE : 0);
         // Keys by queries, so that a query's sum and maximum run over rows: each lane of a vector is a query.
         multiply(s, as_is(kj), qt, keys, round_up(queries, LANES), D, false, diagonal ? COLUMNS_FROM_ROW : ALL);
-        const bool risen = online_softmax(s, keys, queries, diagonal, top, sum, decay);
+        const bool risen = weights(s, keys, queries, diagonal, of);
+        if (kind == CLIPPED) {
+          std::copy(of.top, of.top + TILE, tops[j]);
+          continue;
+        }
         if (j > 0 && risen)
           for (int t = 0; t < queries; ++t)
-            for (int d = 0; d < width; d += LANES) store(o[t] + d, load(o[t] + d) * decay[t]);
+            for (int d = 0; d < width; d += LANES) store(o[t] + d, load(o[t] + d) * of.decay[t]);
         multiply(o, transposed(s), vj, queries, width, keys, j > 0, diagonal ? TERMS_TO_ROW : ALL);
       }
+      if (kind == CLIPPED) {
+        bool add = false;
+        for (int j = 0; j <= i; ++j) {
+          const int keys = std::min(TILE, T - j * TILE);
+          const Tile vj = v.from(j * TILE), s = scores.from(j * TILE);
+          const Region region = j == i ? TERMS_TO_ROW : ALL;
+          if (!clip(s, kept, keys, queries, tops[j], of) && (add || j < i)) continue;
+          multiply(o, transposed(s), vj, queries, width, keys, add, region);
+          multiply(kept_o, transposed(kept), vj, queries, width, keys, add, region);
+          add = true;
+        }
+        write(Rows<Number>(kept_out, b, h), i * TILE, kept_o, queries, D);
+      }
       for (int t = 0; t < queries; ++t) {
-        const float share = sum[t] == 0 ? 0 : 1 / sum[t];  // a row of −∞ gives zeros
+        lse[((int64_t)b * H + h) * T + i * TILE + t] = of.top[t] + std::log(of.sum[t]);
+        if (kind == CLIPPED) continue;
+        const float share = of.sum[t] == 0 ? 0 : 1 / of.sum[t];  // a row of −∞ gives zeros
         for (int d = 0; d < width; d += LANES) store(o[t] + d, load(o[t] + d) * share);
-        lse[((int64_t)b * H + h) * T + i * TILE + t] = top[t] + std::log(sum[t]);
       }
       write(Rows<Number>(out, b, h), i * TILE, o, queries, D);
     }
@@ -353,29 +497,48 @@ void forward(Tensor q_, Tensor k_, Tensor v_, const float* null_logit, Tensor ou
 
 // --- backward --------------------------------------------------------------------------------------------------------
 
-enum Backward { FULL, DIAGONAL, STE, VALUES };  // VALUES: dV alone
-
-// Overwrites a row of S by P = exp(S − lse) and, except for VALUES, a row of dP by dS.
-template <Backward backward, bool masked>
-inline void row_gradient(float* s, float* dp, int columns, int seen, float lse, float delta) {
-  if (lse == -INF) lse = INF;  // no weight at all: a row of −∞
+// Overwrites a tile of S, (queries, keys), by P and, except for VALUES, one of dP by dS. On the diagonal a row sees the
+// keys up to its own. The rows are those of the head from `first` on.
+template <Kind kind, Backward backward, bool diagonal>
+void tile_gradient(Tile s, Tile dp, int queries, int columns, Constants constants, int first, const float* lse,
+                   const float* delta) {
   const ints lanes = lane_numbers();
-  int j = 0;
-  for (; j < std::min(columns, round_up(seen, LANES)); j += LANES) {
-    vec x = load(s + j) - lse, p, p_minus_1;
-    x = x > 0.0f ? vec{} : x;  // the rounding of large scores may exceed the logsumexp
-    exponential(x, p, p_minus_1);
-    vec ds = backward == VALUES ? vec{} : load(dp + j);
-    if (backward == FULL) ds = p * (ds - delta);
-    if (backward == DIAGONAL) ds = p * -p_minus_1 * ds;
-    if (masked) p = lanes + j < seen ? p : vec{}, ds = lanes + j < seen ? ds : vec{};
-    store(s + j, p);
-    if (backward != VALUES) store(dp + j, ds);
+  constants.kind = kind;
+  for (int t = 0; t < queries; ++t) {
+    const int seen = diagonal ? t + 1 : columns;
+    const float total = lse[first + t] == -INF ? INF : lse[first + t];  // no weight at all: a row of −∞
+    const Row row{fill(kind == SOFTMAX ? 0 : constants.of_row(first + t)), fill(total), fill(delta[first + t])};
+    int j = 0;
+    for (; j < std::min(columns, round_up(seen, LANES)); j += LANES) {
+      vec P, dS;
+      weigh<kind, backward>(load(s[t] + j), backward == VALUES ? vec{} : load(dp[t] + j), row, P, dS);
+      if (diagonal) P = lanes + j < seen ? P : vec{}, dS = lanes + j < seen ? dS : vec{};
+      store(s[t] + j, P);
+      if (backward != VALUES) store(dp[t] + j, dS);
+    }
+    for (; j < columns; j += LANES) {
+      store(s[t] + j, vec{});
+      if (backward != VALUES) store(dp[t] + j, vec{});
+    }
   }
-  for (; j < columns; j += LANES) {
-    store(s + j, vec{});
-    if (backward != VALUES) store(dp + j, vec{});
-  }
+}
+
+using TileGradient = decltype(&tile_gradient<SOFTMAX, FULL, true>);
+
+template <Kind kind, bool diagonal>
+TileGradient find_gradient(Backward backward) {
+  constexpr TileGradient by_backward[] = {tile_gradient<kind, FULL, diagonal>, tile_gradient<kind, DIAGONAL, diagonal>,
+                                          tile_gradient<kind, STE, diagonal>, tile_gradient<kind, VALUES, diagonal>,
+                                          tile_gradient<kind, DETACHED, diagonal>};
+  return by_backward[backward];
+}
+
+template <bool diagonal>
+TileGradient find_gradient(Kind kind, Backward backward) {
+  constexpr decltype(&find_gradient<SOFTMAX, diagonal>) by_kind[] = {
+      find_gradient<SOFTMAX, diagonal>, find_gradient<CLIPPED, diagonal>, find_gradient<SOFTPICK, diagonal>,
+      find_gradient<SIGMOID, diagonal>, find_gradient<RELU, diagonal>};
+  return by_kind[kind](backward);
 }
 
 inline float dot(const float* x, const float* y, int width) {
@@ -388,10 +551,12 @@ inline float dot(const float* x, const float* y, int width) {
 
 // A task is the blocks of keys first, first + parts, … of one head of keys: their dK and dV, which are sums over the
 // group of heads of queries that read them, and what they add to dQ of each of these.
-template <class Number, Backward backward>
-void backward_heads(Tensor g_, Tensor q_, Tensor k_, Tensor v_, Tensor out, const float* lse, float* delta, Tensor dq_,
-                    int64_t dq_part, Tensor dk_, Tensor dv_, int parts, int B, int H, int H_kv, int T, int D,
-                    float scale, int threads) {
+template <class Number>
+void backward_heads(Constants constants, Backward backward, Tensor g_, Tensor q_, Tensor k_, Tensor v_, Tensor out,
+                    const float* lse, float* delta, Tensor dq_, int64_t dq_part, Tensor dk_, Tensor dv_, int parts,
+                    int B, int H, int H_kv, int T, int D, float scale, int threads) {
+  const TileGradient on_diagonal = find_gradient<true>(constants.kind, backward);
+  const TileGradient below_diagonal = find_gradient<false>(constants.kind, backward);
   const int blocks = (T + TILE - 1) / TILE, width = round_up(D, LANES), group = H / H_kv;
   share_out(B, H, 1, 2 * width, threads, [=](Scratch& scratch, int b, int h, int) {
     const Tile gi = scratch.tile(1, width), oi = scratch.tile(1, width);
@@ -434,13 +599,8 @@ void backward_heads(Tensor g_, Tensor q_, Tensor k_, Tensor v_, Tensor out, cons
           multiply(s, as_is(qi), kt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
           if (backward != VALUES)
             multiply(dp, as_is(gi), vt, queries, columns, D, false, diagonal ? COLUMNS_TO_ROW : ALL);
-          for (int t = 0; t < queries; ++t) {
-            const float lse_t = lse[head + i * TILE + t], delta_t = delta[head + i * TILE + t];
-            if (diagonal)
-              row_gradient<backward, true>(s[t], dp[t], columns, t + 1, lse_t, delta_t);
-            else
-              row_gradient<backward, false>(s[t], dp[t], columns, columns, lse_t, delta_t);
-          }
+          const TileGradient gradient = diagonal ? on_diagonal : below_diagonal;
+          gradient(s, dp, queries, columns, constants, i * TILE, lse + head, delta + head);
           multiply(dvj, transposed(s), gi, keys, width, queries, add, diagonal ? TERMS_FROM_ROW : ALL);
           if (backward == VALUES) continue;
           multiply(dkj, transposed(dp), qi, keys, width, queries, add, diagonal ? TERMS_FROM_ROW : ALL);
@@ -503,25 +663,25 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 extern "C" {
 
 // q, out and their like are (B, H, T, D), k and v (B, H_kv, T, D): head h of q reads head h / (H / H_kv) of k and v.
-// Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work.
-void attention_forward(bool is_bfloat16, Tensor q, Tensor k, Tensor v, const float* null_logit, Tensor out, float* lse,
-                       int parts, int B, int H, int H_kv, int T, int D, float scale, int threads) {
+// Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work. `kind`,
+// a and b are the fields of Constants; a null logit is for softmax alone. `kept` is written by clipped alone: Σ p v over
+// the keys that are not clipped, with the weights p of softmax.
+void attention_forward(bool is_bfloat16, int kind, float a, float b, Tensor q, Tensor k, Tensor v,
+                       const float* null_logit, Tensor out, Tensor kept, float* lse, int parts, int B, int H, int H_kv,
+                       int T, int D, float scale, int threads) {
   constexpr decltype(&forward<float>) run[] = {forward<float>, forward<bfloat16>};
-  run[is_bfloat16](q, k, v, null_logit, out, lse, parts, B, H, H_kv, T, D, scale, threads);
+  run[is_bfloat16]({Kind(kind), a, b}, q, k, v, null_logit, out, kept, lse, parts, B, H, H_kv, T, D, scale, threads);
 }
 
-// delta (B, H, T) becomes Σ_j P_ij dP_ij = g_i·out_i. dq (parts, B, H, T, D) is float32, with `dq_part` elements from
-// one part to the next; the gradient is the sum of the parts. For VALUES dq and dk are not written.
-void attention_backward(bool is_bfloat16, int backward, Tensor g, Tensor q, Tensor k, Tensor v, Tensor out,
-                        const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk, Tensor dv, int parts,
-                        int B, int H, int H_kv, int T, int D, float scale, int threads) {
-  constexpr decltype(&backward_heads<float, FULL>) run[][2] = {
-      {backward_heads<float, FULL>, backward_heads<bfloat16, FULL>},
-      {backward_heads<float, DIAGONAL>, backward_heads<bfloat16, DIAGONAL>},
-      {backward_heads<float, STE>, backward_heads<bfloat16, STE>},
-      {backward_heads<float, VALUES>, backward_heads<bfloat16, VALUES>},
-  };
-  run[backward][is_bfloat16](g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H, H_kv, T, D, scale, threads);
+// delta (B, H, T) becomes g_i·out_i = Σ_j P_ij dP_ij; for clipped `out` is what the forward calls kept. dq (parts, B, H,
+// T, D) is float32, with `dq_part` elements from one part to the next; the gradient is the sum of the parts. For VALUES
+// dq and dk are not written.
+void attention_backward(bool is_bfloat16, int kind, float a, float b, int backward, Tensor g, Tensor q, Tensor k,
+                        Tensor v, Tensor out, const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk,
+                        Tensor dv, int parts, int B, int H, int H_kv, int T, int D, float scale, int threads) {
+  constexpr decltype(&backward_heads<float>) run[] = {backward_heads<float>, backward_heads<bfloat16>};
+  run[is_bfloat16]({Kind(kind), a, b}, Backward(backward), g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H,
+                   H_kv, T, D, scale, threads);
 }
 
 // a and out (B, H, T, D), b and c (B, H_terms, T, D), where one of H and H_terms divides the other.

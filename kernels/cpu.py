@@ -29,9 +29,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kernels.normalizers import TILES
+
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
-BACKWARDS = ("full", "diagonal", "ste", "values")  # kernels/cpu.cpp's enum Backward; the last is dV alone
+BACKWARDS = ("full", "diagonal", "ste", "values", "detached")  # kernels/cpu.cpp's enum Backward; values: dV alone
 
 # There are two ways to STE's dQ and dK, which are products with the masked matrix tril(g Vᵀ): to compute that matrix
 # tile by tile, in O(T²) time, or to keep running sums, in O(T) time. Where T exceeds this number, running sums are
@@ -49,11 +51,13 @@ class _Tensor(ctypes.Structure):
 
 
 _tensor, _pointer, _stride, _flag, _count = _Tensor, ctypes.c_void_p, ctypes.c_int64, ctypes.c_bool, ctypes.c_int
-_shape = (*[_count] * 5, ctypes.c_float, _count)  # B, H, H_kv (or H_terms), T, D; the scale; the threads
+_number = ctypes.c_float
+_kind = (_flag, _count, _number, _number)  # whether bfloat16; of TILES; its two constants
+_shape = (*[_count] * 5, _number, _count)  # B, H, H_kv (or H_terms), T, D; the scale; the threads
 _SIGNATURES = {
-    "attention_forward": (_flag, *[_tensor] * 3, _pointer, _tensor, _pointer, _count, *_shape),
+    "attention_forward": (*_kind, *[_tensor] * 3, _pointer, _tensor, _tensor, _pointer, _count, *_shape),
     "attention_backward": (
-        *(_flag, _count, *[_tensor] * 5, _pointer, _pointer, _tensor, _stride, _tensor, _tensor, _count),
+        *(*_kind, _count, *[_tensor] * 5, _pointer, _pointer, _tensor, _stride, _tensor, _tensor, _count),
         *_shape,
     ),
     "linear_attention": (_flag, _flag, *[_tensor] * 4, *_shape),
@@ -166,37 +170,58 @@ def _sizes(x: Tensor, other: Tensor) -> tuple[int, ...]:
     return *x.shape[:2], other.size(1), *x.shape[2:]
 
 
-def cpu_forward(q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """The output, and each row's logsumexp (B, H, T) in float32, the null logit (H,) of its head included."""
+def cpu_forward(
+    q: Tensor, k: Tensor, v: Tensor, null_logit: Tensor | None, scale: float, tile: str = "softmax", a=0.0, b=0.0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The output; each row's statistic (B, H, T) in float32: of softmax the logsumexp, the null logit (H,) of its head
+    included, of softpick `log(Σ |eˣ − 1| + ε)`; and what the backward needs in place of the output: of clipped softmax
+    the output with the weights that softmax gives to the keys which are not clipped, of others nothing, (0,).
+
+    `tile` is one of TILES; a and b are clipped's alpha and context (0: each row's number of keys), or sigmoid's bias.
+    """
     if q.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"the CPU's own kernel takes float32 and bfloat16, not {q.dtype}")
     out, lse = _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+    kept = _empty_result(q) if tile == "clipped" else q.new_empty(0)
     null_logit = None if null_logit is None else null_logit.float().contiguous()
+    kind = (q.dtype == torch.bfloat16, TILES.index(tile), a, b)
     common = (_parts(q), *_sizes(q, k), scale, torch.get_num_threads())
-    _call("attention_forward", q.dtype == torch.bfloat16, q, k, v, null_logit, out, lse, *common)
-    return out, lse
+    _call("attention_forward", *kind, q, k, v, null_logit, out, kept if kept.numel() else out, lse, *common)
+    return out, lse, kept
 
 
 def cpu_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, backward: str
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    backward: str,
+    tile: str = "softmax",
+    a: float = 0.0,
+    b: float = 0.0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(dQ, dK, dV, delta) from dL/dO, what the forward gave, and `backward`: full, diagonal or ste.
+    """(dQ, dK, dV, delta) from dL/dO, what the forward gave (for clipped softmax its third result in place of the
+    output), and `backward`: full, diagonal, detached or ste.
 
     delta (B, H, T), float32, is each row's `Σ_j P_ij dP_ij = g_i·out_i`, which the null logit's gradient needs.
     """
     B, H, T, D = q.shape
     parts, rest = _parts(k), (scale, torch.get_num_threads())
     is_bfloat16, linear = q.dtype == torch.bfloat16, backward == "ste" and T > LINEAR_FROM
+    kind = (is_bfloat16, TILES.index(tile), a, b)
     dk, dv, delta = _empty_result(k), _empty_result(v), torch.empty_like(lse)
     if linear:  # the first call computes dV and delta alone
         dq = _empty_result(q)
-        inputs = (is_bfloat16, BACKWARDS.index("values"), grad, q, k, v, out, lse, delta)
+        inputs = (*kind, BACKWARDS.index("values"), grad, q, k, v, out, lse, delta)
         _call("attention_backward", *inputs, dq, 0, dk, dv, parts, *_sizes(q, k), *rest)
         _call("linear_attention", is_bfloat16, False, grad, v, k, dq, *_sizes(q, k), *rest)
         _call("linear_attention", is_bfloat16, True, v, grad, q, dk, *_sizes(k, q), *rest)
         return dq, dk, dv, delta
     dq = q.new_empty(parts, B, T, H, D, dtype=torch.float32)
-    inputs = (is_bfloat16, BACKWARDS.index(backward), grad, q, k, v, out, lse, delta)
+    inputs = (*kind, BACKWARDS.index(backward), grad, q, k, v, out, lse, delta)
     _call("attention_backward", *inputs, dq[0].transpose(1, 2), dq.stride(0), dk, dv, parts, *_sizes(q, k), *rest)
     dq = (dq.sum(0) if parts > 1 else dq[0]).transpose(1, 2)
     return dq.to(q.dtype), dk, dv, delta
@@ -204,20 +229,24 @@ def cpu_backward(
 
 # torch.library.custom_op would be shorter, but its wrapping costs 10 µs a call, a tenth of a short context's time.
 _library = torch.library.Library("offbyone", "FRAGMENT")
-_library.define("cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? null_logit, float scale) -> (Tensor, Tensor)")
+_TILE = "float scale, {}str tile='softmax', float a=0, float b=0"
 _library.define(
-    "cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, str backward)"
-    " -> (Tensor, Tensor, Tensor, Tensor)"
+    f"cpu_forward(Tensor q, Tensor k, Tensor v, Tensor? null_logit, {_TILE.format('')}) -> (Tensor, Tensor, Tensor)"
+)
+_library.define(
+    "cpu_backward(Tensor grad, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_TILE.format('str backward, ')}) -> (Tensor, Tensor, Tensor, Tensor)"
 )
 _library.impl("cpu_forward", cpu_forward, "CPU")
 _library.impl("cpu_backward", cpu_backward, "CPU")
 
 
 @torch.library.register_fake("offbyone::cpu_forward", lib=_library)
-def _(q, k, v, null_logit, scale):
-    return _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32)
+def _(q, k, v, null_logit, scale, tile="softmax", a=0.0, b=0.0):
+    kept = _empty_result(q) if tile == "clipped" else q.new_empty(0)
+    return _empty_result(q), q.new_empty(q.shape[:-1], dtype=torch.float32), kept
 
 
 @torch.library.register_fake("offbyone::cpu_backward", lib=_library)
-def _(grad, q, k, v, out, lse, scale, backward):
+def _(grad, q, k, v, out, lse, scale, backward, tile="softmax", a=0.0, b=0.0):
     return *(_empty_result(x) for x in (q, k, v)), torch.empty_like(lse)

@@ -1,4 +1,5 @@
-"""Attention as one autograd function over fused kernels: softmax with or without a null slot, and every backward pass.
+"""Attention as one autograd function over fused kernels: softmax with or without a null slot, what may stand in its
+place (`TILES`), and every backward pass.
 
 Which kernel computes it is for backends.py to say; what PyTorch's kernels cannot do themselves is derived here.
 """
@@ -10,16 +11,35 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backends import one_pass, reads_groups, with_triton
+from kernels.normalizers import CLIPPED, RELU, SIGMOID, SOFTPICK
+
+DEFINITIONS = {definition["tile"]: definition for definition in (CLIPPED, SOFTPICK, SIGMOID, RELU)}
+# What TILES take besides scores, in the order of the kernels' two numbers.
+CONSTANTS = {"softmax": (), "clipped": ("alpha", "context"), "softpick": (), "sigmoid": ("bias",), "relu": ()}
 
 
-def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale: float, backend: str) -> Tensor:
-    """Attention as model.py's `attention` defines it, on any backend but "materialized". ValueError where the backend,
-    chosen by `use_backend`, has no such variant. k and v may have fewer heads than q, in whole groups (see
-    `repeat_heads`): they are repeated only for the kernels of PyTorch that cannot read them so (`reads_groups`)."""
+def fused_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    null_logit: Tensor | None,
+    backward: str,
+    dropout_p: float,
+    scale: float,
+    backend: str,
+    tile: str = "softmax",
+    constants: dict[str, float] | None = None,
+) -> Tensor:
+    """Attention as model.py's `attention` defines it, on any backend but "materialized", by the weights `tile`, one of
+    kernels.normalizers.TILES, and its `constants`, named as there. ValueError where the backend, chosen by
+    `use_backend`, has no such variant. k and v may have fewer heads than q, in whole groups (see `repeat_heads`): they
+    are repeated only for the kernels of PyTorch that cannot read them so (`reads_groups`)."""
     if backend == "stock" and (backward != "full" or null_logit is not None):
         raise ValueError(f"backend 'stock' has neither a null_logit nor a backward {backward!r}")
-    if backend.startswith("cpu") and dropout_p:
-        raise ValueError(f"backend {backend!r} has no dropout, and dropout_p is {dropout_p}")
+    if not (backend == "cpu_native" or (backend == "cuda_triton") == (tile != "softmax")):
+        raise ValueError(f"backend {backend!r} has no {tile}: use cpu_native, cuda_triton or materialized")
+    if (backend.startswith("cpu") or tile != "softmax") and dropout_p:
+        raise ValueError(f"backend {backend!r} has no dropout of {tile}, and dropout_p is {dropout_p}")
     # The fused kernels let query i see the keys up to i, whatever T_q and T_k: rows of zeros in front of q give each
     # query the number of its own key. CUDA's kernels also want D in multiples of 8.
     D, rows, columns = q.size(-1), k.size(-2) - q.size(-2), -q.size(-1) % 8 if backend.startswith("cuda") else 0
@@ -31,7 +51,8 @@ def fused_attention(q, k, v, null_logit, backward: str, dropout_p: float, scale:
         grouped = k.size(1) != q.size(1)
         out = F.scaled_dot_product_attention(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=grouped)
     else:
-        out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend)
+        numbers = (*(float((constants or {})[name]) for name in CONSTANTS[tile]), 0.0, 0.0)[:2]
+        out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend, tile, numbers)
     return out[:, :, rows:, :D] if rows or columns else out
 
 
@@ -40,29 +61,38 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
     return x if x.size(1) == heads else x.repeat_interleave(heads // x.size(1), dim=1)
 
 
+def in_front(null: Tensor, x: Tensor) -> Tensor:
+    """The null slot's key, or its value, (H_kv, D), in front of those of the tokens, x (B, H_kv, T, D)."""
+    return torch.cat((null[None, :, None].expand(len(x), -1, -1, -1).to(x.dtype), x), dim=2)
+
+
 def sum_groups(x: Tensor, heads: int) -> Tensor:
     """The gradient of `repeat_heads`: (B, H, T, D) → (B, heads, T, D)."""
     return x if x.size(1) == heads else x.unflatten(1, (heads, -1)).sum(2)
 
 
 class FusedAttention(torch.autograd.Function):
-    """Softmax with or without a null slot, and every backward, in O(T) memory, by fused kernels.
+    """Softmax with or without a null slot, or what stands in its place, and every backward, in O(T) memory, by fused
+    kernels.
 
-    Our own CPU kernel (kernels/cpu.py) takes the null logit and the backward as arguments. PyTorch's kernels know
-    neither. But their backward takes the output and the rows' logsumexp as arguments, and for any `out` and `lse` it
-    computes, with `P = exp(S − lse)` and `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K`
-    and `dK = scale·dSᵀ Q`. A null slot of logit b only rescales a row, to `lse₁ = log(exp(lse) + exp(b))` and
-    `out₁ = out·exp(lse − lse₁)`: called with these, their backward gives the exact gradients with a null slot.
+    Our own kernels (kernels/cpu.py, kernels/triton_tiles.py) take the weights and the backward as arguments, that of
+    the CPU the null logit too. PyTorch's kernels know softmax and its full gradient alone. But their backward takes the
+    output and the rows' logsumexp as arguments, and for any `out` and `lse` it computes, with `P = exp(S − lse)` and
+    `dP = g Vᵀ`: `dS = P∘(dP − rowsum(g∘out))`, `dV = Pᵀ g`, `dQ = scale·dS K` and `dK = scale·dSᵀ Q`. A null slot of
+    logit b only rescales a row, to `lse₁ = log(exp(lse) + exp(b))` and `out₁ = out·exp(lse − lse₁)`: called with these,
+    their backward gives the exact gradients with a null slot; and with `out = 0` it gives the detached ones.
 
     Where the gradients are to be differentiated again (`create_graph=True`), `differentiable_gradients` computes them.
     """
 
     @staticmethod
-    def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend):
-        given = q, k, v
+    def forward(ctx, q, k, v, null_logit, backward, dropout_p, scale, backend, tile="softmax", numbers=(0.0, 0.0)):
+        given, state, kept = (q, k, v), (), None
         q, k, v = map(_contiguous_rows, given)
         if backend == "cpu_native":
-            (out, lse), state = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale), ()
+            out, lse, kept = torch.ops.offbyone.cpu_forward(q, k, v, null_logit, scale, tile, *numbers)
+        elif tile != "softmax":
+            out, lse, kept = torch.ops.offbyone.tile_forward(q, k, v, scale, tile, *numbers)
         else:
             out, lse, state = kernel_forward(backend, q, k, v, dropout_p, scale)
             if null_logit is not None:
@@ -70,22 +100,26 @@ class FusedAttention(torch.autograd.Function):
                 share = torch.exp(lse - lse_1)[:, :, : q.size(-2)]  # what the keys keep of a row's weight
                 out, lse = _scaled(out, share.view(*q.shape[:-1], 1)), lse_1
         # Not the copies, if there are any: a second derivative has to reach the tensors that were given.
-        ctx.save_for_backward(*given, out, lse, null_logit, *state)
-        ctx.arguments = (backward, dropout_p, scale, backend)
+        ctx.save_for_backward(*given, kept if tile == "clipped" else out, lse, null_logit, *state)
+        ctx.arguments = (backward, dropout_p, scale, backend, tile, numbers)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, out, lse, null_logit, *state = ctx.saved_tensors
-        backward, dropout_p, scale, backend = ctx.arguments
+        backward, dropout_p, scale, backend, tile, numbers = ctx.arguments
         if torch.is_grad_enabled():  # only where a graph of the gradients is asked for
             if dropout_p:  # which weights the kernel dropped is known to its own backward alone
                 raise NotImplementedError(f"with dropout ({dropout_p}) backend {backend!r} has no second derivatives")
-            return *differentiable_gradients(q, k, v, null_logit, grad, backward, scale), None, None, None, None
+            gradients = differentiable_gradients(q, k, v, null_logit, grad, backward, scale, tile, numbers)
+            return *gradients, *(None,) * 6
         q, k, v, grad = map(_contiguous_rows, (q, k, v, grad))
 
         def kernel(out, lse, scale):
             return kernel_backward(backend, grad, q, k, v, out, lse, state, dropout_p, scale)
+
+        def zero():  # one row, read over and over, for the CPU's kernel; those of CUDA need a whole tensor
+            return out.new_zeros(out.size(-1)).expand_as(out) if backend == "cpu_flash" else torch.zeros_like(out)
 
         wants_null = null_logit is not None and ctx.needs_input_grad[3]
         # delta = rowsum(g∘out), for the null logit. PyTorch writes the product out in float32: before dQ, dK and dV
@@ -98,9 +132,14 @@ class FusedAttention(torch.autograd.Function):
         in_one_pass = backward != "full" and one_pass(backend, q.size(-1), dropout_p)
         if backend == "cpu_native":
             operator = torch.ops.offbyone.cpu_backward
-            grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward)
+            grad_q, grad_k, grad_v, delta = operator(grad, q, k, v, out, lse, scale, backward, tile, *numbers)
+        elif tile != "softmax":
+            operator = torch.ops.offbyone.tile_backward
+            grad_q, grad_k, grad_v = operator(grad, q, k, v, out, lse, scale, tile, *numbers, backward)
         elif backward == "full":
             grad_q, grad_k, grad_v = kernel(out, lse, scale)
+        elif backward == "detached":
+            grad_q, grad_k, grad_v = kernel(zero(), lse, scale)
         elif in_one_pass and (backward == "diagonal" or (q.size(-2) <= LINEAR_FROM and q.dtype != torch.float16)):
             # (The kernel rounds dS to q's dtype, and STE's, which is dP itself, may exceed float16.)
             operator = torch.ops.offbyone.score_backward
@@ -108,10 +147,9 @@ class FusedAttention(torch.autograd.Function):
         elif backward == "diagonal":
             # dS = P∘(1 − P)∘dP is a difference of two calls. With out = 0 a kernel computes dS = P∘dP. With the scores
             # (so both lse and scale) doubled too, its P is our P²: dS = P²∘dP, and dQ and dK twice what belongs to it.
-            # The zeros are one row, read over and over, for the CPU's kernel; those of CUDA need a whole tensor.
-            zero = out.new_zeros(out.size(-1)).expand_as(out) if backend == "cpu_flash" else torch.zeros_like(out)
-            grad_q, grad_k, grad_v = kernel(zero, lse, scale)
-            grad_q_2, grad_k_2, _ = kernel(zero, 2 * lse, 2 * scale)
+            zeros = zero()
+            grad_q, grad_k, grad_v = kernel(zeros, lse, scale)
+            grad_q_2, grad_k_2, _ = kernel(zeros, 2 * lse, 2 * scale)
             grad_q, grad_k = grad_q.sub_(grad_q_2, alpha=0.5), grad_k.sub_(grad_k_2, alpha=0.5)
         else:
             if backend == "cpu_flash" and q.dtype != torch.float16:  # lse / scale may exceed float16
@@ -126,10 +164,10 @@ class FusedAttention(torch.autograd.Function):
         if wants_null:
             # dL/db = −Σ P_null (g·out), in full whatever `backward`, which chooses the gradient of the scores alone.
             grad_null = -(torch.exp(null_logit.to(lse.dtype).view(-1, 1) - rows_lse) * delta).sum((0, 2))
-        return grad_q, grad_k, grad_v, grad_null, None, None, None, None
+        return grad_q, grad_k, grad_v, grad_null, *(None,) * 6
 
 
-def differentiable_gradients(q, k, v, null_logit, grad, backward: str, scale: float):
+def differentiable_gradients(q, k, v, null_logit, grad, backward, scale, tile="softmax", numbers=(0.0, 0.0)):
     """(dQ, dK, dV, db) by their definition, in operations that autograd can differentiate: the derivative of these
     formulas in q, k, v, b and grad is the exact one, whatever `backward`. In O(T²) memory."""
     B, H, T, _ = q.shape
@@ -141,15 +179,21 @@ def differentiable_gradients(q, k, v, null_logit, grad, backward: str, scale: fl
         if null_logit is not None:  # one more column; a logit of +∞ would give ∞ / ∞
             column = null_logit.to(wide).clamp(max=torch.finfo(wide).max).view(-1, 1, 1)
             scores = torch.cat((scores, column.expand(B, H, T, 1)), dim=-1)
-        P, null = scores.softmax(-1).tensor_split([T], dim=-1)
         dP = g @ v_.mT
-        mean = (P * dP).sum(-1, keepdim=True)
-        if backward == "full":
-            dS = P * (dP - mean)
-        elif backward == "diagonal":
-            dS = P * (1 - P) * dP
+        if tile == "softmax":
+            P, null = scores.softmax(-1).tensor_split([T], dim=-1)
+            mean = (P * dP).sum(-1, keepdim=True)
+            slope = P * (1 - P) if backward == "diagonal" else P
         else:
-            dS = dP.tril()
+            constants = dict(zip(CONSTANTS[tile], numbers, strict=False))
+            P = DEFINITIONS[tile]["weights"](scores.requires_grad_(), **constants)
+            slope = DEFINITIONS[tile]["diagonal" if backward == "diagonal" else "detached"](scores, P, **constants)
+        if backward == "full" and tile == "softmax":
+            dS = P * (dP - mean)
+        elif backward == "full":
+            (dS,) = torch.autograd.grad(P, scores, dP, create_graph=True)
+        else:
+            dS = dP.tril() if backward == "ste" else slope * dP
         gradients = scale * dS @ k_, *(sum_groups(x, k.size(1)) for x in (scale * dS.mT @ q_, P.mT @ g))
     grad_null = None if null_logit is None else -(null * mean).sum((0, 2, 3)).to(null_logit.dtype)
     return *(x.to(q.dtype) for x in gradients), grad_null

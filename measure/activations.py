@@ -224,13 +224,13 @@ class AttentionStatistics:
         v: Tensor | None = None,
         normalizer: str = "softmax",
         is_trigger: Tensor | None = None,
-        **parameters: Tensor,
+        **parameters: Any,
     ) -> "AttentionStatistics":
         """q (B, H, T, D) and k (B, H_kv, T, D) as they enter the scores, v (B, H_kv, T, D); normalizer and parameters
         as `attention` takes them; is_trigger (B, T) bool, of the queries. Without v there is no value drain, without
         is_trigger no figure of one kind of query."""
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
-        parameters = {name: parameter.to(device) for name, parameter in parameters.items()}
+        parameters = {name: x.to(device) if torch.is_tensor(x) else x for name, x in parameters.items()}
         for b, (q_1, k_1) in enumerate(zip(q.split(1), k.split(1), strict=True)):
             first, row_mass = self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
             if is_trigger is not None:

@@ -17,7 +17,7 @@ times the diagonal that its entry in `model.NORMALIZERS` gives.
 import contextlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from kernels.backends import check_inputs, check_parameters
 from measure.activations import row_entropy
 from measure.moments import float64
 from measure.probe import capture_attention
-from model import GPT, attention_rows, attention_scores, find_normalizer, repeat_heads
+from model import GPT, GPTConfig, attention_rows, attention_scores, find_normalizer, repeat_heads
 
 # Elements of one map of a row block: 2 MiB in float64, of which some eight are alive at once. (Four times as many leave
 # the cache and take half as long again, a quarter as many make more calls than sums.)
@@ -42,7 +42,7 @@ def jacobian_energy(
     scale: float | None = None,
     *,
     null_logit: Tensor | None = None,
-    **parameters: Tensor,
+    **parameters: Any,
 ) -> dict[str, Tensor]:
     """The split of causal attention's score gradient, per head: q and dL/dO (B, H, T, D), k and v (B, H_kv, T, D), the
     keys of query head h those of head h // (H / H_kv) → (H,) float64 each.
@@ -68,6 +68,8 @@ def jacobian_energy(
     entry = find_normalizer(normalizer)
     check_parameters(entry, normalizer, null_logit, parameters)
     check_inputs(q, k, v, null_logit, 0.0, scale, parameters)
+    constants = entry.constants.keys() - parameters.keys()
+    parameters |= {name: entry.constants[name](GPTConfig(block_size=q.size(-2))) for name in constants}
     if null_logit is not None:
         if entry.null_logit is None:
             raise ValueError(f"a null_logit, one learned logit a head, goes with 'sink', and not with {normalizer!r}")
@@ -78,13 +80,13 @@ def jacobian_energy(
 
 @torch.no_grad()
 def split_of_sequence(
-    q, k, v, grad_out, normalizer: str = "softmax", scale: float | None = None, **parameters: Tensor
+    q, k, v, grad_out, normalizer: str = "softmax", scale: float | None = None, **parameters: Any
 ) -> dict[str, Tensor]:
     """The sums and means of one sequence, from which `pool` makes the columns: q and dL/dO (H, T, D), k and
     v (H_kv, T, D) → (H,) float64 each. The normalizer, its parameters (a null logit among them) and the scale as
     `attention` takes them."""
     q, k, v, grad_out = map(float64, (q, k, v, grad_out))
-    parameters = {name: float64(x) for name, x in parameters.items()}
+    parameters = {name: float64(x) if torch.is_tensor(x) else x for name, x in parameters.items()}
     null_value = parameters.get("null_value", v.new_zeros(len(v), v.size(-1)))
     v, null_value = (repeat_heads(x[None], len(q))[0] for x in (v, null_value[:, None]))  # (H, T, D), (H, 1, D)
     scale = q.size(-1) ** -0.5 if scale is None else scale

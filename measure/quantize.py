@@ -19,8 +19,9 @@ from torch.utils.hooks import RemovableHandle
 
 from model import GPT, Block, CausalSelfAttention, attention_rows, find_normalizer, in_front, repeat_heads
 
-LINEAR = {  # a block's linear layers, in the order of the forward pass → what each reads; not all blocks have a gate
+LINEAR = {  # a block's linear layers, in the order of the forward pass → what each reads; not all blocks have gates
     "attn.c_attn": "attn.c_attn input",
+    "attn.c_gate": "attn.c_attn input",  # the same tensor
     "attn.c_proj": "attn.c_proj input",
     "mlp.c_gate": "mlp.c_fc input",  # the same tensor
     "mlp.c_fc": "mlp.c_fc input",
@@ -111,8 +112,8 @@ def _norms(block: Block, x: Tensor) -> Tensor:
 
 
 def has_static_range(site: Site) -> bool:
-    """Whether the values lie in [0, 1] whatever the text is, as a softmax's probabilities do; other weights may not."""
-    return isinstance(site.module, CausalSelfAttention) and find_normalizer(site.module.normalizer).is_softmax
+    """Whether the values lie in [0, 1] whatever the text is, as a softmax's probabilities do; not all weights do."""
+    return isinstance(site.module, CausalSelfAttention) and find_normalizer(site.module.normalizer).bounded
 
 
 Visit = Callable[[Site, Tensor, Callable[[Tensor], Tensor]], Tensor]

@@ -11,12 +11,15 @@ from model import GPTConfig
 KINDS = {
     "embedding": ("wte", "wpe"),
     "attention qkv": ("c_attn",),
+    "attention gate": ("attn.c_gate",),
     "attention projection": ("attn.c_proj",),
     "MLP": ("mlp.c_gate", "mlp.c_fc", "mlp.c_proj"),
     "layer norm": ("ln_1", "ln_2", "ln_f"),
     "query and key norm": ("q_norm", "k_norm"),
     "head": ("lm_head",),
     "sink": ("sink",),
+    "null key and value": ("null_key", "null_value"),
+    "ssmax": ("ssmax_scale",),
 }
 
 

@@ -41,6 +41,12 @@ def main() -> None:
     parser.add_argument("--dtype", choices=DTYPES, default="float32")
     parser.add_argument("--device", default="auto")
     parser.add_argument(
+        "--variants",
+        nargs="+",
+        default=["softmax/*", "softmax1/*", "sink/*", "*/full"],
+        help="patterns of normalizer/backward; default: softmax/* softmax1/* sink/* */full",
+    )
+    parser.add_argument(
         "--seconds", type=float, default=3.0, help="about so long for each variant and length; default: 3"
     )
     parser.add_argument(
@@ -57,11 +63,12 @@ def main() -> None:
         raise UserError("--T, --B, --H, --H-kv, --D, --memory and --seconds must be positive")
     if args.H % args.H_kv:
         raise UserError(f"--H-kv {args.H_kv} does not divide --H {args.H}: each of its heads is read by as many others")
+    measured = names(args.variants)
     check_folder(args.out)
     device = choose_device(args.device)
     keep_freed_memory()  # as train.py does
     rows = [row for T in args.T for row in bench_length(T, args, device)]
-    peaks = {(name, T): peak_of(name, T, args) for T in args.memory for name in names()}
+    peaks = {(name, T): peak_of(name, T, args) for T in args.memory for name in measured}
     for row in rows:
         row["MiB"] = peaks.pop((row["variant"], row["T"]), None)
     rows += [{"T": T, "variant": name, "MiB": peak} for (name, T), peak in peaks.items()]

@@ -3,9 +3,11 @@
 All configs run side by side, each in a process of its own, a step of each in turn, so that a machine whose speed drifts
 is fair to all; medians over the steps. Columns: tokens/s; milliseconds a step, and of them in data (the gather),
 forward, kl (the forward pass of `kl.reference` and the penalty; 0 where there is none), backward and optimizer
-(clipping included); MFU against the device's peak rate; peak memory; speed, the first row's time over this row's.
+(clipping included), and the latter's share of the step; MFU against the device's peak rate; peak memory; speed, the
+first row's time over this row's.
 
 --baseline adds, in front, the first config's model as nanoGPT's loop steps it (see harness/stepping.py).
+--optimizers steps each config by every optimizer that there is, a row each.
 --steps N (default 20) steps a config, after a warm-up; --out FILE writes the numbers as JSON.
 """
 
@@ -13,12 +15,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from harness.config import OptimizerConfig
 from harness.config_files import load_config
 from harness.corpus import Corpus
 from harness.device import processor_name
@@ -36,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("configs", nargs="+", metavar="CONFIG")
     parser.add_argument("--baseline", action="store_true")
+    parser.add_argument("--optimizers", action="store_true")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--out", type=Path)
     args, overrides = parser.parse_known_args()
@@ -45,6 +51,9 @@ def main() -> None:
         check_file(args.out)
 
     configs = [(load_config([path, *overrides]), False) for path in args.configs]
+    if args.optimizers:
+        names = get_args(get_type_hints(OptimizerConfig)["name"])
+        configs = [(replace(c, optimizer=replace(c.optimizer, name=name)), False) for c, _ in configs for name in names]
     if args.baseline:
         configs.insert(0, (configs[0][0], True))
     for config, _ in configs:
@@ -52,7 +61,8 @@ def main() -> None:
     workers = [Worker(Stepper, config, nanogpt) for config, nanogpt in configs]
     steps = [[seconds for worker in workers for seconds in worker.ask("run", 1)] for _ in range(WARMUP + args.steps)]
     rows = [
-        {"config": config.folder.name + (", as nanoGPT steps it" if nanogpt else "")} | row(worker, seconds)
+        {"config": config.folder.name + (", as nanoGPT steps it" if nanogpt else f", {config.optimizer.name}")}
+        | row(worker, seconds)
         for (config, nanogpt), worker, seconds in zip(configs, workers, zip(*steps[WARMUP:], strict=True), strict=True)
     ]
     for each in rows:
@@ -71,6 +81,7 @@ def row(worker: Worker, steps: Sequence[dict[str, float]]) -> dict:
         "tokens/s": about["tokens"] / seconds,
         "ms": 1e3 * seconds,
         **{phase: 1e3 * median([step[phase] for step in steps]).value for phase in PHASES},
+        "optimizer share": median([step["optimizer"] / sum(step.values()) for step in steps]).value,
         "mfu": about["flops"] / seconds / about["peak_flops"],
         "peak MiB": about["peak_bytes"] / 2**20,
     }

@@ -12,6 +12,7 @@ import time
 from dataclasses import asdict, replace
 from multiprocessing import forkserver
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
 from harness.tokenizer import Bytes, Chars
 from kernels.backends import materialized_attention
-from model import GPT, GPTConfig
+from model import GPT, NORMALIZERS, Backward, GPTConfig
 
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"  # larger files that a checkout may have beside it
@@ -355,7 +356,7 @@ def assert_same_run(a: TrainingRun, b: TrainingRun) -> None:
 # --- cases of attention -----------------------------------------------------------------------------------------------
 
 B, H, D = 2, 2, 4
-BACKWARDS = ("full", "diagonal", "ste")
+BACKWARDS = get_args(Backward)
 VARIANTS = {  # arguments of attention, and the null slot's logit of each head
     "softmax": ({"normalizer": "softmax"}, None),
     "softmax1": ({"normalizer": "softmax1"}, torch.zeros(H, dtype=torch.float64)),
@@ -447,7 +448,7 @@ TELLING = GPTConfig(block_size=12, vocab_size=17, n_layer=2, n_head=2, n_embd=8,
 
 every_attention = pytest.mark.parametrize(
     ("normalizer", "backward"),
-    [(n, b) for n in ("softmax", "softmax1", "sink", "kvbias") for b in ("full", "diagonal", "ste")],
+    [(normalizer, backward) for normalizer in NORMALIZERS for backward in BACKWARDS],
 )
 
 

@@ -16,7 +16,7 @@ from harness.generation import KVCache, generate
 from harness.kl_training import fingerprint
 from harness.resuming import restore_optimizer
 from kernels.backends import materialized_attention
-from model import GPT, GPTConfig, RMSNorm, rotation
+from model import GPT, NORMALIZERS, GPTConfig, RMSNorm, rotation
 from tests.helpers import assert_same_run, finished, killed, optimizer_of, random_ids, save_model, tiny_gpt
 
 T, V = 10, 17
@@ -52,9 +52,16 @@ def architectures(draw) -> dict:
         "qk_norm": choose(True, False),
         "parallel_residual": choose(True, False),
         "mlp": choose("gelu", "swiglu"),
-        "normalizer": choose("softmax", "softmax1", "sink", "kvbias"),
+        "normalizer": choose(*NORMALIZERS),
+        "softmax_n": choose(0.0, 3.0),
         "sink_init": choose(0.0, -3.0),
-        "backward": choose("full", "diagonal", "ste"),
+        "ssmax_init": choose(None, 0.5),
+        "clipped_alpha": choose(0.0, 1.5),
+        "clipped_by": choose("context", "row"),
+        "sigmoid_bias": choose(None, -1.0),
+        "backward": choose("full", "diagonal", "ste", "detached"),
+        "gate": choose("none", "head", "element"),
+        "gate_init": choose(None, 0.25),
         "activation": choose("gelu_tanh", "gelu"),
     }
     assert set(config) == NAMES - {"dropout"}, "an option of the model that this test does not try"
@@ -158,7 +165,7 @@ def test_flops_are_counted_as_pytorch_counts_them(config):
         model(idx, idx)[1].backward()
     vectors = sum(p.numel() for p in model.parameters() if p.dim() == 1)
     expected = model.flops_per_token() - 6 * vectors
-    if model.config.normalizer == "kvbias":
+    if model.config.normalizer in ("kbias", "kvbias"):
         # One key more for each query, and the null keys and values are in no product with a layer's input.
         nulls = sum(p.numel() for p in model.normalizer_parameters().values())
         expected += 12 * sum(block.attn.c_proj.in_features for block in model.transformer.h) - 6 * nulls

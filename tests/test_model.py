@@ -1,7 +1,9 @@
 """The GPT: nanoGPT's names and sizes, its loss, and generation."""
 
+import itertools
 import math
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from harness.checkpoint import load_model
 from harness.optimizers import parameter_groups
 from harness.resuming import crop_block_size
 from kernels.backends import materialized_attention
-from model import GPT, GPTConfig
+from model import GPT, NORMALIZERS, Backward, GPTConfig
 from tests.helpers import TELLING, every_attention, random_ids, shakespeares_nanogpt, telling_gpt, tokens
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -41,21 +43,30 @@ BIASES = {
 
 LEARNED = {
     "sink": {"transformer.h.0.attn.sink": (2,)},
+    "kbias": {"transformer.h.0.attn.null_key": (2, 4)},
     "kvbias": {"transformer.h.0.attn.null_key": (2, 4), "transformer.h.0.attn.null_value": (2, 4)},
+    "ssmax": {"transformer.h.0.attn.ssmax_scale": (2,)},
 }
 
 
+GATES = {"none": {}, "head": {"transformer.h.0.attn.c_gate.weight": (2, 8)}}
+GATES["element"] = {"transformer.h.0.attn.c_gate.weight": (8, 8)}
+
+
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "kvbias"])
-def test_state_dict_has_nanogpts_names_and_shapes(bias, normalizer):
-    model = GPT(replace(TELLING, n_layer=1, bias=bias, normalizer=normalizer))
-    expected = WEIGHTS | (BIASES if bias else {}) | LEARNED.get(normalizer, {})
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
+def test_state_dict_has_nanogpts_names_and_shapes(bias, normalizer, gate):
+    model = GPT(replace(TELLING, n_layer=1, bias=bias, normalizer=normalizer, gate=gate))
+    expected = WEIGHTS | (BIASES if bias else {}) | LEARNED.get(normalizer, {}) | GATES[gate]
+    if bias and gate != "none":
+        expected["transformer.h.0.attn.c_gate.bias"] = GATES[gate]["transformer.h.0.attn.c_gate.weight"][:1]
     assert {name: tuple(value.shape) for name, value in model.state_dict().items()} == expected
 
 
 @pytest.mark.parametrize(
     ("start", "normalizer", "sink_init"),
-    [("softmax1", "sink", 0), ("softmax1", "kvbias", 0), ("softmax", "sink", -200)],
+    [("softmax1", "sink", 0), ("softmax1", "kbias", 0), ("softmax1", "kvbias", 0), ("softmax", "sink", -200)],
 )
 def test_what_a_normalizer_learns_starts_as_another_and_does_not_decay(start, normalizer, sink_init):
     torch.manual_seed(0)
@@ -209,12 +220,64 @@ def test_logits_depend_on_no_later_token_and_on_no_other_sequence(normalizer, ba
     assert (after[0, 5:] - before[0, 5:]).abs().amin() > 0
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "kvbias"])
+@pytest.mark.parametrize(
+    ("options", "limit"),
+    [
+        ({"normalizer": "softmax_n", "softmax_n": 0.0}, {}),
+        ({"normalizer": "softmax_n", "softmax_n": 1.0}, {"normalizer": "softmax1"}),
+        ({"normalizer": "clipped", "clipped_alpha": 0.0}, {}),
+        ({"normalizer": "clipped", "clipped_alpha": 1e-9, "clipped_by": "row"}, {}),
+        ({"gate": "head", "gate_init": 1 - 1e-9}, {}),
+        ({"gate": "element", "gate_init": 1 - 1e-9, "normalizer": "relu"}, {"normalizer": "relu"}),
+    ],
+    ids=str,
+)
+def test_a_limit_of_one_mechanism_is_another(options, limit):
+    torch.manual_seed(0)
+    known = GPT(replace(TELLING, **limit)).double()
+    model = GPT(replace(TELLING, **options)).double()
+    model.load_state_dict(known.state_dict(), strict=False)
+    idx = tokens(2, 12)
+    torch.testing.assert_close(model(idx)[0], known(idx)[0], rtol=0, atol=1e-7)  # gates: 1e-9, and W x of some .1
+
+
+def test_ssmax_is_softmax_where_its_scale_cancels_the_logarithm():
+    known = telling_gpt().double()
+    torch.manual_seed(0)
+    model = GPT(replace(TELLING, normalizer="ssmax")).double()
+    model.load_state_dict(known.state_dict(), strict=False)
+    block = model.transformer.h[0]
+    assert torch.equal(block.attn.ssmax_scale, torch.full((2,), 1 / math.log(12)).double())  # 1 / log T by default
+    features = model.transformer.wte(tokens(2, 12)) + model.transformer.wpe.weight
+    outs = [m.transformer.h[0].attn(m.transformer.h[0].ln_1(features)) for m in (model, known)]
+    torch.testing.assert_close(outs[0][:, 11], outs[1][:, 11])  # the last query sees 12 keys
+    torch.testing.assert_close(outs[0][:, 0], outs[1][:, 0])  # the first sees one, whatever its score
+    assert (outs[0] - outs[1])[:, 1:11].abs().amax(-1).min() > 1e-6
+
+
+@pytest.mark.parametrize("gate", ["head", "element"])
+@pytest.mark.parametrize("pi", [None, 0.25])
+def test_a_gate_multiplies_what_each_head_reads(gate, pi):
+    model = telling_gpt(replace(TELLING, gate=gate, gate_init=pi, bias=False, n_layer=1)).double()
+    attn = model.transformer.h[0].attn
+    if pi is not None:
+        torch.testing.assert_close(attn.c_gate.bias.sigmoid(), torch.full_like(attn.c_gate.bias, pi))
+    x = torch.randn(2, 12, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    seen = []
+    attn.core.register_forward_hook(lambda _core, _qkv, out: seen.append(out))
+    out = attn(x)
+    opening = torch.sigmoid(x @ attn.c_gate.weight.T + (0 if pi is None else attn.c_gate.bias))  # (2, 12, 2 or 8)
+    opening = opening.repeat_interleave(4, -1) if gate == "head" else opening
+    expected = opening * seen[0].transpose(1, 2).flatten(2) @ attn.c_proj.weight.T
+    torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("normalizer", NORMALIZERS)
 def test_logits_do_not_depend_on_the_backward(normalizer):
     idx = tokens(2, 9)
     full, *others = (
         telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)).double()(idx)[0]
-        for backward in ("full", "diagonal", "ste")
+        for backward in get_args(Backward)
     )
     for other in others:
         torch.testing.assert_close(other, full)
@@ -265,8 +328,13 @@ def test_a_sequence_longer_than_the_context_is_refused():
         ({"vocab_size": 0}, ("vocab_size", "0", "1")),
         ({"dropout": 1.0}, ("dropout", "1.0", "[0, 1)")),
         ({"dropout": -0.1}, ("dropout", "-0.1", "[0, 1)")),
-        ({"normalizer": "softmax2"}, ("normalizer", "softmax2", "softmax1")),
+        ({"normalizer": "softmax2"}, ("normalizer", "softmax2", "softmax1", "entmax15")),
         ({"backward": "lateral"}, ("backward", "lateral", "diagonal")),
+        ({"gate": "layer"}, ("gate", "layer", "none, head, element")),
+        ({"gate_init": 1.0}, ("gate_init", "1.0", "between 0 and 1")),
+        ({"softmax_n": -1.0}, ("softmax_n", "-1.0", "at least 0")),
+        ({"clipped_alpha": math.inf}, ("clipped_alpha", "inf", "finite")),
+        ({"ssmax_init": math.nan}, ("ssmax_init", "nan", "1e30")),
         ({"activation": "relu"}, ("activation", "relu", "gelu_tanh")),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
@@ -307,7 +375,10 @@ def test_cropping_cannot_lengthen_or_empty_the_context(block_size):
 
 
 @pytest.mark.slow
-@every_attention
+@pytest.mark.parametrize(
+    ("normalizer", "backward"),
+    [*itertools.product(NORMALIZERS, ["full"]), *itertools.product(["sink", "softpick"], get_args(Backward)[1:])],
+)
 def test_compiling_takes_the_model_whole(normalizer, backward):
     torch.compiler.reset()  # the variants before this one count towards a limit of recompilations
     model, idx = telling_gpt(replace(TELLING, normalizer=normalizer, backward=backward)), tokens(2, 12)

@@ -1,7 +1,7 @@
 """A normalizer is its entry in the table: one added there, and nowhere else, is trained, resumed, sampled and measured.
 
-Two that the project does not have: clipped softmax (Bondarenko et al. 2023), without parameters, and sigmoid attention
-(Ramapuram et al. 2024), with a bias that each head learns, and with rows whose mass may exceed 1.
+Two of a user's own: clipped softmax (Bondarenko et al. 2023), without parameters, and sigmoid attention (Ramapuram et
+al. 2024), with a bias that each head learns, and with rows whose mass may exceed 1.
 """
 
 import json
@@ -55,8 +55,8 @@ def sigmoid(scores, bias):
 
 
 ENTRIES = {
-    "clipped": Normalizer(clipped, diagonal=clipped_diagonal),
-    "sigmoid": Normalizer(sigmoid, parameters={"bias": lambda config: torch.full((config.n_head,), -1.0)}),
+    "own_clipped": Normalizer(clipped, diagonal=clipped_diagonal),
+    "own_sigmoid": Normalizer(sigmoid, parameters={"bias": lambda config: torch.full((config.n_head,), -1.0)}),
 }
 CONFIG = f"""
 model: {{n_layer: 2, n_head: {H}, n_embd: 32, block_size: {T}, bias: false, dropout: 0.1}}
@@ -108,7 +108,7 @@ def own_weights(name: str, q, k, bias=None) -> np.ndarray:
     P = np.zeros((*q.shape[:3], k.shape[2]))
     for b, h, i in np.ndindex(*q.shape[:3]):
         scores = k[b, h, : i + 1] @ q[b, h, i] / math.sqrt(q.shape[-1])
-        if name == "clipped":
+        if name == "own_clipped":
             p = np.exp(scores - scores.max())
             P[b, h, i, : i + 1] = np.clip((ZETA - GAMMA) * p / p.sum() + GAMMA, 0, 1)
         else:
@@ -165,8 +165,8 @@ def test_a_fine_tuning_to_another_normalizer_starts_what_that_learns_anew(workpl
     scaled = Normalizer(lambda scores, bias: bias * scores.softmax(-1), parameters={"bias": lambda _: torch.ones(())})
     monkeypatch.setitem(NORMALIZERS, "scaled", scaled)
     how = ("--training.max_steps", 1, "--optimizer.lr", 0, "--optimizer.min_lr", 0)
-    base = trained(monkeypatch, "base", "sigmoid", "--training.max_steps", 1)["model"]
-    for name, start in {"scaled": torch.ones(()), "clipped": None}.items():
+    base = trained(monkeypatch, "base", "own_sigmoid", "--training.max_steps", 1)["model"]
+    for name, start in {"scaled": torch.ones(()), "own_clipped": None}.items():
         tuned = trained(monkeypatch, name, name, "--training.init_from", "out/base/ckpt.pt", *how)["model"]
         for key in base.keys() | tuned.keys():
             if key.endswith(".attn.bias"):
@@ -201,19 +201,19 @@ def test_sampling_with_a_cache_is_sampling_without(name, workplace, monkeypatch,
 
 
 def test_the_config_reads_the_table(name, workplace, monkeypatch, capsys):
-    assert f"softmax or softmax1 or sink or kvbias or {name}; default: softmax" in help_text()
+    assert f"sigmoid or relu or entmax15 or {name}; default: softmax" in help_text()
     assert command(monkeypatch, train.main, "config.yaml", "--model.normalizer", "clip") == 2
-    assert f"takes softmax or softmax1 or sink or kvbias or {name}, not 'clip'" in capsys.readouterr().err
+    assert f"sigmoid or relu or entmax15 or {name}, not 'clip'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("backward", ["full", "diagonal", "ste"])
 def test_the_backward_passes_are_those_of_the_definition(backward, monkeypatch):
-    monkeypatch.setitem(NORMALIZERS, "clipped", ENTRIES["clipped"])
+    monkeypatch.setitem(NORMALIZERS, "own_clipped", ENTRIES["own_clipped"])
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(1, 2, 5, 3, generator=generator, dtype=torch.float64) for _ in range(4))
     q.requires_grad_()
-    out = attention(q, k, v, normalizer="clipped", backward=backward, scale=1.0)
-    np.testing.assert_allclose(out.detach(), own_weights("clipped", q.detach(), 3**0.5 * k) @ v.numpy(), rtol=1e-12)
+    out = attention(q, k, v, normalizer="own_clipped", backward=backward, scale=1.0)
+    np.testing.assert_allclose(out.detach(), own_weights("own_clipped", q.detach(), 3**0.5 * k) @ v.numpy(), rtol=1e-12)
     (found,) = torch.autograd.grad(out, q, grad)
     for h, i in np.ndindex(2, 5):
         g = (v[0, h, : i + 1] @ grad[0, h, i]).numpy()
@@ -230,18 +230,21 @@ def test_what_an_entry_cannot_do_is_refused(monkeypatch):
         monkeypatch.setitem(NORMALIZERS, name, entry)
     q = torch.zeros(1, 2, 3, 4)
     for arguments, named in (
-        ({"normalizer": "sigmoid", "backward": "diagonal", "bias": torch.zeros(2)}, "'sigmoid' has no backward 'diag"),
-        ({"normalizer": "sigmoid"}, "takes the parameters bias, and not none"),
-        ({"normalizer": "clipped", "bias": torch.zeros(2)}, "takes no parameters, and not bias"),
-        ({"normalizer": "clipped", "null_logit": torch.zeros(2)}, "'clipped' has no null slot"),
+        (
+            {"normalizer": "own_sigmoid", "backward": "diagonal", "bias": torch.zeros(2)},
+            "'own_sigmoid' has no backward 'diag",
+        ),
+        ({"normalizer": "own_sigmoid"}, "takes the parameters bias, and not none"),
+        ({"normalizer": "own_clipped", "bias": torch.zeros(2)}, "takes no parameters, and not bias"),
+        ({"normalizer": "own_clipped", "null_logit": torch.zeros(2)}, "'own_clipped' has no null slot"),
     ):
         with pytest.raises(ValueError, match=named):
             attention(q, q, q, **arguments)
-    with pytest.raises(ValueError, match="'sigmoid' has no backward 'diagonal'"):
-        GPTConfig(normalizer="sigmoid", backward="diagonal")
-    with use_backend("cpu_flash"), pytest.raises(ValueError, match="'cpu_flash' has no normalizer 'clipped'"):
-        attention(q, q, q, normalizer="clipped")
-    with pytest.raises(ValueError, match="null_logit goes with softmax_weights"):
+    with pytest.raises(ValueError, match="'own_sigmoid' has no backward 'diagonal'"):
+        GPTConfig(normalizer="own_sigmoid", backward="diagonal")
+    with use_backend("cpu_flash"), pytest.raises(ValueError, match="'cpu_flash' has no normalizer 'own_clipped'"):
+        attention(q, q, q, normalizer="own_clipped")
+    with pytest.raises(ValueError, match="null_logit or queries go with softmax_weights"):
         Normalizer(clipped, null_logit=0.0)
     with pytest.raises(ValueError, match="takes no parameter"):
         Normalizer(softmax_weights, parameters={"bias": lambda config: torch.zeros(1)})
@@ -269,7 +272,7 @@ def test_a_null_logit_of_another_number_is_a_softmax_n(monkeypatch):
     torch.testing.assert_close(fused, (P @ v.double()).float())
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "clipped", "sigmoid"])
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "sink", "own_clipped", "own_sigmoid"])
 def test_the_model_is_one_graph(normalizer, monkeypatch):
     if normalizer in ENTRIES:
         monkeypatch.setitem(NORMALIZERS, normalizer, ENTRIES[normalizer])
@@ -368,7 +371,7 @@ def test_the_jacobian_is_its_own(measured):
         s, d = np.zeros_like(P), np.zeros_like(P)
         for b, i in np.ndindex(*P.shape[:2]):
             n = i + 1
-            if name == "clipped":
+            if name == "own_clipped":
                 p = torch.softmax(k[b, :n] @ q[b, i] / math.sqrt(q.size(-1)), 0).numpy()
                 inside = (P[b, i, :n] > 0) & (P[b, i, :n] < 1)
                 jacobian = (ZETA - GAMMA) * inside[:, None] * (np.diag(p) - np.outer(p, p))
@@ -380,7 +383,7 @@ def test_the_jacobian_is_its_own(measured):
         assert row["entropy"] == pytest.approx(own_entropy(P), rel=1e-4)
         assert row["e_full"] == pytest.approx((s**2).sum(), rel=close)
         assert row["jacobian_offdiag"] is None
-        if name == "clipped":
+        if name == "own_clipped":
             assert row["e_diag"] == pytest.approx((d**2).sum(), rel=close)
             assert row["r_diag"] == pytest.approx((d**2).sum() / (s**2).sum(), rel=close)
             assert row["r_diag"] + row["r_lateral"] + row["r_cross"] == pytest.approx(1, rel=1e-9)
@@ -388,8 +391,8 @@ def test_the_jacobian_is_its_own(measured):
             assert row["e_diag"] is row["cos_diag"] is row["jacobian_diag"] is None
     cosines = {mode: [row[f"cos_{mode}"] for row in found["gradients"]] for mode in ("diagonal", "ste")}
     assert None not in cosines["ste"]
-    assert (None in cosines["diagonal"]) == (name == "sigmoid")
-    assert ("does not say its Jacobian's diagonal" in notes) == (name == "sigmoid")
+    assert (None in cosines["diagonal"]) == (name == "own_sigmoid")
+    assert ("does not say its Jacobian's diagonal" in notes) == (name == "own_sigmoid")
 
 
 def test_the_kl_along_a_ray_is_refused(measured, monkeypatch, capsys):
@@ -424,7 +427,7 @@ def test_the_weights_it_brings_are_measured(measured):
     name, model, _, report = measured
     found = {row["name"] for row in report(weight_kurtosis)["rows"]}
     assert {key for key, _ in model.named_parameters()} <= found
-    assert ("bias" in {row["name"] for row in report(weight_kurtosis)["kinds"]}) == (name == "sigmoid")
+    assert ("bias" in {row["name"] for row in report(weight_kurtosis)["kinds"]}) == (name == "own_sigmoid")
 
 
 def test_a_range_beyond_1_is_not_cut_off(workplace, monkeypatch):

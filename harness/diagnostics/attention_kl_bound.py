@@ -82,9 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--direction",
         choices=DIRECTIONS,
         default="adamw",
-        help="adamw (the default): what the saved optimizer would add at its next step, from its moments, its learning "
-        "rate and the gradient of --batches training batches; gradient: against that gradient; random: Gaussian. The "
-        "latter two have a root mean square of the run's learning rate, as Adam's steps have about",
+        help="adamw (the default): what the saved optimizer, whichever it is, would add at its next step, from its "
+        "moments, its learning rate and the gradient of --batches training batches; gradient: against that gradient; "
+        "random: Gaussian. The latter two have a root mean square of the run's learning rate, about Adam's",
     )
     parser.add_argument("--tau", type=float, default=1.0, metavar="T", help="in steps of that size; default: 1")
     parser.add_argument("--demo", action="store_true", help="three small examples, no checkpoint")
@@ -152,7 +152,8 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
         if model.config.position == "learned" and trained not in (None, model.config.block_size):
             problem = f"the saved optimizer steps {trained} positions: take another --direction"
             raise UserError(f"--block-size {args.block_size}: {problem}")
-        notes = [f"τ = 1 is the next AdamW update, at the learning rate {lr:g}"]
+        name = run_config(subject.info, "name") or "adamw"
+        notes = [f"τ = 1 is the next update of the run's optimizer, {name}, at the learning rate {lr:g}"]
         optimizer = saved_optimizer(model, subject.info, subject.path)
         return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
     whose = "as the checkpoint knows no learning rate" if own_lr is None else "the run's learning rate"

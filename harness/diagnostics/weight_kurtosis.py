@@ -12,8 +12,9 @@ DRAWN = (
     "c_attn.weight[q]",
     "c_attn.weight[k]",
     "c_attn.weight[v]",
+    "attn.c_gate.weight",
     "attn.c_proj.weight",
-    "c_gate.weight",
+    "mlp.c_gate.weight",
     "c_fc.weight",
     "mlp.c_proj.weight",
 )

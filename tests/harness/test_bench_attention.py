@@ -12,7 +12,9 @@ from harness.errors import run_cli
 from model import attention
 from scripts import bench_attention as script
 
-ARGUMENTS = argparse.Namespace(B=2, H=4, H_kv=4, D=8, dtype="float32", device="cpu", seconds=1e-9)
+ARGUMENTS = argparse.Namespace(
+    B=2, H=4, H_kv=4, D=8, dtype="float32", device="cpu", seconds=1e-9, variants=["softmax*/*", "sink/full"]
+)
 
 
 def test_every_variant_is_the_attention_of_its_name():

@@ -16,6 +16,7 @@ from tests.helpers import ROOT, run_python
 
 TINY = """
 model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
+optimizer: {warmup_steps: 1}
 training: {max_steps: 3, batch_size: 4, device: cpu, dtype: float32}
 evaluation: {batches: 1}
 tracking: {wandb: disabled}
@@ -149,6 +150,8 @@ def commands(config: Path, *changes: str, here: Path = ROOT) -> list[str]:
         (("--optimizer.decay_steps", "2"), ["--optimizer.decay_steps", "2", "--training.max_steps", "6"], "at min_lr"),
         (("--optimizer.decay_steps", "5000",), ["--optimizer.decay_steps", "5000", "--training.max_steps", "6"],
          "while the learning rate falls to min_lr at step 5000"),
+        (("--optimizer.warmup_steps", "3"), ["--optimizer.warmup_steps", "3", "--training.max_steps", "6"],
+         "while the learning rate still rises"),
     ],
 )  # fmt: skip
 def test_training_on_is_proposed_with_what_the_learning_rate_does_then(config, changes, proposed, at):

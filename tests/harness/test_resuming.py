@@ -224,6 +224,18 @@ def test_a_longer_run_whose_schedule_has_its_own_end_is_finished():
     assert "out/run is finished: at step 24, training.max_steps is 9" in said[0]
 
 
+@pytest.mark.parametrize("step", [20, 24])
+def test_the_state_of_another_optimizer_is_refused(step):
+    """Of a checkpoint from before there was a choice, too: it was AdamW's."""
+    checkpoint, corpus = finished_run(step)
+    for then, now in (("adamw", "muon"), (None, "sgd"), ("muon", "adamw_muon_embeddings")):
+        checkpoint["config"]["optimizer"] |= {"name": then}
+        if then is None:
+            del checkpoint["config"]["optimizer"]["name"]
+        with pytest.raises(UserError, match=rf"line: optimizer\.name: out/run.* {then or 'adamw'} → {now}.*init_from"):
+            check_resume(config("--optimizer.name", now), checkpoint, corpus, None, {}, print)
+
+
 def test_an_unfinished_run_goes_on_with_what_has_changed():
     said, (checkpoint, corpus) = [], finished_run(step=20)
     check_resume(config("--run.seed", "2"), checkpoint, corpus, None, {}, said.append)

@@ -1,6 +1,7 @@
 """The CPU's own kernel beyond what test_fused.py asks of every kernel: how it is built, vectors, threads, NaN."""
 
 import contextlib
+import itertools
 import math
 import platform
 import re
@@ -15,12 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.backends import materialized_attention, use_backend
 from model import attention, attention_backend
-from tests.helpers import run_python
+from tests.helpers import BACKWARDS, run_python
 
 if cpu.load() is None:
     pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)
 
-BACKWARDS = ("full", "diagonal", "ste")
+TILES = (  # arguments of attention, one for each kind of weights that the kernel computes
+    {"normalizer": "softmax1"},
+    {"normalizer": "clipped", "alpha": 3.7, "context": 0},
+    {"normalizer": "softpick"},
+    {"normalizer": "sigmoid", "bias": -2.5},
+    {"normalizer": "relu"},
+)
+every_tile = pytest.mark.parametrize("tile", TILES, ids=lambda tile: tile["normalizer"])
 
 
 def inputs(T: int, D: int, H: int = 3, dtype=torch.float32, H_kv: int | None = None) -> list[torch.Tensor]:
@@ -37,18 +45,20 @@ def value_and_gradients(q, k, v, g, **arguments) -> list[torch.Tensor]:
     return [out, *torch.autograd.grad(out, (q, k, v), g)]
 
 
-def check_against_the_readable_form(T: int, D: int, H: int = 3, dtype=torch.float32, H_kv: int | None = None) -> None:
-    for backward in BACKWARDS:
+def check_against_the_readable_form(
+    T: int, D: int, H: int = 3, dtype=torch.float32, H_kv: int | None = None, tiles=TILES[:1]
+) -> None:
+    for tile, backward in itertools.product(tiles, BACKWARDS):
         *qkv, g = inputs(T, D, H, dtype, H_kv)
         with use_backend("cpu_native"):
-            own = value_and_gradients(*qkv, g, normalizer="softmax1", backward=backward)
+            own = value_and_gradients(*qkv, g, backward=backward, **tile)
         exact = [x.detach().double().requires_grad_() for x in qkv]
         with materialized_attention():
-            expected = value_and_gradients(*exact, g.double(), normalizer="softmax1", backward=backward)
+            expected = value_and_gradients(*exact, g.double(), backward=backward, **tile)
         for a, b in zip(own, expected, strict=True):
             # The digits of test_fused.py, of sums that cancel to no less than a tenth here; T = 1 to nothing
             digits = {torch.float32: 1e-5, torch.bfloat16: 8e-2}[dtype]
-            assert (a.double() - b).norm() <= digits * (b.norm() + (T == 1)), (T, D, backward)
+            assert (a.double() - b).norm() <= digits * (b.norm() + (T == 1)), (T, D, tile, backward)
 
 
 @pytest.fixture
@@ -171,8 +181,8 @@ def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
     if cpu.load() is None:
         pytest.skip(f"this compiler knows no {target}")
     for T, D in ((1, 5), (65, 12), (130, 64)):
-        check_against_the_readable_form(T, D)
-        check_against_the_readable_form(T, D, 4, H_kv=2)
+        check_against_the_readable_form(T, D, tiles=TILES)
+        check_against_the_readable_form(T, D, 4, H_kv=2, tiles=TILES)
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
@@ -197,6 +207,14 @@ def test_threads_share_the_heads_and_their_parts(count, T, dtype):
         check_against_the_readable_form(T, 16, 3, dtype, H_kv=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("T", [65, 300])
+def test_threads_share_whatever_the_weights_are(T, dtype):
+    with threads(5):
+        check_against_the_readable_form(T, 16, 1, dtype, tiles=TILES)
+        check_against_the_readable_form(T, 20, 4, dtype, H_kv=2, tiles=TILES)
+
+
 def test_many_heads_are_not_divided():
     with threads(4):
         assert cpu._parts(torch.empty(2, 3, 300, 16)) == 2
@@ -209,9 +227,9 @@ def test_many_heads_are_not_divided():
 def test_nothing_and_the_least_are_fine(shape, backend):
     B, H, T, D = shape
     q = torch.randn(B, H, T, D, requires_grad=True)
-    for backward in BACKWARDS:
+    for tile, backward in itertools.product(TILES if backend == "cpu_native" else TILES[:1], BACKWARDS):
         with use_backend(backend):
-            out = attention(q, q, q, normalizer="softmax1", backward=backward)
+            out = attention(q, q, q, backward=backward, **tile)
         assert out.shape == shape
         out.sum().backward()
         assert q.grad.isfinite().all()
@@ -227,23 +245,63 @@ def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient():
     assert grad_v.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scores_at_the_kinks_and_far_from_them(dtype):
+    """Weights by hand, where they are numbers that need no rounding."""
+
+    def weights(score: float, tile) -> tuple[torch.Tensor, ...]:  # of equal scores, (T, T), and whether dQ and dK are 0
+        x = torch.zeros(1, 1, 128, 128, dtype=dtype)
+        x[..., 0] = 1
+        q, k = (score * x).requires_grad_(), x.clone().requires_grad_()
+        v = torch.eye(128, dtype=dtype).view(1, 1, 128, 128).requires_grad_()
+        out = attention(q, k, v, scale=1.0, **tile)
+        gradients = torch.autograd.grad(out, (q, k, v), torch.randn_like(out))
+        assert all(x.isfinite().all() for x in gradients)
+        return out[0, 0].float(), (gradients[0] == 0).all() and (gradients[1] == 0).all()
+
+    _, clipped, softpick, sigmoid, relu = TILES
+    keys = torch.arange(1.0, 129).view(-1, 1)
+    visible = torch.ones(128, 128).tril()
+    eps = torch.finfo(dtype).eps
+    for score in (-1e4, 0.0, 1e4):
+        share = visible / keys
+        above = {-1e4: 0.0, 0.0: 0.0, 1e4: 1.0}[score]
+        expected = (  # of n equal weights 1/n clipped softmax keeps none where n > 1 + n/3.7, and one alone keeps all
+            (clipped, (share * (1 + 3.7 / keys) - 3.7 / keys).clamp(min=0)),
+            (softpick, share * above),
+            (sigmoid, visible * (above if score else 1 / (1 + math.exp(2.5)))),
+            (relu, share * above * torch.tensor(score, dtype=dtype).float()),
+        )
+        for tile, exact in expected:
+            out, no_gradient = weights(score, tile)
+            # The logsumexp of scores of 1e4, rounded, is not exact to more than 1e-3; the kernel does not need it here
+            torch.testing.assert_close(out, exact, rtol=4 * eps, atol=4 * eps)
+            if score <= 0 and tile in (softpick, relu):
+                assert no_gradient
+
+
 def test_the_operators_are_what_torch_expects_of_them():
     q, k, v, g = inputs(70, 20, H_kv=1)
     lse = torch.randn(2, 3, 70)
-    for dtype, null_logit in ((torch.float32, None), (torch.bfloat16, torch.zeros(3))):
+    for dtype, null_logit, backwards in (
+        (torch.float32, None, ("full", "detached")),
+        (torch.bfloat16, torch.zeros(3), ("diagonal", "ste")),
+    ):
         q_, k_, v_, g_ = (x.detach().to(dtype) for x in (q, k, v, g))
         torch.library.opcheck(torch.ops.offbyone.cpu_forward, (q_, k_, v_, null_logit, 0.2))
-        for backward in BACKWARDS:
+        for backward in backwards:
             torch.library.opcheck(torch.ops.offbyone.cpu_backward, (g_, q_, k_, v_, g_, lse, 0.2, backward))
+    torch.library.opcheck(torch.ops.offbyone.cpu_forward, (q_, k_, v_, None, 0.2, "clipped", 4.0, 0.0))
 
 
+@every_tile
 @pytest.mark.parametrize("backward", BACKWARDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("H_kv", [1, 3])
-def test_the_same_inputs_give_the_same_bits(backward, dtype, H_kv):
+def test_the_same_inputs_give_the_same_bits(tile, backward, dtype, H_kv):
     *qkv, g = inputs(300, 20, dtype=dtype, H_kv=H_kv)
     with threads(4):  # in whatever order they take the heads' two parts
-        first, again = (value_and_gradients(*qkv, g, backward=backward) for _ in range(2))
+        first, again = (value_and_gradients(*qkv, g, backward=backward, **tile) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -262,7 +320,7 @@ def test_the_keys_of_a_group_are_read_where_they_lie(T, backward):
     made = set()
     q, k, v, g = (x.detach() for x in inputs(T, 16, 8, H_kv=2))
     with Record(), threads(1):
-        out, lse = cpu.cpu_forward(q, k, v, None, 0.25)
+        out, lse, _ = cpu.cpu_forward(q, k, v, None, 0.25)
         dq, dk, dv, _ = cpu.cpu_backward(g, q, k, v, out, lse, 0.25, backward)
     assert dk.shape == dv.shape == k.shape
     assert made == {out.data_ptr(), dq.data_ptr()}
@@ -278,18 +336,19 @@ def test_a_score_is_the_same_in_both_passes():
     assert (mass[..., 0].double().sum(-1) - 130).abs().max() < 0.01
 
 
+@every_tile
 @pytest.mark.parametrize("backward", BACKWARDS)
-def test_nan_is_not_hidden(backward):
+def test_nan_is_not_hidden(tile, backward):
     q, k, v, g = (x.detach().clone() for x in inputs(130, 16))
     q[:, :, 100, 3] = float("nan")
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out, grad_q, grad_k, grad_v = value_and_gradients(q, k, v, g, backward=backward)
+    out, grad_q, grad_k, grad_v = value_and_gradients(q, k, v, g, backward=backward, **tile)
     assert out[:, :, 100].isnan().all()
     assert out[:, :, :100].isfinite().all()
     assert out[:, :, 101:].isfinite().all()
     assert grad_v[:, :, :101].isnan().all()
     assert grad_v[:, :, 101:].isfinite().all()
-    if backward != "ste":  # whose scores' gradient does not see the scores
+    if backward != "ste" and tile["normalizer"] != "relu":  # whose scores' gradients do not see the scores, or a sign
         assert grad_q[:, :, 100].isnan().all()
         assert grad_q[:, :, :100].isfinite().all()
         assert grad_q[:, :, 101:].isfinite().all()
@@ -308,13 +367,13 @@ assert cpu.load() is not None
 from model import attention
 for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
     for dtype in (torch.float32, torch.bfloat16):
-        for normalizer in ("softmax", "softmax1"):
-            for backward in ("full", "diagonal", "ste"):
+        for tile in {TILES!r}:
+            for backward in ("full", "ste"):
                 for H_kv in (1, 2):
                     x = torch.randn(1, T, (2 + 2 * H_kv) * D).to(dtype).requires_grad_()
                     views = x.split([2 * D, H_kv * D, H_kv * D], dim=-1)
                     q, k, v = (y.unflatten(-1, (-1, D)).transpose(1, 2) for y in views)
-                    attention(q, k, v, normalizer=normalizer, backward=backward).sum().backward()
+                    attention(q, k, v, backward=backward, **tile).sum().backward()
 print("done")
 """
     shutil.copy(cpu.SOURCE, tmp_path)

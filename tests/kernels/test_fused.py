@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from harness.bench_attention import STOCK, peak_of
-from kernels import fused
+from kernels import fused, normalizers
 from kernels.backends import materialized_attention, use_backend
-from kernels.fused import FusedAttention, straight_through_gradients
+from kernels.fused import DEFINITIONS, FusedAttention, straight_through_gradients
 from model import (
     attention,
     attention_backend,
@@ -206,11 +206,62 @@ def references(q, k, v, g, null_logit) -> Iterator[tuple[str, dict]]:
             dS, size = P * (dP - mean), P * (dP.abs() + mean.abs())
         elif backward == "diagonal":
             dS, size = P * -(scores - lse).expm1() * dP, P * dP.abs()
+        elif backward == "detached":
+            dS, size = P * dP, P * dP.abs()
         else:
             dS = dP.tril(offset)
             size = dS.abs()
         dQ, dK = (scale * dS @ k, scale * size @ k.abs()), (scale * dS.mT @ q, scale * size.mT @ q.abs())
         yield backward, {"out": (out, size_out), "dQ": dQ, "dK": dK, "dV": dV, "db": db}
+
+
+TILES = {  # what may stand in softmax's place in our own kernels
+    "clipped": {"normalizer": "clipped", "alpha": 3.7, "context": 300},
+    "clipped by row": {"normalizer": "clipped", "alpha": 3.7, "context": 0},
+    "softpick": {"normalizer": "softpick"},
+    "sigmoid": {"normalizer": "sigmoid", "bias": -2.5},
+    "relu": {"normalizer": "relu"},
+}
+every_tile = pytest.mark.parametrize("tile", TILES)
+
+
+def tile_references(q, k, v, g, tolerance: float, normalizer: str, **constants) -> Iterator[tuple[str, dict]]:
+    """As `references`, by the definitions of kernels/normalizers.py: by autograd for full, else by their slopes. What
+    the rounding of scores to float32 may change, a slope at a kink above all, is in the magnitudes, over `tolerance`.
+    """
+    q, k, v, g = (x.double() for x in (q, k, v, g))
+    scale, definition = 1 / math.sqrt(q.size(-1)), DEFINITIONS[normalizer]
+    offset = k.size(-2) - q.size(-2)
+    visible = torch.ones(q.size(-2), k.size(-2)).tril(offset).bool()
+    scores = (scale * q @ k.mT).masked_fill(~visible, -math.inf).requires_grad_()
+    P, dP = definition["weights"](scores, **constants), g @ v.mT
+    (full,) = torch.autograd.grad(P, scores, dP)
+    scores, P = scores.detach(), P.detach()
+    slopes = {name: definition[name](scores, P, **constants) for name in ("diagonal", "detached")}
+    rounding = 4 * torch.finfo(torch.float32).eps * scale * (q.abs() @ k.abs().mT)
+    uncut, shares, sizes = slopes["detached"], P, P  # the slope of what is cut off, too; Σ shares∘dP is full's row sum
+    near = (scores.abs() <= rounding) & (normalizer != "sigmoid")
+    if normalizer == "clipped":
+        gamma = normalizers._gamma(scores, *constants.values())
+        shares = scores.softmax(-1)
+        uncut = sizes = shares * (1 - gamma)
+        near = visible & ((uncut + gamma).abs() <= -gamma * rounding.amax(-1, keepdim=True))
+    elif normalizer == "softpick":
+        exp_x, _, total = normalizers._softpick_terms(scores)
+        uncut = (exp_x / total).where(visible, 0)
+        moved = (uncut * rounding).sum(-1, keepdim=True) / tolerance  # how far the scores' rounding moves the total
+        sizes, uncut = P * (1 + moved) + uncut * rounding / tolerance, uncut * (1 + moved)
+    elif normalizer == "relu":
+        uncut = visible / normalizers.visible_keys(scores)
+    sum_size = (shares * dP.abs()).sum(-1, keepdim=True) * (normalizer in ("clipped", "softpick"))
+    for backward in BACKWARDS:
+        dS = full if backward == "full" else dP * (visible if backward == "ste" else slopes[backward])
+        size = dS.abs() if backward == "ste" else uncut * (dP.abs() + sum_size * (backward == "full"))
+        if backward != "ste":
+            size = size + near * uncut * dP.abs() / tolerance
+        dQ, dK = (scale * dS @ k, scale * size @ k.abs()), (scale * dS.mT @ q, scale * size.mT @ q.abs())
+        out, dV = (P @ v, sizes @ v.abs()), (P.mT @ g, sizes.mT @ g.abs())
+        yield backward, {"out": out, "dQ": dQ, "dK": dK, "dV": dV}
 
 
 def tolerance_of(kind, q, k, dtype) -> float:
@@ -251,6 +302,26 @@ def test_values_and_gradients_have_the_digits_of_their_dtype(variant, dtype, own
                 assert error <= tolerance * size + smallest, f"{where} {error / max(size, 1e-300):.1e}"
 
 
+@every_tile
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", LOGITS)
+def test_what_stands_in_softmaxs_place_has_the_digits_of_its_dtype(tile, dtype, kind, monkeypatch):
+    use_own_kernel(True, monkeypatch)
+    for T, width in itertools.product((1, 2, 63, 64, 65, 300), (5, 16, 80) if kind == "ordinary" else (16,)):
+        q, k, v, g = logits_of(kind, T, width, dtype)
+        tolerance = tolerance_of(kind, q, k, dtype)
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        for backward, expected in tile_references(*(x.detach() for x in inputs), g, tolerance, **TILES[tile]):
+            with use_backend("cpu_native"):
+                values = value_and_gradients(*inputs, g, backward=backward, **TILES[tile])
+            for name, value in zip(expected, values, strict=True):
+                exact, magnitude = expected[name]
+                error, size = (value.double() - exact).norm().item(), magnitude.norm().item()
+                smallest = torch.finfo(dtype).smallest_normal * value.numel()
+                where = f"{backward}, T {T}, D {width}: {name}"
+                assert error <= tolerance * size + smallest, f"{where} {error / max(size, 1e-300):.1e}"
+
+
 # --- attention: groups of queries that read one head of keys ----------------------------------------------------------
 
 HEADS = 4
@@ -272,6 +343,8 @@ def grouped(T_q: int, T_k: int, H_kv: int, D: int, dtype, device="cpu") -> list[
 
 
 def arguments_of(variant: str, device="cpu") -> dict:
+    if variant in TILES:
+        return TILES[variant]
     learned = {"null_logit": GROUPED_NULL_LOGITS["sink"].to(device)} if variant == "sink" else {}
     return {"normalizer": variant} | learned
 
@@ -284,7 +357,10 @@ def check_groups(backend: str, variant: str, backward: str, dtype, T_q: int, T_k
         found = value_and_gradients(*inputs, g, backward=backward, **arguments_of(variant, device))
     q, k, v, g = (x.detach().cpu() for x in (q, k, v, g))
     repeated = (x.repeat_interleave(HEADS // H_kv, dim=1) for x in (k, v))
-    expected = dict(references(q, *repeated, g, GROUPED_NULL_LOGITS[variant]))[backward]
+    if variant in TILES:
+        expected = dict(tile_references(q, *repeated, g, DIGITS[dtype], **TILES[variant]))[backward]
+    else:
+        expected = dict(references(q, *repeated, g, GROUPED_NULL_LOGITS[variant]))[backward]
     for name, value, x in zip(("out", "dQ", "dK", "dV"), found, (q, q, k, v), strict=True):
         exact, magnitude = (y.unflatten(1, (x.size(1), -1)).sum(2) for y in expected[name])
         assert (value.shape, value.dtype) == (exact.shape, dtype)
@@ -298,6 +374,7 @@ def check_groups(backend: str, variant: str, backward: str, dtype, T_q: int, T_k
     [
         ("stock", "softmax", "full"),
         *itertools.product(("materialized", "cpu_native", "cpu_flash"), VARIANTS, BACKWARDS),
+        *itertools.product(("materialized", "cpu_native"), TILES, BACKWARDS),
     ],
 )
 def test_a_group_of_queries_reads_one_head_of_keys(backend, variant, backward, dtype, monkeypatch):
@@ -346,15 +423,35 @@ def test_second_derivatives_of_a_group_are_those_of_repeated_keys(dtype, own, va
         assert (a.double() - b).norm() <= 8 * DIGITS[dtype] * b.norm()  # of what has cancelled, to an eighth at most
 
 
+@every_backward
+@every_tile
+def test_second_derivatives_of_what_stands_in_softmaxs_place(tile, backward, monkeypatch):
+    use_own_kernel(True, monkeypatch)
+    *inputs, g = grouped(33, 33, 2, 16, torch.float32)
+    inputs = [x.requires_grad_() for x in inputs]
+    along = [x.detach()[:, :, 1:] for x in grouped(34, 34, 2, 16, torch.float32)[:3]]
+    found = product_of_second_derivatives(inputs, g, along, backward=backward, **TILES[tile])
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    with materialized_attention():
+        expected = product_of_second_derivatives(
+            exact, g.double(), [x.double() for x in along], backward=backward, **TILES[tile]
+        )
+    for a, b in zip(found, expected, strict=True):
+        assert (a.shape, a.dtype) == (b.shape, torch.float32)
+        assert (a.double() - b).norm() <= 8 * DIGITS[torch.float32] * b.norm()
+
+
 @both_dtypes
 @every_backward
-def test_compiling_takes_the_attention_of_a_group_whole(backward, dtype):
+@pytest.mark.parametrize("normalizer", ["softmax1", "clipped"])
+def test_compiling_takes_the_attention_of_a_group_whole(normalizer, backward, dtype):
+    arguments = TILES.get(normalizer, {"normalizer": normalizer})
     torch.compiler.reset()
     compiled = torch.compile(attention, fullgraph=True, backend="aot_eager")
     *inputs, g = grouped(150, 150, 2, 16, dtype)  # two chunks of linear attention
     inputs = [x.requires_grad_() for x in inputs]
     eager, graph = (
-        (out := f(*inputs, backward=backward, normalizer="softmax1"), *torch.autograd.grad(out, inputs, g))
+        (out := f(*inputs, backward=backward, **arguments), *torch.autograd.grad(out, inputs, g))
         for f in (attention, compiled)
     )
     for a, b in zip(graph, eager, strict=True):
@@ -475,9 +572,11 @@ def test_the_value_gradient_is_the_same_head_by_head(dtype, H_kv, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("normalizer", ["sink"])  # which adds the null logit's own gradient
+@pytest.mark.parametrize(
+    ("normalizer", "own"),  # own False: on PyTorch's kernels, as where there is no compiler
+    [("sink", True), ("sink", False), ("clipped", True)],  # the null logit's own gradient; all scores of some rows
+)
 @pytest.mark.parametrize("backward", BACKWARDS)
-@pytest.mark.parametrize("own", [True, False])  # False: on PyTorch's kernels, as where there is no compiler
 def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(
     normalizer, backward, own, stock_peak, bench_arguments, monkeypatch
 ):
@@ -617,3 +716,19 @@ def test_cuda_has_the_digits_of_its_dtype(backend, dtype):
 
 
 # --- attention: bad input -------------------------------------------------------------------------------------------
+
+
+@every_tile
+@pytest.mark.parametrize("backend", ["stock", "cpu_flash", "cuda_flash", "cuda_efficient", "cuda_cudnn"])
+def test_a_backend_that_knows_softmax_alone_says_so(backend, tile):
+    q = torch.randn(1, 1, 70, 8)
+    with use_backend(backend), pytest.raises(ValueError, match=f"{backend}.* has no {TILES[tile]['normalizer']}: use"):
+        attention(q, q, q, **TILES[tile])
+
+
+def test_what_stands_in_softmaxs_place_has_no_dropout_in_a_kernel(monkeypatch):
+    use_own_kernel(True, monkeypatch)
+    q = torch.randn(1, 1, 70, 8)
+    with use_backend("cpu_native"), pytest.raises(ValueError, match=r"no dropout of relu, and dropout_p is 0\.5"):
+        attention(q, q, q, normalizer="relu", dropout_p=0.5)
+    assert attention(q, q, q, normalizer="relu", dropout_p=0.5).isfinite().all()  # where the choice is free

@@ -268,7 +268,7 @@ def test_nan_is_not_averaged_away():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"normalizer": "sparsemax"}, "unknown normalizer 'sparsemax': choose from softmax, softmax1, sink"),
+        ({"normalizer": "sparsemax"}, "unknown normalizer 'sparsemax': choose from softmax, softmax1, softmax_n, sink"),
         ({"normalizer": "sink"}, "null_logit"),
         ({"null_logit": SINK}, "null_logit"),
         ({"grad_out": torch.ones(2, 3, 7, 5)}, "must share one shape"),

@@ -18,13 +18,19 @@ T, H, H_KV, D = 12, 4, 2, 6
 
 
 @pytest.fixture(
-    params=[("softmax", False), ("softmax1", True), ("sink", False), ("kvbias", False)],
-    ids=["softmax", "softmax1 parallel", "sink", "kvbias"],
+    params=[
+        ("softmax", False, "none"),
+        ("softmax1", True, "head"),
+        ("sink", False, "element"),
+        ("kvbias", False, "none"),
+        ("ssmax", False, "none"),
+    ],
+    ids=["softmax", "softmax1 parallel gate", "sink gate", "kvbias", "ssmax"],
 )
 def model(request) -> GPT:
     """A model of today: grouped queries, normed and rotated before they enter the scores, and a gated MLP."""
-    normalizer, parallel = request.param
-    own = {"normalizer": normalizer, "parallel_residual": parallel, "qkv_bias": True}
+    normalizer, parallel, gate = request.param
+    own = {"normalizer": normalizer, "parallel_residual": parallel, "gate": gate, "qkv_bias": True}
     return tiny_gpt(3, std=0.7, vocab_size=64, **TODAY | own).double()
 
 
@@ -48,6 +54,8 @@ def heads_of(attn, x):
     """q (B, 4, T, 6) as they enter the scores, k, v of four heads, each of the two twice."""
     q, k, v = (z.unflatten(-1, (-1, D)).transpose(1, 2) for z in attn.c_attn(x).split([24, 12, 12], dim=-1))
     q, k = rotated(rms_norm(q, attn.q_norm)), rotated(rms_norm(k, attn.k_norm))
+    if attn.normalizer == "ssmax":
+        q = q * attn.ssmax_scale.view(H, 1, 1) * torch.arange(1, T + 1).log().view(T, 1)
     return q, k[:, [0, 0, 1, 1]], v[:, [0, 0, 1, 1]]
 
 
@@ -56,7 +64,9 @@ def null_slot(attn, q) -> tuple[torch.Tensor | None, torch.Tensor]:
     if attn.normalizer == "kvbias":
         key, value = (x[[0, 0, 1, 1], None] for x in (attn.null_key, attn.null_value))
         return q @ key.mT / math.sqrt(D), value
-    null = {"softmax": None, "softmax1": torch.zeros(H), "sink": getattr(attn, "sink", None)}[attn.normalizer]
+    null = {"softmax": None, "ssmax": None, "softmax1": torch.zeros(H), "sink": getattr(attn, "sink", None)}[
+        attn.normalizer
+    ]
     return None if null is None else null.to(q).view(1, H, 1, 1).expand(*q.shape[:3], 1), q.new_zeros(H, 1, D)
 
 
@@ -70,7 +80,11 @@ def expected_of(model: GPT, idx) -> list[tuple]:
         scores = (q @ k.mT / math.sqrt(D)).masked_fill(future, -math.inf)
         null, _ = null_slot(block.attn, q)
         P = (scores if null is None else torch.cat((scores, null), -1)).softmax(-1)
-        attended = x + block.attn.c_proj(side_by_side(output_of(block.attn, P, v)))
+        output = side_by_side(output_of(block.attn, P, v))
+        if (gate := block.attn.c_gate) is not None:
+            opening = 1 / (1 + (-rms_norm(x, block.ln_1) @ gate.weight.T).exp())
+            output = output * opening.repeat_interleave(output.size(-1) // opening.size(-1), -1)
+        attended = x + block.attn.c_proj(output)
         normed = rms_norm(x if block.parallel_residual else attended, block.ln_2)
         gate = block.mlp.c_gate(normed)
         hidden = gate * gate.sigmoid() * block.mlp.c_fc(normed)

@@ -2,12 +2,14 @@
 
 import copy
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 
+from harness.config import OptimizerConfig
 from harness.errors import UserError
-from harness.optimizers import parameter_groups, saved_optimizer
+from harness.optimizers import make_optimizer, parameter_groups, saved_optimizer
 from measure.divergence import kl_divergence
 from measure.probe import capture_qk
 from measure.slopes import (
@@ -109,6 +111,21 @@ def test_adamw_is_the_next_update_of_the_run(backward):
         assert torch.equal(dict(copied.named_parameters())[name], before[name])
 
 
+@pytest.mark.parametrize("name", ["sgd", "muon", "adamw_muon_embeddings"])
+@pytest.mark.parametrize("momentum", [None, 0.0])
+def test_it_is_that_of_the_runs_own_optimizer(name, momentum):
+    settings = OptimizerConfig(name=name, lr=0.02, decay="matrices", momentum=momentum)
+    model = tiny_gpt(noise=0.3).double()
+    optimizer = make_optimizer(model, settings, fused=False)
+    train_by_hand(model, optimizer, steps=3)
+    info = info_of(optimizer) | {"config": {"optimizer": asdict(settings) | {"grad_clip": 0.5}}}
+    batch = random_ids(4, 13, seed=0)
+    direction = next_update(copied := float64_copy(model), [(batch[:, :-1], batch[:, 1:])], info)
+    train_by_hand(model, optimizer, steps=1)
+    for (key, after), before in zip(model.named_parameters(), copied.parameters(), strict=True):
+        torch.testing.assert_close(direction[key], (after - before).detach(), rtol=1e-9, atol=1e-15)
+
+
 def test_adamw_by_hand():
     model = tiny_gpt(noise=0.3).double()
     optimizer = optimizer_of(model)
@@ -162,3 +179,5 @@ def test_an_optimizer_state_that_is_not_there_or_does_not_fit():
     train_by_hand(model, momentum, steps=1)
     with pytest.raises(UserError, match="--direction gradient"):
         next_update(float64_copy(model), batch, info_of(momentum))
+    with pytest.raises(UserError, match=r"is not sgd's: take --direction gradient"):
+        next_update(float64_copy(model), batch, info | {"config": {"optimizer": {"name": "sgd"}}})

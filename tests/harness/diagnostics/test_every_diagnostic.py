@@ -157,6 +157,60 @@ def test_grouped_keys_have_the_figures_of_keys_repeated_for_each_query(name, par
             }, label
 
 
+# --- rivals of softmax ------------------------------------------------------------------------------------------------
+
+OPEN = {"gate_init": 1 - 1e-9}
+LIMITS = [  # a mechanism, and what it is at this setting
+    ({"normalizer": "softmax_n", "softmax_n": 1.0}, {"normalizer": "softmax1"}),
+    ({"normalizer": "kbias"}, {"normalizer": "softmax1"}),  # as it starts
+    ({"normalizer": "clipped", "clipped_alpha": 0.0}, {}),
+    ({"gate": "head", **OPEN}, {}),
+    ({"gate": "element", "normalizer": "relu", **OPEN}, {"normalizer": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("options", "limit"), LIMITS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mechanism_at_its_limit_has_the_figures_of_what_it_is_there(name, options, limit, place, capsys):
+    known, model = tiny_gpt(2, noise=0.3, **limit), tiny_gpt(2, **options)
+    model.load_state_dict(known.state_dict(), strict=False)
+    rows = []
+    for stem, one in (("known", known), ("limit", model)):
+        path = save_model(one, place / f"{stem}.pt", Path("corpus"))
+        more = ("--direction", "gradient") if name == "attention_kl_bound" else ()
+        # (The reference has a context of 12 tokens.)
+        arguments = command(name, str(path), *more, out=place / stem, reference=str(place / "known.pt"))
+        if name == "attention_kl_bound" and one.config.normalizer in ("clipped", "relu"):
+            assert "is no softmax" in refusal(capsys, name, *arguments)
+            return
+        assert diagnose(diagnostic_of(name), *arguments) == 0
+        written = read_json(place / stem / f"{name}.json")
+        found = [row for title in ("rows", *MORE_ROWS.get(name, ())) for row in written[title]]
+        rows.append({str([row.get(label) for label in diagnostics.LABELS]): row for row in found})
+    if name == "attention_kl_bound" and len([*model.parameters()]) > len([*known.parameters()]):
+        return  # the step moves what only one of the two has
+    compared = 0
+    for label in rows[0].keys() & rows[1].keys():
+        for column, expected in rows[0][label].items():
+            found = rows[1][label].get(column)
+            # What no softmax has is null. A rise by quantization is a difference, of whole steps.
+            if isinstance(expected, float) and found is not None and not column.endswith(("_rise", "standard_error")):
+                assert found == pytest.approx(expected, rel=2e-3, abs=1e-4), (label, column)
+                compared += 1
+    assert compared > 3
+
+
+@pytest.mark.parametrize("normalizer", ["ssmax", "softpick", "sigmoid", "relu", "entmax15"])
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "attention_kl_bound"])
+def test_every_mechanism_is_measured(name, normalizer, place):
+    gate = {"sigmoid": "head", "ssmax": "element"}.get(normalizer, "none")
+    path = save_model(tiny_gpt(2, noise=0.3, normalizer=normalizer, gate=gate), place / "ckpt.pt", Path("corpus"))
+    assert diagnose(diagnostic_of(name), *command(name, str(path), out=place)) == 0
+    written = read_json(place / f"{name}.json")
+    assert written["rows"]
+    assert not any("NaN" in note for note in written["notes"])
+
+
 # --- a corpus that has changed ----------------------------------------------------------------------------------------
 
 
