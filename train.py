@@ -295,7 +295,7 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
         problem = f"{model.vocab_size} ids are too few for {corpus.folder}, which has {corpus.vocab_size}"
         raise config.error("model.vocab_size", problem)
     for split, tokens in corpus.tokens.items():
-        if len(tokens) <= model.block_size:
+        if len(tokens) <= model.block_size and config.data.windows == "stream":
             problem = f"{model.block_size} is longer than {corpus.folder / split}.bin, which has {len(tokens)} tokens"
             raise config.error("model.block_size", problem)
 

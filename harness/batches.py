@@ -26,15 +26,20 @@ class Windows:
     window may start anywhere in it. `documents`: a window lies within a document. In training it starts where its
     document does; a validation takes a longer document in windows that follow on each other. A begin-of-text token is
     its document's first input, a separator its last target. Targets after a window's text are IGNORED, and its inputs
-    there repeat the last token.
+    there repeat the last token. UserError where there is no window, or where it is not known what parts documents.
     """
 
     def __init__(self, corpus: Corpus, split: str, block_size: int, kind: str = "stream"):
         self.corpus, self.split, self.block_size, self.kind = corpus, split, block_size, kind
         self.tokens = corpus.tokens[split]
+        if len(self.tokens) <= block_size and kind == "stream":
+            path = f"{corpus.folder / split}.bin"
+            raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than one window of {block_size} + 1")
         bounds = corpus.document_bounds(split) if kind == "documents" else np.array([0, len(self.tokens)])
         with_targets = np.diff(bounds) > 1  # an empty document has none
         self.starts, self.ends = bounds[:-1][with_targets], bounds[1:][with_targets]
+        if not len(self.starts):
+            raise UserError(f"{corpus.folder / split}.bin has no document of two tokens: take windows of the stream")
 
     def training(self, seed: int, step: int, batch_size: int, whole: bool = False) -> np.ndarray:
         """The offsets of a step's windows: uniform over the stream, or over the documents whatever their length, or
@@ -49,10 +54,10 @@ class Windows:
         if self.kind == "stream":
             return None
         if len(self.starts) < 2:
-            where = f"{self.corpus.folder / self.split}.bin"
-            raise UserError(f"data.windows documents: {where} is a single document, so all windows would be one: use stream")
+            name = f"{self.corpus.folder / self.split}.bin"
+            raise UserError(f"data.windows documents: {name} has no two, and all windows would be the same: use stream")
         share = self.targets(self.starts).sum() / (self.ends - self.starts - 1).sum()
-        return f"windows of {len(self.starts):,} documents: their first {self.block_size} tokens, {share:.0%} of the text"
+        return f"windows of {len(self.starts):,} documents: their starts, {share:.0%} of the text"
 
     def validation(self, count: int | None = None, stride: int | None = None, early: int = 0) -> np.ndarray:
         """The offsets of an evaluation's windows, in order, so that each target is scored once; the last window of a
@@ -68,8 +73,8 @@ class Windows:
         offsets = offsets[offsets + self.block_size < self.end_of(offsets)]
         if not len(offsets):
             raise UserError(
-                f"{self.corpus.folder / self.split}.bin: no document fills a window of {self.block_size} tokens and its "
-                f"last target: the longest has {self.longest + 1} tokens, for a --block-size of {self.longest}"
+                f"{self.corpus.folder / self.split}.bin has no document that fills a window of {self.block_size} "
+                f"tokens: give --block-size {self.longest}, which the longest fills, or --windows stream"
             )
         return spread(offsets, count)
 

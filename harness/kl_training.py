@@ -53,16 +53,16 @@ class Reference:
         if use_compile:  # so that the KL does not make several tensors of the size of the logits
             self._model, self._position_kl = torch.compile(reference), torch.compile(position_kl)
 
-    def penalty(self, idx: Tensor, logits: Tensor, targets: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """idx (B, T), the model's logits for it (B, T, V) and its targets (B, T) → what is added to the mean loss, and
-        the metrics kl/…: the mean over the B sequences of each aggregate over the positions with a target, and the
-        penalty. Scalars; the metrics have no gradient."""
+    def penalty(self, idx: Tensor, logits: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """idx (B, T), the model's logits for it (B, T, V) and, where windows are padded, its targets (B, T) → what is
+        added to the mean loss, and the metrics kl/…: the mean over the B sequences of each aggregate over the positions
+        that have a target, and the penalty. Scalars; the metrics have no gradient."""
         c = self.config
         with torch.no_grad():
             reference_logits, _ = self._model(idx)
         kl = self._position_kl(logits, reference_logits, self.direction, self.temperature)  # (B, T)
         texts = [kl]
-        if self._padded:  # texts that differ in length, each by itself
+        if self._padded and targets is not None:  # texts that differ in length, each by itself
             texts = [row[scored][None] for row, scored in zip(kl, targets != IGNORED, strict=True)]
 
         def over_positions(how: str) -> Tensor:

@@ -296,8 +296,8 @@ class AttentionStatistics:
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Of each head (H,) float64, NaN where there is no value; all but sink rates, scores and value drains are averages
-        over queries and sequences.
+        """Of each head (H,) float64, NaN where there is no value; but for sink rates, scores and value drains
+        they are averages over queries and sequences.
 
         row_mass: what a query gives to keys, Σ_j P_ij: 1 under softmax. null_mass: what the null slot gets.
         entropy: of a query's attention in nats (see `row_entropy`).

@@ -26,9 +26,7 @@ class Scores(NamedTuple):
     """how many tokens the prediction could see, int64, from 1 to block_size"""
 
 
-def sliding_offsets(
-    tokens: int | np.ndarray, block_size: int, stride: int, starts: int | np.ndarray = 0
-) -> np.ndarray:
+def sliding_offsets(tokens: int | np.ndarray, block_size: int, stride: int, starts: int | np.ndarray = 0) -> np.ndarray:
     """Where the windows of block_size start so that `score` takes each of the tokens − 1 targets once.
 
     Every `stride` tokens, until a window reaches the end of the text. 1 ≤ stride ≤ block_size; windows of stride

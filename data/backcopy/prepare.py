@@ -51,7 +51,7 @@ def main():
     by_frequency = "".join(vocabulary[i] for i in np.argsort(-pairs.sum(1), kind="stable"))
     triggers = by_frequency[:3] if args.triggers is None else args.triggers
     if unknown := set(triggers) - set(vocabulary):
-        raise UserError(f"--triggers: {min(unknown)!r} is none of the text's {len(vocabulary)} most frequent characters")
+        raise UserError(f"--triggers: {min(unknown)!r} is none of the {len(vocabulary)} characters taken from the text")
     if not 0 < len(set(triggers)) < len(vocabulary):
         raise UserError(f"--triggers {triggers!r}: at least one character, and not all {len(vocabulary)} of the text")
     trigger_ids = sorted({vocabulary.index(character) for character in triggers})
@@ -97,7 +97,7 @@ def sequences(pairs: np.ndarray, triggers: list[int], count: int, seed: int, str
     nothing follows in the text is followed by any one, as often as it is in the text."""
     V = len(pairs)
     frequency = pairs.sum(1)
-    table = np.concatenate((np.where(frequency[:, None] > 0, pairs, frequency), frequency[None]))  # the last row: firsts
+    table = np.concatenate((np.where(frequency[:, None] > 0, pairs, frequency), frequency[None]))  # last row: the first
     totals, ends = table.sum(1), np.cumsum(table)
     before, previous = np.full(count, V), np.full(count, V)
     ids = np.empty((count, LENGTH), np.int64)

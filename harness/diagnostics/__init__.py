@@ -16,7 +16,6 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
@@ -111,10 +110,9 @@ class Subject:
     @property
     def arguments(self) -> dict:
         """What the result depends on besides the checkpoint: arguments, with the corpus and device that were chosen."""
-        chosen = {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device), "windows": self.kind}
-        given = vars(self.args) | chosen
-        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if given[k] is None}
-        left_out |= {"windows"} if self.kind == "stream" else set()
+        given = vars(self.args) | {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device)}
+        given["windows"] = None if self.kind == "stream" else self.kind
+        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos", "windows") if given[k] is None}
         return {k: v for k, v in given.items() if k not in left_out}
 
     @property
@@ -153,13 +151,11 @@ class Subject:
 
     def windows(self, split: str | None = None) -> Windows:
         """The windows of block_size of a split (default: --split), of the kind that --windows says."""
-        split, block_size = split or self.args.split, self.model.config.block_size
-        self.corpus.verify(split)
-        if (tokens := len(self.corpus.tokens[split])) <= block_size:
-            raise UserError(
-                f"{self.corpus.folder / split}.bin has {tokens} tokens, fewer than one window of {block_size} + 1"
-            )
-        return Windows(self.corpus, split, block_size, self.kind)
+        corpus, split = self.corpus, split or self.args.split
+        corpus.verify(split)
+        if self.kind == "documents" and self.bos is not None and self.bos == corpus.meta.get("begin_of_text"):
+            raise UserError(f"--bos {self.bos}: the documents in {corpus.folder} begin with it already: leave it out")
+        return Windows(corpus, split, self.model.config.block_size, self.kind)
 
     def offsets(self, split: str | None = None, count: int | None = None):
         """Where windows that text fills start in a split (default: --split): all, or `count` of them, spread evenly."""

@@ -1,8 +1,9 @@
 """The perplexity of checkpoints: `python scripts/perplexity.py CHECKPOINT [CHECKPOINT …]`.
 
 The whole validation set, every token scored exactly once: in windows of block_size that follow on each other, the last
-one shorter (in windows of documents, those of each document); or, with --stride S, in windows S apart, of which each scores the tokens that the one before has not seen,
-with at least block_size − S tokens of context before them. No draw is random: the same numbers every time.
+one shorter; or, with --stride S, in windows S apart, of which each scores the tokens that the one before has not seen,
+with at least block_size − S tokens of context before them. In windows of documents this goes for each document by
+itself, and its first token is never scored. No draw is random: the same numbers every time.
 
 The summary: loss, the mean −ln p in nats a token; perplexity = e^loss; bits_per_byte = loss / ln 2 / the split's mean
 bytes a token, which compares models across tokenizers; standard_error of the loss; tokens, how many were scored. The
