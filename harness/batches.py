@@ -36,16 +36,15 @@ class Windows:
             path = f"{corpus.folder / split}.bin"
             raise UserError(f"{path} has {len(self.tokens)} tokens, fewer than one window of {block_size} + 1")
         bounds = corpus.document_bounds(split) if kind == "documents" else np.array([0, len(self.tokens)])
-        with_targets = np.diff(bounds) > 1  # an empty document has none
-        self.starts, self.ends = bounds[:-1][with_targets], bounds[1:][with_targets]
-        if not len(self.starts):
+        self.starts, self.ends = bounds[:-1], bounds[1:]
+        if not self.longest:
             raise UserError(f"{corpus.folder / split}.bin has no document of two tokens: take windows of the stream")
 
     def training(self, seed: int, step: int, batch_size: int, whole: bool = False) -> np.ndarray:
         """The offsets of a step's windows: uniform over the stream, or over the documents whatever their length, or
         where it is to be `whole`, over those that fill a window."""
         if self.kind == "documents":
-            starts = np.intersect1d(self.starts, self.whole()) if whole else self.starts
+            starts = np.intersect1d(self.starts, self.whole()) if whole else self.with_targets
             return starts[training_offsets(seed, step, len(starts), 0, batch_size)]
         return training_offsets(seed, step, len(self.tokens), self.block_size, batch_size)
 
@@ -53,11 +52,11 @@ class Windows:
         """What a training sees of the documents, in a line. UserError where that is one window alone."""
         if self.kind == "stream":
             return None
-        if len(self.starts) < 2:
+        if len(self.with_targets) < 2:
             name = f"{self.corpus.folder / self.split}.bin"
             raise UserError(f"data.windows documents: {name} has no two, and all windows would be the same: use stream")
         share = self.targets(self.starts).sum() / (self.ends - self.starts - 1).sum()
-        return f"windows of {len(self.starts):,} documents: their starts, {share:.0%} of the text"
+        return f"windows of {len(self.with_targets):,} documents: their starts, {share:.0%} of the text"
 
     def validation(self, count: int | None = None, stride: int | None = None, early: int = 0) -> np.ndarray:
         """The offsets of an evaluation's windows, in order, so that each target is scored once; the last window of a
@@ -77,6 +76,11 @@ class Windows:
                 f"tokens: give --block-size {self.longest}, which the longest fills, or --windows stream"
             )
         return spread(offsets, count)
+
+    @cached_property
+    def with_targets(self) -> np.ndarray:
+        """The starts of the documents of at least two tokens: one that is empty but for its separator has no target."""
+        return self.starts[self.ends - self.starts > 1]
 
     def end_of(self, offsets: np.ndarray) -> np.ndarray:
         """Where the text of the windows at `offsets` ends."""
@@ -101,9 +105,8 @@ class Windows:
         bytes_per_token = self.corpus.bytes_per_token[self.split]
         if self.kind == "stream" or bytes_per_token is None:
             return bytes_per_token
-        bytes_of, bounds = self.corpus.tokenizer.token_bytes(), self.corpus.document_bounds(self.split)
-        no_targets = self.tokens[bounds[:-1]]  # of each document the first token
-        size = bytes_per_token * len(self.tokens) - bytes_of[no_targets].sum()
+        no_targets = self.tokens[self.starts]  # of each document the first token
+        size = bytes_per_token * len(self.tokens) - self.corpus.tokenizer.token_bytes()[no_targets].sum()
         return float(size) / (len(self.tokens) - len(no_targets))
 
     def gather(self, offsets: np.ndarray, device: torch.device | str) -> tuple[Tensor, Tensor]:

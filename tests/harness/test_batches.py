@@ -114,19 +114,18 @@ def test_validation_scores_every_target_of_every_document_once(lengths, block_si
     i = offsets[:, None] + np.arange(block_size) + (not begun)  # the places of the targets
     fresh = (np.arange(block_size) >= block_size - stride) | np.isin(offsets, windows.starts)[:, None]
     places = i[fresh & (i < windows.end_of(offsets)[:, None])]
-    short = {int(start) for start, n in zip(bounds, lengths, strict=False) if n == 1}  # alone, nothing predicts it
-    assert sorted(places.tolist()) == [p for p in range(bounds[-1]) if p not in (short if begun else first)]
+    assert sorted(places.tolist()) == [p for p in range(bounds[-1]) if begun or p not in first]
 
 
 def test_a_training_window_starts_where_a_document_does_with_equal_odds():
     windows = documents_of([3, 1, 0, 20, 2, 6], 4)
-    assert windows.starts.tolist() == [0, 4, 24, 26]  # what holds no target is left out
+    assert windows.with_targets.tolist() == [0, 4, 24, 26]
     draws = np.concatenate([windows.training(0, step, 100) for step in range(40)])
     assert np.array_equal(draws[:100], windows.training(0, 0, 100))
     starts, counts = np.unique(draws, return_counts=True)
-    assert starts.tolist() == windows.starts.tolist()
+    assert starts.tolist() == windows.with_targets.tolist()
     assert stats.chisquare(counts).pvalue > 1e-4  # one seed in 10,000 would fail
-    x, y = windows.gather(windows.starts, CPU)
+    x, y = windows.gather(starts, CPU)
     assert y.tolist() == [[1, 2, -1, -1], [5, 6, 7, 8], [25, -1, -1, -1], [27, 28, 29, 30]]
     assert x.tolist() == [[0, 1, 2, 2], [4, 5, 6, 7], [24, 25, 25, 25], [26, 27, 28, 29]]
     assert windows.whole().tolist() == [4, 8, 12, 16, 26]
@@ -139,12 +138,10 @@ def test_documents_start_after_a_separator_or_with_a_begin_of_text_token(tmp_pat
     texts = [("train", "ab"), ("train", ""), ("train", "cab"), ("val", "a")]
     write_documents(tmp_path / "bytes", texts)
     separated = Windows(Corpus(tmp_path / "bytes"), "train", 4, "documents")
-    x, y = separated.gather(separated.starts, CPU)
-    a, b, c = b"abc"
-    assert (x[0, :2].tolist(), y.tolist()) == (
-        [a, b],
-        [[b, 0, -1, -1], [a, b, -1, -1]],
-    )  # the separator ends a document
+    x, y = separated.gather(separated.with_targets, CPU)
+    a, b = b"ab"
+    assert x[0, :2].tolist() == [a, b]
+    assert y.tolist() == [[b, 0, -1, -1], [a, b, -1, -1]]  # a separator is its document's last target
     assert separated.bytes_per_target == (7 - 3) / 4  # "ab\0", "\0", "cab" without the first byte of each
     write_documents(tmp_path / "chars", texts, Chars("abc^", begin=3))
     begun = Windows(Corpus(tmp_path / "chars"), "train", 4, "documents")
@@ -160,13 +157,10 @@ def test_ids_of_another_program_have_documents_where_their_meta_json_says_what_p
         np.array([5, 6, 9, 7, 8, 9, 4], np.uint16).tofile(tmp_path / f"{split}.bin")
     meta = tmp_path / "meta.json"
     meta.write_text('{"vocab_size": 10}')
-    with pytest.raises(UserError, match="is not known: take windows of the stream, or say it in the meta.json there"):
+    with pytest.raises(UserError, match=r"is not known: take windows of the stream, or say it in the meta\.json there"):
         Windows(Corpus(tmp_path), "train", 3, "documents")
     meta.write_text('{"vocab_size": 10, "document_separator": 9}')
-    assert Windows(Corpus(tmp_path), "train", 3, "documents").starts.tolist() == [
-        0,
-        3,
-    ]  # of one token there is no target
+    assert Windows(Corpus(tmp_path), "train", 3, "documents").starts.tolist() == [0, 3, 6]
 
 
 @pytest.mark.parametrize(("lengths", "message"), [([9], "has no two"), ([1, 1, 1], "has no document of two tokens")])
