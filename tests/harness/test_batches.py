@@ -145,7 +145,7 @@ def test_documents_start_after_a_separator_or_with_a_begin_of_text_token(tmp_pat
     assert separated.bytes_per_target == (7 - 3) / 4  # "ab\0", "\0", "cab" without the first byte of each
     write_documents(tmp_path / "chars", texts, Chars("abc^", begin=3))
     begun = Windows(Corpus(tmp_path / "chars"), "train", 4, "documents")
-    x, y = begun.gather(begun.starts, CPU)
+    x, y = begun.gather(begun.with_targets, CPU)
     assert x.tolist() == [[3, 0, 1, 1], [3, 2, 0, 1]]
     assert y.tolist() == [[0, 1, -1, -1], [2, 0, 1, -1]]
     assert begun.bytes_per_target == 1

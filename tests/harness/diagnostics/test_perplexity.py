@@ -73,7 +73,7 @@ def test_of_documents_each_is_scored_by_itself(tmp_path, options):
     documents = [TEXT[:20].replace(b"\0", b"x"), b"", b"y", b"ab", TEXT[20:41].replace(b"\0", b"x")]
     texts = [("train", TEXT), *(("val", text) for text in documents)]
     write_corpus(tmp_path / "corpus", texts, Bytes(), source="test")
-    model, losses, size = random_gpt(vocab_size=256), [], 0
+    model, losses = random_gpt(vocab_size=256), []
     save_model(model, tmp_path / "ckpt.pt", tmp_path / "corpus", config={"data": {"windows": "documents"}})
     stride, bos = (3 if "--stride" in options else 8), [7] if "--bos" in options else []
     for number, document in enumerate(documents):
