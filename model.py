@@ -106,7 +106,7 @@ def attention(
     if torch.is_autocast_enabled(q.device.type) and q.dtype != torch.float64:
         q, k, v = (x.to(torch.get_autocast_dtype(q.device.type)) for x in (q, k, v))
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
-    q, null, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
+    q, null, parameters = _prepared(normalizer, q, k.size(-2), null_logit, parameters)
     if "null_key" in parameters:
         v = in_front(parameters.get("null_value", torch.zeros_like(parameters["null_key"])), v)
         k, parameters = in_front(parameters["null_key"], k), {}
@@ -140,7 +140,7 @@ def attention_rows(
     needs only the keys up to the block's last query. ValueError for an unknown normalizer.
     """
     entry, has_key = find_normalizer(normalizer), "null_key" in parameters
-    q, null, parameters = _prepared(entry, q, k.size(-2), null_logit, parameters)
+    q, null, parameters = _prepared(normalizer, q, k.size(-2), null_logit, parameters)
     k = in_front(parameters["null_key"], k) if has_key else k
     scores = attention_scores(q, k, q.size(-1) ** -0.5 if scale is None else scale)
     if not entry.is_softmax:
@@ -165,12 +165,17 @@ def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) ->
     return weights if entry.is_softmax else weights.masked_fill(scores.isneginf(), 0)
 
 
-def _prepared(entry: Normalizer, q: Tensor, keys: int, null_logit, parameters: dict) -> tuple[Tensor, Any, dict]:
-    """q as it enters the scores; each head's null logit (H,), or None; the parameters that are left, and those of the
-    constants that were not given."""
-    if missing := entry.constants.keys() - parameters.keys():
-        config = GPTConfig(block_size=max(keys, 1))
-        parameters = parameters | {name: entry.constants[name](config) for name in missing}
+@torch.compiler.assume_constant_result  # torch.compile does not trace a GPTConfig
+def _constant(normalizer: str, name: str, keys: int) -> float:
+    """What the constant is by default for a context of so many tokens."""
+    return NORMALIZERS[normalizer].constants[name](GPTConfig(block_size=max(keys, 1)))
+
+
+def _prepared(normalizer: str, q: Tensor, keys: int, null_logit, parameters: dict) -> tuple[Tensor, Any, dict]:
+    """q as it enters the scores; each head's null logit (H,), or None; what is left of parameters and constants."""
+    entry = NORMALIZERS[normalizer]
+    for name in (name for name in entry.constants if name not in parameters):
+        parameters = parameters | {name: _constant(normalizer, name, keys)}
     if entry.queries:
         return entry.queries(q, keys, **parameters), None, {}
     own = parameters.pop("null_logit", None) if isinstance(entry.null_logit, str) else entry.null_logit
@@ -309,11 +314,7 @@ class GPTConfig:
         for names, fits, words in (
             ("dropout", lambda x: 0 <= x < 1, "lie in [0, 1)"),
             ("gate_init", lambda x: 0 < x < 1, "lie between 0 and 1"),
-            (
-                "sink_init ssmax_init sigmoid_bias",
-                lambda x: abs(x) <= 1e30,
-                "lie in [-1e30, 1e30]",
-            ),  # as in `_prepared`
+            ("sink_init ssmax_init sigmoid_bias", lambda x: abs(x) <= 1e30, "lie in [-1e30, 1e30]"),
             ("softmax_n clipped_alpha", lambda x: 0 <= x < math.inf, "be at least 0 and finite"),
             ("rope_theta rope_fraction rope_scaling norm_eps", lambda x: 0 < x < math.inf, "be positive and finite"),
         ):
@@ -338,14 +339,9 @@ class GPTConfig:
     def resolved(self) -> dict[str, Any]:
         """The fields by name, each null replaced by what it stands for: equal for two configs of the same model."""
         inner = -(-8 * self.n_embd // 192) * 64 if self.mlp == "swiglu" else 4 * self.n_embd
+        meant: dict[str, Any] = {"n_kv_head": self.n_head, "head_dim": self.head_size, "qkv_bias": self.bias}
         log_T = math.log(max(self.block_size, 2))
-        meant: dict[str, Any] = {
-            "n_kv_head": self.n_head,
-            "head_dim": self.head_size,
-            "n_inner": inner,
-            "qkv_bias": self.bias,
-        }
-        meant |= {"ssmax_init": 1 / log_T, "sigmoid_bias": -log_T}
+        meant |= {"n_inner": inner, "ssmax_init": 1 / log_T, "sigmoid_bias": -log_T}
         return {f.name: meant.get(f.name) if (v := getattr(self, f.name)) is None else v for f in fields(self)}
 
 
@@ -507,9 +503,9 @@ class GPT(nn.Module):
 
     def forward(self, idx: Tensor, targets: Tensor | None = None, with_logits: bool = True) -> tuple[Any, Any]:
         """idx and targets (B, T) int64 → logits (B, T, V) and the mean loss in nats a target, −1 ignored, or None
-        without targets. Not `with_logits`: None and the loss, and the logits are never in memory all at once."""
+        without targets. Not `with_logits`, a head that is a plain layer never has them in memory all at once: None."""
         x = self.features(idx)
-        if targets is not None and not with_logits:
+        if targets is not None and not with_logits and type(self.lm_head) is nn.Linear:
             return None, linear_cross_entropy(x, self.lm_head.weight, targets)
         logits = self.lm_head(x)
         return logits, None if targets is None else cross_entropy(logits, targets)

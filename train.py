@@ -32,6 +32,7 @@ from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, in
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
+from measure.feedback import feedback_matrices, feedback_metrics
 from measure.outliers import activation_metrics
 from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -52,7 +53,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     c = config.training
     keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
-    use_compile = choose_compile(c.compile, device)
+    use_compile = choose_compile(c.compile, device, c.feedback)
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
     if corpus.note:
@@ -138,7 +139,10 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     del checkpoint  # its tensors are the model's and the optimizer's now
-    wrapped = model if ranks.size == 1 else DistributedDataParallel(model, [device] if device.type == "cuda" else None)
+    wrapped = model
+    if ranks.size > 1:  # the only buffers, those of a feedback, are the same everywhere, and never change
+        cards = [device] if device.type == "cuda" else None
+        wrapped = DistributedDataParallel(model, cards, broadcast_buffers=False)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
     if note := schedule_note(config):
@@ -160,6 +164,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         checkpoint = {
             "format": FORMAT,
             "model": raw_model.state_dict(),
+            "feedback": feedback_matrices(raw_model),
             "model_args": dataclasses.asdict(raw_model.config),
             "step": step,
             "best_val_loss": best_val_loss,
@@ -190,7 +195,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                     progress.say(f"the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
             metrics |= validation_metrics(loss, windows["val"], "val_full")
         outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
-        return metrics | outliers, best
+        return metrics | outliers | feedback_metrics(raw_model), best
 
     if not resumed:
         measured, best = measure(0)

@@ -28,10 +28,11 @@ from harness.timing import Laps, in_turn, median_ratio
 from kernels.backends import materialized_attention
 from model import NORMALIZERS, Backward, GPTConfig, attention
 
-FUSED = [name for name, entry in NORMALIZERS.items() if entry.is_softmax]  # these run on PyTorch's kernels, too
 VARIANTS: dict[str, tuple[str, Backward]] = {
     f"{normalizer}/{backward}": (normalizer, backward) for normalizer in NORMALIZERS for backward in get_args(Backward)
 }
+FIRST = ("softmax/*", "softmax1/*", "sink/*", "*/full")
+"""Patterns of the variants to look at first."""
 STOCK = "scaled_dot_product_attention"
 
 

@@ -1,7 +1,8 @@
 """Checkpoints: written whole or not at all, read with their checksums, and without running what is in them.
 
 One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's keys `model` (state dict) and `model_args`
-(the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config` and what a resume checks.
+(the GPTConfig's fields), and beside them `step`, `optimizer`, `best_val_loss`, `config`, what a resume checks, and
+`feedback`, the fixed matrices by which errors travelled back (weight's name → B), none under backpropagation.
 """
 
 import pickle
@@ -194,6 +195,15 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     except (TypeError, ValueError, RuntimeError, AttributeError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
     return model
+
+
+def feedback_of(checkpoint: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+    """The `training.feedback` of a checkpoint, or of what `load_model` gives beside the model, and its matrices by the
+    names of the weights: as `apply_feedback` and `trained_by` take them."""
+    config = checkpoint.get("config")
+    training = config.get("training") if isinstance(config, dict) else None
+    how = training.get("feedback", "backprop") if isinstance(training, dict) else "backprop"
+    return how, checkpoint.get("feedback", {})
 
 
 def without_weights(config: GPTConfig) -> GPT:

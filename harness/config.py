@@ -19,6 +19,7 @@ from jsonargparse.typing import (
 )
 
 from harness.errors import UserError
+from measure.feedback import Feedback
 from model import GPTConfig
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
@@ -113,6 +114,8 @@ class TrainingConfig:
     """sequences a step, over all devices"""
     micro_batch_size: PositiveInt | None = None
     """sequences one device holds at a time at most, the rest accumulates; null: its whole share of batch_size"""
+    feedback: Feedback = "backprop"
+    """how errors go back through linear layers: by weights, random matrices, signs, or (dfa) from the logits at once"""
     device: str = "auto"
     """auto (CUDA, else MPS, else CPU), cpu, mps, cuda or cuda:N"""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

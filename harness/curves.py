@@ -22,7 +22,8 @@ from harness.figures import RUN_STYLES, integer_ticks, new_figure
 
 MAX_PANELS = 48
 GIVE = "give a run that has logged something: out/NAME or its metrics.jsonl"
-GROUPS = ("weight_kurtosis", "normalizer")  # a series for each parameter, drawn by their median and maximum
+# Groups with a series for each parameter, drawn by their median and maximum.
+GROUPS = ("weight_kurtosis", "normalizer", "feedback/angle")
 
 # One run: series name → (steps, values), both float64; values that are not finite are NaN, a gap in the curve.
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -78,6 +79,7 @@ PANELS = (
     of_both_splits("Sink rate", "share of sequences", "sink_rate/{}", "zero"),
     of_both_splits("Row mass", "attention given to keys", "row_mass/{}", "zero"),
     Panel("Normalizer's parameters", "mean over heads", "median normalizer", "max normalizer", MEDIAN_MAX),
+    Panel("Weights and their feedback", "angle, degrees", "median feedback/angle", "max feedback/angle", MEDIAN_MAX),
 )
 
 

@@ -66,10 +66,13 @@ def _cpu_multiplies_bfloat16() -> bool:
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def choose_compile(setting: bool | str, device: torch.device) -> bool:
-    """Whether to compile. auto: on CUDA, where a C compiler is at hand for what Triton builds."""
+def choose_compile(setting: bool | str, device: torch.device, feedback: str = "backprop") -> bool:
+    """Whether to compile. auto: on CUDA, where a C compiler is at hand for what Triton builds, and never under feedback
+    dfa, whose error goes from layer to layer outside of the graph: UserError if it is to be compiled."""
     if setting == "auto":
-        return device.type == "cuda" and shutil.which("cc") is not None
+        return device.type == "cuda" and shutil.which("cc") is not None and feedback != "dfa"
+    if setting and feedback == "dfa":
+        raise UserError("training.compile: feedback dfa cannot be compiled: leave it at auto, or give false")
     return bool(setting)
 
 

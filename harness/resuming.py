@@ -11,13 +11,22 @@ from typing import Any
 
 import torch
 
-from harness.checkpoint import assign_weights, build_model, check_finite, load_model, read_checkpoint, without_weights
+from harness.checkpoint import (
+    assign_weights,
+    build_model,
+    check_finite,
+    feedback_of,
+    load_model,
+    read_checkpoint,
+    without_weights,
+)
 from harness.config import Config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.kl_training import Reference
 from harness.runfolder import run_files
 from harness.tokenizer import different_tokenizers
+from measure.feedback import apply_feedback
 from model import GPT, NORMALIZERS, GPTConfig
 
 # Keys that say how far and where a run goes, how often it looks and where it writes: not which run it is.
@@ -67,10 +76,14 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     """
     init_from = config.training.init_from
     scratch = config.model.gpt_config(corpus.vocab_size)
+    feedback, before = config.training.feedback, feedback_of(checkpoint or {})[0]
+    if (how := before if feedback == "backprop" else feedback) != "backprop" and scratch.tie_embeddings:
+        say(f"tie_embeddings true → false: with feedback {how} the head has weights of its own")
+        scratch = dataclasses.replace(scratch, tie_embeddings=False)
     if not checkpoint and init_from == "scratch":
         if config.evaluation.only:
             raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
-        return GPT(scratch)
+        return with_feedback(GPT(scratch), config, {}, say)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
     model, info = (build_model(checkpoint, source), checkpoint) if checkpoint else load_model(source)
@@ -79,6 +92,12 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
         key = "data.corpus" if checkpoint else "training.init_from"
         raise config.error(key, f"{problem}: prepare the corpus with the checkpoint's tokenizer")
     check_finite(model, source)
+    if feedback != "backprop" and model.config.tie_embeddings:
+        if checkpoint:
+            problem = f"{feedback} takes a head of its own, and that of {source} is the embedding"
+            raise config.error("training.feedback", f"{problem}: start a run of another name with it as init_from")
+        say(f"the head begins as a copy of the embedding, which it is in {source}")
+        untie_head(model)
     found, wanted = model.config.resolved(), scratch.resolved()
     if init_from != "scratch":
         wanted = {
@@ -107,7 +126,27 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
         weights |= {name: starts[name.rpartition(".")[2]](chosen) for name in rebuilt.normalizer_parameters()}
         if forgotten:
             say(f"what {source} has learned for its normalizer, {model.config.normalizer}, is left out")
-    return assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
+    model = assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
+    return with_feedback(model, config, checkpoint or {}, say)
+
+
+def with_feedback(model: GPT, config: Config, checkpoint: dict, say) -> GPT:
+    """The model with the config's feedback: with the matrices of the checkpoint being resumed, or, where that was
+    trained by another feedback, or nothing is resumed, with matrices drawn from run.seed."""
+    how, before = config.training.feedback, feedback_of(checkpoint)
+    if checkpoint and how != before[0]:
+        say(f"feedback {before[0]} → {how}" + (": its matrices are drawn anew" if how in ("fa", "dfa") else ""))
+    matrices = before[1] if how == before[0] else None
+    try:
+        return apply_feedback(model, how, config.run.seed, matrices)
+    except ValueError as e:
+        raise UserError(f"{config.folder}/ckpt.pt is not whole: {e}") from e
+
+
+def untie_head(model: GPT) -> None:
+    """Give the head weights of its own, a copy of the token embedding, with which it was one."""
+    model.config = dataclasses.replace(model.config, tie_embeddings=False)
+    model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
 
 
 def crop_block_size(model: GPT, block_size: int) -> None:

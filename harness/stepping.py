@@ -19,6 +19,7 @@ from harness.optimizers import make_optimizer
 from harness.timing import Laps
 from kernels.backends import use_backend
 from kernels.loss import IGNORED
+from measure.feedback import apply_feedback
 from model import GPT
 
 PHASES = ("data", "forward", "kl", "backward", "optimizer")
@@ -39,15 +40,18 @@ class Stepper:
         self.dtype = choose_dtype(c.dtype, self.device) if on_gpu or not nanogpt else torch.float32
         self.corpus = Corpus(config.data.corpus, (), config.model.vocab_size)
         shape = config.model.gpt_config(self.corpus.vocab_size)
+        feedback = "backprop" if nanogpt else c.feedback
+        if feedback != "backprop":
+            shape = replace(shape, tie_embeddings=False)
         if nanogpt:
             shape, how = replace(shape, normalizer="softmax", backward="full"), replace(how, name="adamw")
             torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
         else:
             keep_freed_memory()
         torch.manual_seed(config.run.seed)
-        self.raw_model = GPT(shape).to(self.device)
+        self.raw_model = apply_feedback(GPT(shape), feedback, config.run.seed).to(self.device)
         model = NanoGPT(self.raw_model) if nanogpt else self.raw_model
-        use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device)
+        use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device, c.feedback)
         self.eager, self.model = model, torch.compile(model) if use_compile else model
         self.backend = functools.partial(use_backend, "stock") if nanogpt else contextlib.nullcontext
         self.reference = None

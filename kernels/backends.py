@@ -77,11 +77,13 @@ def has_tiles(q: Tensor, dropout_p: float) -> bool:
     """Whether kernels/triton_tiles.py computes attention on such q. If so, its operators are registered in
     torch.ops.offbyone."""
     half = q.dtype == torch.float16 or (q.dtype == torch.bfloat16 and _is_ampere(q.device))
-    if not (half or q.dtype == torch.float32) or q.size(-1) > 128 or dropout_p or not triton_allowed():
-        return False
-    from kernels import triton_tiles  # noqa: F401
+    return (half or q.dtype == torch.float32) and q.size(-1) <= 128 and not dropout_p and register_tiles()
 
-    return True
+
+def register_tiles() -> bool:
+    if triton_allowed():
+        from kernels import triton_tiles  # noqa: F401
+    return triton_allowed()
 
 
 def one_pass(backend: str, D: int, dropout_p: float) -> bool:
@@ -150,6 +152,8 @@ def use_backend(name: str):
         raise ValueError(f"unknown attention backend {name!r}: choose from {', '.join(BACKENDS)}")
     if name == "cpu_native" and not native():
         raise ValueError("the CPU's own kernel is not there: it needs Linux and a C++ compiler, see kernels/cpu.py")
+    if name == "cuda_triton" and not register_tiles():
+        raise ValueError("backend 'cuda_triton' needs the package triton, and OFFBYONE_TRITON not to be 0")
     former, _backend_in_use = _backend_in_use, name
     try:
         yield

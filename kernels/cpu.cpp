@@ -4,6 +4,10 @@
 // one small routine, `multiply`, that keeps 6 rows × a few vectors of the result in registers; on the diagonal it
 // leaves out what the causal mask would throw away. Sums are float32 throughout, whatever the inputs.
 //
+// The weights are softmax's or another Kind's: a function of the score and at most one statistic of the row. Only
+// `weigh` and the functions before `forward` tell the kinds apart, but for clipped softmax: it has to know a row's sum
+// before it clips. Its forward keeps the exponentials of 64 queries, O(T) memory, and sums the values in a second pass.
+//
 // Plain C++ with the vector types of GCC and Clang. Without PyTorch's headers it compiles in seconds, and without
 // intrinsics it uses whatever vectors the processor has.
 
@@ -305,7 +309,7 @@ struct Row {
 // From x = S and g = dL/dP to P and, except for VALUES, dS = dL/dS.
 template <Kind kind, Backward backward>
 inline void weigh(vec x, vec g, Row row, vec& P, vec& dS) {
-  vec slope, rest;  // ∂P/∂x with the row's sum held constant, and the factor that it has for `diagonal` besides
+  vec slope, rest;  // ∂P/∂x with the row's sum held constant; the share of it that is left where the sum changes too
   dS = g;           // STE
   if constexpr (kind == SOFTMAX || kind == CLIPPED) {
     x -= row.lse;
@@ -408,8 +412,8 @@ bool own_weights(Tile s, int keys, int queries, bool diagonal, Queries of) {
   return false;
 }
 
-// What online_weights left in a tile when the tops were `top` becomes clipped softmax's weights, now that `of` has those
-// of whole rows; and `kept` becomes the weights of softmax, or 0 where they are clipped. False if all are.
+// What online_weights left in a tile when the tops were `top` becomes clipped softmax's weights, now that `of` has
+// those of whole rows; and `kept` becomes the weights of softmax, or 0 where they are clipped. False if all are.
 bool clip(Tile s, Tile kept, int keys, int queries, const float* top, Queries of) {
   ints found{};
   for (int i = 0; i < queries; i += LANES) {
@@ -663,9 +667,9 @@ void linear(bool anticausal, Tensor a_, Tensor b_, Tensor c_, Tensor out, int B,
 extern "C" {
 
 // q, out and their like are (B, H, T, D), k and v (B, H_kv, T, D): head h of q reads head h / (H / H_kv) of k and v.
-// Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work. `kind`,
-// a and b are the fields of Constants; a null logit is for softmax alone. `kept` is written by clipped alone: Σ p v over
-// the keys that are not clipped, with the weights p of softmax.
+// Each head is divided into `parts`, by queries here and by keys in the backward, so that all threads have work.
+// `kind`, a and b are the fields of Constants; a null logit is for softmax alone. `kept` is written by clipped alone:
+// Σ p v over the keys that are not clipped, with the weights p of softmax.
 void attention_forward(bool is_bfloat16, int kind, float a, float b, Tensor q, Tensor k, Tensor v,
                        const float* null_logit, Tensor out, Tensor kept, float* lse, int parts, int B, int H, int H_kv,
                        int T, int D, float scale, int threads) {
@@ -673,15 +677,15 @@ void attention_forward(bool is_bfloat16, int kind, float a, float b, Tensor q, T
   run[is_bfloat16]({Kind(kind), a, b}, q, k, v, null_logit, out, kept, lse, parts, B, H, H_kv, T, D, scale, threads);
 }
 
-// delta (B, H, T) becomes g_i·out_i = Σ_j P_ij dP_ij; for clipped `out` is what the forward calls kept. dq (parts, B, H,
-// T, D) is float32, with `dq_part` elements from one part to the next; the gradient is the sum of the parts. For VALUES
-// dq and dk are not written.
+// delta (B, H, T) becomes g_i·out_i = Σ_j P_ij dP_ij; for clipped `out` is what the forward calls kept. dq (parts, B,
+// H, T, D) is float32, with `dq_part` elements from one part to the next; the gradient is the sum of the parts. For
+// VALUES dq and dk are not written.
 void attention_backward(bool is_bfloat16, int kind, float a, float b, int backward, Tensor g, Tensor q, Tensor k,
                         Tensor v, Tensor out, const float* lse, float* delta, Tensor dq, int64_t dq_part, Tensor dk,
                         Tensor dv, int parts, int B, int H, int H_kv, int T, int D, float scale, int threads) {
   constexpr decltype(&backward_heads<float>) run[] = {backward_heads<float>, backward_heads<bfloat16>};
-  run[is_bfloat16]({Kind(kind), a, b}, Backward(backward), g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B, H,
-                   H_kv, T, D, scale, threads);
+  run[is_bfloat16]({Kind(kind), a, b}, Backward(backward), g, q, k, v, out, lse, delta, dq, dq_part, dk, dv, parts, B,
+                   H, H_kv, T, D, scale, threads);
 }
 
 // a and out (B, H, T, D), b and c (B, H_terms, T, D), where one of H and H_terms divides the other.

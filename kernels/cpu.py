@@ -1,9 +1,10 @@
 """Attention on a CPU by a kernel of our own, kernels/cpu.cpp, which the system's C++ compiler builds at first use.
 
 PyTorch's fused kernels need two backward passes for `diagonal` and have no STE at all (see FusedAttention in fused.py).
-This kernel computes every variant in one pass, the null logit included, and bfloat16 at the speed of float32 where the
-processor only emulates bfloat16. It is compiled for the processor it runs on, in some three seconds, into
-`__pycache__`. Without a compiler, and so far on anything but Linux, attention runs on PyTorch's kernels instead.
+This kernel computes every variant in one pass, the null logit included, what may stand in softmax's place (`TILES`),
+and bfloat16 at the speed of float32 where the processor only emulates bfloat16. It is compiled for the processor it
+runs on, in some three seconds, into `__pycache__`. Without a compiler, and so far on anything but Linux, attention runs
+on PyTorch's kernels instead, and what these do not know in the readable form.
 
 The operators, in torch.ops.offbyone, take float32 or bfloat16 of (B, H, T, D) and sum in float32. Keys and values may
 have fewer heads, (B, H_kv, T, D), each for a group of H / H_kv heads of queries: they are read where they lie, and dK

@@ -16,6 +16,9 @@ Keys and values may have fewer heads than queries, each for a group of them: the
 queries of the whole group, the second reads the group's keys where they lie.
 
 A null logit (softmax1, a sink) needs no code here: it is part of `lse`, which the caller gives.
+
+The two kernels take weights of other tiles than softmax's too, and the backward passes full and detached: `_weights`
+has their formulas, and triton_tiles.py their operators.
 """
 
 import torch
@@ -44,10 +47,14 @@ def _store_rows(tensor, strides, batch, head, rows, T, D: tl.constexpr, BLOCK_D:
 
 
 @triton.jit
-def _load_lse(lse, strides, batch, head, queries, T):
-    """+∞ beyond T: such a query has P = 0 everywhere."""
-    place = lse + batch * strides[0] + head * strides[1] + queries * strides[2]
-    return tl.load(place, mask=queries < T, other=float("inf"))
+def _load_lse(lse, strides, batch, head, queries, T, beyond: tl.constexpr):
+    """A number for each query, and `beyond` after T: with +∞ such a query has P = 0 everywhere. Zeros for None."""
+    if lse is None:
+        numbers = tl.full(queries.shape, 0.0, tl.float32)
+    else:
+        place = lse + batch * strides[0] + head * strides[1] + queries * strides[2]
+        numbers = tl.load(place, mask=queries < T, other=beyond)
+    return numbers
 
 
 @triton.jit
@@ -78,14 +85,81 @@ def _visible(x, queries, keys, MASKED: tl.constexpr):
 
 
 @triton.jit
-def _keys_kernel(
-    q, k, v, g, lse, dk, dv,
-    q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
-    scale, T, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+def _weights(
+    products, lse, queries, keys, scale, a, b, TILE: tl.constexpr, MASKED: tl.constexpr, FLOAT32: tl.constexpr
 ):  # fmt: skip
-    """dV of a block of keys and, if SLOPE is "diagonal" or "ste", dK: sums over the queries that see them, in each of
-    the GROUP heads that read this head of keys. Matrices are (keys, queries)."""
+    """(P, slope, pull, x) from QKᵀ or KQᵀ: the weights, and what `_score_gradient` makes dS of. `lse` is the row's
+    statistic, where the tile has one; keys after the query get 0. The formulas are those of normalizers.py.
+
+    A comparison that is false for a NaN keeps it.
+    """
+    # One return at the end: the compiler would take what follows another one for a part of the same function.
+    if TILE == "softmax":
+        x = _log_weights(products, lse, queries, keys, scale, MASKED)
+        p = tl.exp(x)
+        slope, pull = p, p
+    elif TILE == "clipped":  # a: alpha, b: the context, 0 for the number of keys that the row sees
+        x = _log_weights(products, lse, queries, keys, scale, MASKED)
+        pull = tl.exp(x)
+        gamma = -a / tl.where(b > 0, b, (queries + 1).to(tl.float32))
+        y = pull + gamma * _one_minus_exp(x, pull, FLOAT32)
+        p, slope = tl.where(y <= 0, 0.0, y), tl.where(y <= 0, 0.0, (1 - gamma) * pull)
+    elif TILE == "softpick":  # lse is log(Σ |eˣ − 1| + ε)
+        x = _visible(products * scale, queries, keys, MASKED)
+        e, nearer = tl.exp(x - lse), -tl.abs(x)
+        slope = tl.where(x <= 0, 0.0, e)
+        p = slope * _one_minus_exp(nearer, tl.exp(nearer), FLOAT32)
+        pull = tl.where(x < 0, -e, slope)
+    elif TILE == "sigmoid":  # a: the bias
+        x = products * scale + a
+        x = tl.where(queries >= keys, x, float("-inf")) if MASKED else x
+        e = tl.exp(-tl.abs(x))
+        p, slope = tl.where(x >= 0, 1.0, e) / (1 + e), e / ((1 + e) * (1 + e))
+        pull = slope
+    else:
+        tl.static_assert(TILE == "relu")
+        x = _visible(products * scale, queries, keys, MASKED)
+        share = 1 / (queries + 1).to(tl.float32)
+        p, slope = tl.where(x <= 0, 0.0, share * x), tl.where(x <= 0, 0.0, share)
+        pull = slope
+    return p, slope, pull, x
+
+
+@triton.jit
+def _score_gradient(dp, p, slope, pull, x, delta, TILE: tl.constexpr, SLOPE: tl.constexpr, FLOAT32: tl.constexpr):
+    """dS: `slope∘dP` with the row's statistic held constant (detached); the same less what a score takes from its own
+    weight by moving that (diagonal); or less what it takes from the whole row, of which delta is the sum (full)."""
+    ds = slope * dp
+    if SLOPE == "diagonal":
+        ds = slope * (1 - p if TILE == "softpick" else _one_minus_exp(x, pull, FLOAT32)) * dp
+    elif SLOPE == "full":
+        ds = slope * dp - pull * delta
+    else:
+        tl.static_assert(SLOPE == "detached")
+    return ds
+
+
+@triton.jit
+def _add_product(sums, ds, other, WIDE: tl.constexpr):
+    """`sums + dS other`, dS rounded to other's dtype; WIDE where dS may exceed float16: divided by its largest first,
+    if that is above 1."""
+    if WIDE:
+        largest = tl.maximum(tl.max(tl.max(tl.abs(ds), 1), 0), 1.0)
+        sums += largest * tl.dot((ds / largest).to(other.dtype), other)
+    else:
+        sums = tl.dot(ds.to(other.dtype), other, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _keys_kernel(
+    q, k, v, g, lse, delta, dk, dv,
+    q_strides, k_strides, v_strides, g_strides, lse_strides, delta_strides, out_strides,
+    scale, a, b, T, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+):  # fmt: skip
+    """dV of a block of keys and, unless SLOPE is None, dK: sums over the queries that see them, in each of the GROUP
+    heads that read this head of keys. Matrices are (keys, queries)."""
     first, key_head, batch = tl.program_id(0) * KEYS, tl.program_id(1), tl.program_id(2).to(tl.int64)
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     keys = first + tl.arange(0, KEYS)
@@ -105,18 +179,20 @@ def _keys_kernel(
                 queries = query + tl.arange(0, QUERIES)
                 q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
                 g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
-                lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+                lse_block = _load_lse(lse, lse_strides, batch, head, queries, T, float("inf"))
                 products = tl.dot(k_block, tl.trans(q_block), input_precision="ieee")
-                x = _log_weights(products, lse_block[None, :], queries[None, :], keys[:, None], scale, not below)
-                p = tl.exp(x)
+                p, slope, pull, x = _weights(
+                    products, lse_block[None, :], queries[None, :], keys[:, None], scale, a, b, TILE, not below, FLOAT32
+                )
                 dv_block = tl.dot(p.to(g_block.dtype), g_block, dv_block, input_precision="ieee")
                 if SLOPE is not None:
                     dp = tl.dot(v_block, tl.trans(g_block), input_precision="ieee")
-                    if SLOPE == "diagonal":
-                        ds = p * _one_minus_exp(x, p, FLOAT32) * dp
-                    else:
+                    if SLOPE == "ste":
                         ds = _visible(dp, queries[None, :], keys[:, None], not below)
-                    dk_block = tl.dot(ds.to(q_block.dtype), q_block, dk_block, input_precision="ieee")
+                    else:
+                        delta_block = _load_lse(delta, delta_strides, batch, head, queries, T, 0.0)
+                        ds = _score_gradient(dp, p, slope, pull, x, delta_block[None, :], TILE, SLOPE, FLOAT32)
+                    dk_block = _add_product(dk_block, ds, q_block, WIDE)
 
     _store_rows(dv, out_strides, batch, key_head, keys, T, D, BLOCK_D, dv_block)
     if SLOPE is not None:
@@ -125,10 +201,10 @@ def _keys_kernel(
 
 @triton.jit
 def _queries_kernel(
-    q, k, v, g, lse, dq,
-    q_strides, k_strides, v_strides, g_strides, lse_strides, out_strides,
-    scale, T, GROUP: tl.constexpr,
-    SLOPE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
+    q, k, v, g, lse, delta, dq,
+    q_strides, k_strides, v_strides, g_strides, lse_strides, delta_strides, out_strides,
+    scale, a, b, T, GROUP: tl.constexpr, TILE: tl.constexpr, SLOPE: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, QUERIES: tl.constexpr,
 ):  # fmt: skip
     """dQ of a block of queries: a sum over the keys that they see. Matrices are (queries, keys)."""
     # The last queries see the most keys: they start first, so that no long block is left over at the end.
@@ -138,9 +214,10 @@ def _queries_kernel(
     FLOAT32: tl.constexpr = q.dtype.element_ty == tl.float32
     queries = first + tl.arange(0, QUERIES)
     g_block = _load_rows(g, g_strides, batch, head, queries, T, D, BLOCK_D)
-    if SLOPE == "diagonal":  # ste needs no scores here
+    if SLOPE != "ste":  # which needs no scores here
         q_block = _load_rows(q, q_strides, batch, head, queries, T, D, BLOCK_D)
-        lse_block = _load_lse(lse, lse_strides, batch, head, queries, T)
+        lse_block = _load_lse(lse, lse_strides, batch, head, queries, T, float("inf"))
+        delta_block = _load_lse(delta, delta_strides, batch, head, queries, T, 0.0)
     dq_block = tl.full((QUERIES, BLOCK_D), 0.0, tl.float32)
 
     for diagonal in tl.static_range(2):  # first the keys that all of these queries see, then those along the diagonal
@@ -151,14 +228,15 @@ def _queries_kernel(
             k_block = _load_rows(k, k_strides, batch, key_head, keys, T, D, BLOCK_D)
             v_block = _load_rows(v, v_strides, batch, key_head, keys, T, D, BLOCK_D)
             dp = tl.dot(g_block, tl.trans(v_block), input_precision="ieee")
-            if SLOPE == "diagonal":
-                products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
-                x = _log_weights(products, lse_block[:, None], queries[:, None], keys[None, :], scale, diagonal)
-                p = tl.exp(x)
-                ds = p * _one_minus_exp(x, p, FLOAT32) * dp
-            else:
+            if SLOPE == "ste":
                 ds = _visible(dp, queries[:, None], keys[None, :], diagonal)
-            dq_block = tl.dot(ds.to(k_block.dtype), k_block, dq_block, input_precision="ieee")
+            else:
+                products = tl.dot(q_block, tl.trans(k_block), input_precision="ieee")
+                p, slope, pull, x = _weights(
+                    products, lse_block[:, None], queries[:, None], keys[None, :], scale, a, b, TILE, diagonal, FLOAT32
+                )
+                ds = _score_gradient(dp, p, slope, pull, x, delta_block[:, None], TILE, SLOPE, FLOAT32)
+            dq_block = _add_product(dq_block, ds, k_block, WIDE)
 
     _store_rows(dq, out_strides, batch, head, queries, T, D, BLOCK_D, scale * dq_block)
 
@@ -191,20 +269,7 @@ def score_backward(
     where there is one; it may be padded beyond T. The gradients have the inputs' dtype and lie in memory as
     (B, T, H, D), the order of a projection's output.
     """
-    dq, dk, dv = _empty_gradients(q, k, v)
-    arguments = _arguments(q, k, v, grad, lse, scale) | {"SLOPE": slope}
-    with torch.cuda.device_of(q):
-        wide, narrow, options = _block_sizes(q, "keys")
-        _keys_kernel[_grid(k, wide)](
-            q, k, v, grad, lse, dk, dv,
-            **arguments, out_strides=dk.stride(), KEYS=wide, QUERIES=narrow, **options,
-        )  # fmt: skip
-        wide, narrow, options = _block_sizes(q, "queries")
-        _queries_kernel[_grid(q, wide)](
-            q, k, v, grad, lse, dq,
-            **arguments, out_strides=dq.stride(), KEYS=narrow, QUERIES=wide, **options,
-        )  # fmt: skip
-    return dq, dk, dv
+    return _backward(_arguments(q, k, v, grad, lse, scale) | {"SLOPE": slope})
 
 
 @torch.library.custom_op("offbyone::value_gradient", mutates_args=())
@@ -214,8 +279,7 @@ def value_gradient(grad: Tensor, q: Tensor, k: Tensor, lse: Tensor, scale: float
     wide, narrow, options = _block_sizes(q, "values")
     with torch.cuda.device_of(q):
         _keys_kernel[_grid(k, wide)](
-            q, k, None, grad, lse, None, dv,
-            **_arguments(q, k, None, grad, lse, scale), out_strides=dv.stride(),
+            **_arguments(q, k, None, grad, lse, scale), dk=None, dv=dv, out_strides=dv.stride(),
             SLOPE=None, KEYS=wide, QUERIES=narrow, **options,
         )  # fmt: skip
     return dv
@@ -255,15 +319,33 @@ def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in inputs)
 
 
+def _backward(arguments: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """(dQ, dK, dV) by both kernels; `arguments` are those that they share."""
+    q, k, v = (arguments[name] for name in "qkv")
+    dq, dk, dv = _empty_gradients(q, k, v)
+    with torch.cuda.device_of(q):
+        wide, narrow, options = _block_sizes(q, "keys")
+        _keys_kernel[_grid(k, wide)](
+            **arguments, dk=dk, dv=dv, out_strides=dk.stride(), KEYS=wide, QUERIES=narrow, **options
+        )
+        wide, narrow, options = _block_sizes(q, "queries")
+        _queries_kernel[_grid(q, wide)](
+            **arguments, dq=dq, out_strides=dq.stride(), KEYS=narrow, QUERIES=wide, **options
+        )
+    return dq, dk, dv
+
+
 def _arguments(q, k, v, grad, lse, scale: float) -> dict:
+    """What both kernels take for softmax; other tiles replace some of it."""
     T, D = q.shape[-2:]
-    return {
-        "q_strides": q.stride(),
-        "k_strides": k.stride(),
-        "v_strides": None if v is None else v.stride(),
-        "g_strides": grad.stride(),
-        "lse_strides": lse.stride(),
+    tensors = {"q": q, "k": k, "v": v, "g": grad, "lse": lse, "delta": None}
+    return tensors | {
+        **{f"{name}_strides": None if x is None else x.stride() for name, x in tensors.items()},
         "scale": scale,
+        "a": None,
+        "b": None,
+        "TILE": "softmax",
+        "WIDE": False,
         "T": T,
         "GROUP": q.size(1) // k.size(1),
         "D": D,

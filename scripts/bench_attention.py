@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from harness.bench_attention import bench_length, draw, names, peak_of
+from harness.bench_attention import FIRST, bench_length, draw, names, peak_of
 from harness.device import choose_device, keep_freed_memory, processor_name
 from harness.diagnostics import write_json
 from harness.errors import UserError, run_cli
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument(
         "--variants",
         nargs="+",
-        default=["softmax/*", "softmax1/*", "sink/*", "*/full"],
-        help="patterns of normalizer/backward; default: softmax/* softmax1/* sink/* */full",
+        default=FIRST,
+        help=f"patterns of normalizer/backward; default: {' '.join(FIRST)}",
     )
     parser.add_argument(
         "--seconds", type=float, default=3.0, help="about so long for each variant and length; default: 3"

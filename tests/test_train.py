@@ -85,6 +85,29 @@ def test_documents_that_no_window_fills_are_trained_on_all_the_same():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", ["fa", "sign_symmetric", "dfa"])
+def test_a_killed_run_goes_on_with_its_feedback(how):
+    """Matrices and all, bit for bit; micro-steps add up, and what is logged of a feedback is there."""
+    changes = ("--training.feedback", how, "--training.micro_batch_size", "2")
+    whole = finished("whole", *changes)
+    killed("killed", *changes, at=15)
+    resumed = finished("killed", *changes)
+    assert_same_run(whole, resumed)
+    matrices = [run.checkpoint()["feedback"] for run in (whole, resumed)]
+    assert all(torch.equal(matrix, matrices[1][name]) for name, matrix in matrices[0].items())
+    assert len(matrices[0]) == {"fa": 9, "sign_symmetric": 0, "dfa": 8}[how]
+    assert [len(run.checkpoint("best.pt")["feedback"]) for run in (whole,)] == [len(matrices[0])]
+    logged = {name.rpartition("/")[0] for name in whole.metrics()[-1] if name.startswith("feedback/")}
+    assert logged == {"fa": {"feedback/angle", "feedback/norm_ratio"}, "sign_symmetric": {"feedback/angle"}}.get(
+        how, set()
+    )
+    at_once = finished("at_once", "--training.feedback", how)
+    losses = [[line["train/loss"] for line in run.metrics()[1:7]] for run in (whole, at_once)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # as below
+    finished("whole", *changes, "--evaluation.only", "true")
+
+
+@pytest.mark.slow
 def test_micro_steps_add_up_to_the_whole_batch():
     whole = finished("whole", "--training.max_steps", "6")
     parts = finished("parts", "--training.max_steps", "6", "--training.micro_batch_size", "2")
@@ -94,9 +117,13 @@ def test_micro_steps_add_up_to_the_whole_batch():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("normalizer", "backward"), [("softmax1", "full"), ("sink", "ste")])
-def test_two_ranks_train_as_one(normalizer, backward):
+@pytest.mark.parametrize(
+    ("normalizer", "backward", "feedback"),
+    [("softmax1", "full", "backprop"), ("sink", "ste", "fa"), ("softmax1", "full", "dfa")],
+)
+def test_two_ranks_train_as_one(normalizer, backward, feedback):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
+    changes += ["--training.feedback", feedback]
     one = finished("one", *changes)
     done = run_on_two_ranks("train.py", "config.yaml", "--run.name", "two", *changes)
     assert done.returncode == 0, done.stderr
@@ -407,6 +434,7 @@ def test_a_full_disk_keeps_the_former_checkpoint():
         (("--training.device", "cuda"), "device 'cuda' is not there"),
         (("--training.device", "gpu"), "no device 'gpu'"),
         (("--training.dtype", "float16"), "float16 needs a GPU"),
+        (("--training.feedback", "dfa", "--training.compile", "true"), "feedback dfa cannot be compiled"),
         (("--training.init_from", "scratch", "--evaluation.only", "true"), "no training.init_from to evaluate"),
         (("--training.resume", "must"), "there is no out/run/ckpt.pt to resume"),
         (("--training.init_from", "nowhere.pt"), "no checkpoint nowhere.pt"),

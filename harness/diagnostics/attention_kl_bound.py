@@ -14,11 +14,13 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+from harness.checkpoint import feedback_of
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, draw_heads, new_figure
 from harness.optimizers import saved_optimizer
 from measure.divergence import Ray
+from measure.feedback import trained_by
 from measure.perplexity import nonfinite
 from measure.rays import CONSTANT, ENDS, FIELDS, TIGHTNESS, ends, median_curve, medians, rays_of_heads
 from measure.slopes import (
@@ -155,12 +157,14 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
         name = run_config(subject.info, "name") or "adamw"
         notes = [f"τ = 1 is the next update of the run's optimizer, {name}, at the learning rate {lr:g}"]
         optimizer = saved_optimizer(model, subject.info, subject.path)
-        return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
+        with trained_by(model, *feedback_of(subject.info)):
+            return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
     whose = "as the checkpoint knows no learning rate" if own_lr is None else "the run's learning rate"
     notes = [f"τ = 1 is a step whose root mean square over the parameters is {lr:g}, {whose}"]
     if kind == "gradient":
         try:
-            return gradient_direction(model, batches(), lr), notes
+            with trained_by(model, *feedback_of(subject.info)):
+                return gradient_direction(model, batches(), lr), notes
         except ValueError as e:
             raise UserError(f"{subject.path}: {e}") from e
     return random_direction(model, lr, args.seed), notes

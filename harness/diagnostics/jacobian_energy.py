@@ -5,18 +5,26 @@ The loss L is each batch's own mean, so that a sequence's gradient is in proport
 energies, which are sums of squares over all sequences, to 1 / --batch-size squared. Ratios and cosines do not depend on
 it. Sequences run one at a time. The backward pass is the full one, whatever the checkpoint was trained with; then the
 same weights and batches run again with the diagonal one and with straight-through (ste).
+
+Of a checkpoint that was trained by another training.feedback than backprop, the gradients of all of this are those that
+its feedback gives. The table backprop_rows has what backpropagation gives in their place, and feedback compares both.
 """
 
 import math
 
+import torch
 from matplotlib.figure import Figure
+from torch import Tensor
 
+from harness.checkpoint import feedback_of
 from harness.device import add_dtype
 from harness.diagnostics import Diagnostic, Result, Subject
+from harness.errors import UserError
 from harness.figures import draw_heads, new_figure
 from measure.activations import no_distribution
+from measure.feedback import Comparison, compare_with_backprop, trained_by
 from measure.gradients import compare, findings, finite, not_computed, run_backwards
-from measure.jacobian import pool
+from measure.jacobian import cosine_and_norm_ratio, pool
 from measure.perplexity import nonfinite_weights
 
 SPLIT = {
@@ -45,7 +53,14 @@ GRADIENTS = {
     "cos_ste": "the same cosine, straight through",
     "norm_ratio_ste": "the same ratio, straight through",
 }
-
+FEEDBACK = {
+    "parameter": "of the model, by name",
+    "cosine": "of its gradient under the feedback with backpropagation's",
+    "norm_ratio": "norm of its gradient under the feedback over backpropagation's",
+    "h_norm": "‖h‖ of a token, h the output of the layer that the parameter is of: root mean square over tokens",
+    "g_norm": "‖g‖ likewise, g the gradient that arrives at h under the feedback",
+    "backprop_g_norm": "‖g‖ under backpropagation; where a final norm has made it tiny, the cosine is noise",
+}
 
 PANELS = {
     "r_diag": "r_diag: diagonal over full energy",
@@ -57,7 +72,18 @@ PANELS = {
 
 def measure(subject: Subject) -> Result:
     model = subject.model
-    loss, sequences, splits, parameters, products = run_backwards(model, lambda what: subject.batches(what=what))
+    (how, matrices), beside = feedback_of(subject.info), None
+
+    def batches(what: str):
+        return subject.batches(what=what)
+
+    try:
+        with trained_by(model, how, matrices):
+            loss, sequences, splits, parameters, products = run_backwards(model, batches)
+        if how != "backprop":
+            beside = compare_with_backprop(model, how, matrices, batches)
+    except ValueError as e:
+        raise UserError(f"{subject.path}: {e}") from e
     layers = [pool(split) for split in splits]
     queries_keys = [name for name in products["ste"] if name not in parameters]
     summary = {
@@ -66,11 +92,6 @@ def measure(subject: Subject) -> Result:
         **{f"gradient_{name}": value for name, value in compare(products, parameters).items()},
         **{f"query_key_gradient_{name}": value for name, value in compare(products, queries_keys).items()},
     }
-    rows = [
-        {"layer": layer, "head": head, **finite({name: column[head] for name, column in columns.items()})}
-        for layer, columns in enumerate(layers)
-        for head in range(model.config.n_head)
-    ]
     gradients = [{"parameter": name, **compare(products, [name])} for name in parameters]
     pooled = [{"layer": layer, **finite(pool(split, over_heads=True))} for layer, split in enumerate(splits)]
     notes = [
@@ -80,7 +101,34 @@ def measure(subject: Subject) -> Result:
         *not_computed(model.config.normalizer),
         *findings(layers, loss, products),
     ]
-    return Result(rows, summary, notes, {"layers": pooled, "gradients": gradients})
+    tables: dict[str, list[dict]] = {"layers": pooled, "gradients": gradients}
+    if beside:
+        notes.append(f"the gradients are those of its training's feedback, {how}; see backprop_rows for the true ones")
+        summary |= beside_backprop(beside, tables)
+    return Result(rows_of(layers), summary, notes, tables)
+
+
+def rows_of(layers: list[dict[str, Tensor]]) -> list[dict]:
+    """A row a head, of each layer's columns (H,)."""
+    return [
+        {"layer": layer, "head": head, **finite({name: column[head] for name, column in columns.items()})}
+        for layer, columns in enumerate(layers)
+        for head in range(len(columns["r_diag"]))
+    ]
+
+
+def beside_backprop(found: Comparison, tables: dict[str, list[dict]]) -> dict[str, float | None]:
+    """Add the tables of a comparison to the others, and return what it adds to the summary."""
+    tables["backprop_rows"] = rows_of([pool(split) for split in found.splits])
+    tables["feedback"] = []
+    for name, products in found.products.items():
+        values = dict(zip(("cosine", "norm_ratio"), cosine_and_norm_ratio(products), strict=True))
+        norms = dict.fromkeys(("h_norm", "g_norm", "backprop_g_norm")) | found.norms.get(name.rpartition(".")[0], {})
+        tables["feedback"].append({"parameter": name, **finite(values | norms)})
+    whole = pool([split for layer in found.splits for split in layer], over_heads=True)
+    cosine, ratio = cosine_and_norm_ratio(sum(found.products.values(), start=torch.zeros(3, dtype=torch.float64)))
+    summary = {f"backprop_{name}": whole[name] for name in ("r_diag", "cos_diag", "cos_ste")}
+    return finite(summary | {"feedback_cosine": cosine, "feedback_norm_ratio": ratio})
 
 
 def draw(result: Result, title: str) -> Figure:
@@ -123,6 +171,8 @@ DIAGNOSTIC = Diagnostic(
             **dict.fromkeys(SPLIT, "as above"),
         },
         "gradients": GRADIENTS,
+        "backprop_rows": {"layer": "from 0", "head": "from 0", **dict.fromkeys(SPLIT, "as above")},
+        "feedback": FEEDBACK,
     },
     batches=2,
     batch_size=4,

@@ -21,7 +21,7 @@ from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, pivot
 from kernels import fused
 from kernels.backends import materialized_attention, use_backend
-from model import attention, attention_rows
+from model import NORMALIZERS, attention, attention_rows
 
 FLOAT32, HALF = ("float32",), ("float16", "bfloat16")
 BACKENDS = {  # on CUDA; the dtypes it takes
@@ -32,6 +32,8 @@ BACKENDS = {  # on CUDA; the dtypes it takes
     "cuda_cudnn": HALF,
     "cuda_cudnn, compiled": ("bfloat16",),
     "cuda_cudnn without Triton": HALF,
+    "cuda_triton": HALF + FLOAT32,
+    "cuda_triton, compiled": ("bfloat16",),
     "materialized": HALF + FLOAT32,
     "stock": HALF + FLOAT32,
     "stock, compiled": ("bfloat16",),
@@ -39,6 +41,7 @@ BACKENDS = {  # on CUDA; the dtypes it takes
 CPU_BACKENDS = {  # the dry run's: Triton's kernels in its interpreter, beside the CPU's flash kernel
     "cuda_flash": ("float16",),
     "cuda_flash, compiled": ("float16",),
+    "cuda_triton": ("float16", "float32"),
     "cpu_flash": ("bfloat16", "float32"),
     "materialized": ("bfloat16", "float32"),
     "stock": ("float32",),
@@ -84,11 +87,20 @@ def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compile
         for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
             if backend.startswith("stock") and (normalizer, backward) != ("softmax", "full"):
                 continue  # PyTorch has no other
+            if backend != "materialized" and not _takes(backend, normalizer, D):
+                continue
             if ("compiled" in backend and not compiled) or ("cudnn" in backend and (D > 128 or T_k == 1)):
                 continue
             row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
             rows.append(row | {"dtype": dtype} | compare(cpu, inputs, reference, backend, normalizer, backward))
     return rows
+
+
+def _takes(backend: str, normalizer: str, D: int) -> bool:
+    """Whether a kernel has the normalizer: those of softmax any softmax, Triton's what else has a tile."""
+    if "cuda_triton" in backend:
+        return NORMALIZERS[normalizer].tile not in (None, "softmax") and D <= 128
+    return NORMALIZERS[normalizer].tile == "softmax"
 
 
 def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) -> list[Tensor]:
@@ -98,9 +110,10 @@ def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) 
     q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
     grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
     # In float32, as a model has them, but in the dtype's own numbers, to which a null key is rounded beside the others.
-    own = (
-        torch.randn(x.shape, generator=generator).to(device, dtype).float() for x in learned(normalizer, q, k).values()
-    )
+    own = []
+    for start in learned(normalizer, q, k).values():
+        noise = torch.randn(start.shape, generator=generator).to(device)
+        own.append(torch.where(start == 0, noise, start * (1 + noise / 8)).detach().to(dtype).float())
     return [q[:, :, T_k - T_q :], k, v, grad, *own]
 
 
@@ -127,10 +140,12 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
             found = values(inputs, normalizer, backward, function)
     except Exception as error:
         return {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
-    norms = {name: x.norm() for name, x in reference.items()}
-    if "dnull_logit" in found:  # a sum over all rows, whose terms cancel: relative to that of their absolute values
-        norms["dnull_logit"] = terms_of_dsink(inputs, normalizer).norm()
-    errors = {name: ((x.double() - reference[name]).norm() / norms[name]).item() for name, x in found.items()}
+    norms = {name: x.norm() for name, x in reference.items()} | before_cancelling(
+        inputs, reference, normalizer, backward
+    )
+    errors = {name: (x.double() - reference[name]).norm().item() for name, x in found.items()}
+    # What is 0, as what kbias's key learns from a value of zeros by all but the full backward, has to be 0.
+    errors = {name: error / norms[name].item() if norms[name] else error for name, error in errors.items()}
     if inputs[1].size(2) == 1:
         # Of one key: 1 − P may be near 0, and then the scores' gradient has lost its digits, as in every form. Where it
         # is 0, as under softmax, it must be 0.
@@ -142,6 +157,21 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
     good = all(error <= allowed for error in errors.values())
     largest = errors[worst] if math.isfinite(errors[worst]) else None
     return {"error": largest, "of": worst, "allowed": allowed, "verdict": "ok" if good else "WRONG"}
+
+
+def before_cancelling(inputs, reference: dict[str, Tensor], normalizer: str, backward: str) -> dict[str, Tensor]:
+    """Of gradients that are sums of terms which cancel, the norm of the terms' absolute values: what rounding is
+    relative to."""
+    if "dnull_logit" in reference:
+        return {"dnull_logit": terms_of_dsink(inputs, normalizer).norm()}
+    if "dssmax_scale" in reference:  # Σ q·dQ over the queries, over the scale
+        terms = (inputs[0].double() * reference["dQ"]).abs().sum((0, 2, 3)) / inputs[-1].double().abs()
+        return {"dssmax_scale": terms.norm()}
+    if normalizer == "softpick" and backward == "full":  # E (g − Σ P g), where E is large if all scores are near 0
+        with materialized_attention():
+            terms = values([x.double() for x in inputs], normalizer, "detached")
+        return {name: terms[name].norm() + (reference[name] - terms[name]).norm() for name in ("dQ", "dK")}
+    return {}
 
 
 def terms_of_dsink(inputs: list[Tensor], normalizer: str) -> Tensor:

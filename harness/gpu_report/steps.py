@@ -28,8 +28,9 @@ FIRST = {
     f"softmax/full, {LARGER} at a time": (("softmax", "full"), LARGER),
     "softmax1/full": (("softmax1", "full"), MICRO_BATCH),
 }  # (normalizer and backward, or None for the baseline; sequences at a time)
-# kvbias, which runs softmax's kernels with one key more, is timed among the kernels alone.
-OTHERS = {name: (v, MICRO_BATCH) for name, v in VARIANTS.items() if name not in FIRST and v[0] != "kvbias"}
+# All others are timed among the kernels alone.
+STEPPED = [f"{n}/{b}" for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
+OTHERS = {name: (VARIANTS[name], MICRO_BATCH) for name in [*STEPPED, "clipped/full"] if name not in FIRST}
 AT_ONCE = 5  # of 8 to 22 GiB each
 ROUNDS, BURST = 6, 4
 COMPILED_ERROR = 0.02

@@ -44,6 +44,14 @@ def test_a_cpu_compiles_only_if_it_is_told_to():
     assert [choose_compile(setting, CPU) for setting in ("auto", True, False)] == [False, True, False]
 
 
+def test_what_passes_between_layers_outside_of_the_graph_is_not_compiled():
+    assert [choose_compile(setting, CPU, "fa") for setting in ("auto", True, False)] == [False, True, False]
+    assert not choose_compile("auto", torch.device("cuda"), "dfa")
+    assert not choose_compile(False, CPU, "dfa")
+    with pytest.raises(UserError, match=r"training\.compile: feedback dfa cannot be compiled"):
+        choose_compile(True, CPU, "dfa")
+
+
 def test_the_peak_memory_holds_what_was_allocated():
     before = peak_memory(CPU)
     block = torch.ones(2**25)  # 128 MiB, every page of it written

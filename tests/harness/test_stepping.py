@@ -17,9 +17,11 @@ def stepper(*changes: str, **how) -> Stepper:
 
 
 @pytest.mark.slow
-def test_its_steps_give_the_weights_of_training():
+@pytest.mark.parametrize("feedback", ["backprop", "fa"])
+def test_its_steps_give_the_weights_of_training(feedback):
     """Up to the learning rate, which training changes from step to step: one that is held."""
     held = ("--optimizer.warmup_steps", "0", "--optimizer.min_lr", "1e-2", "--training.compile", "false")
+    held += ("--training.feedback", feedback)
     run = finished("run", *held, "--training.max_steps", "3")
     own = stepper(*held, "--training.micro_batch_size", "8")
     laps = own.run(3)
@@ -40,6 +42,14 @@ def test_the_baseline_is_softmax_with_pytorchs_cross_entropy():
     torch.testing.assert_close(loss, expected)
 
 
+def test_it_steps_by_the_configs_optimizer_and_the_baseline_by_adamw():
+    name = ("--optimizer.name", "muon", "--optimizer.muon_lr", "0.5")
+    own, baseline = stepper(*name), stepper(*name, nanogpt=True)
+    assert sorted({group["lr"] for group in own.optimizer.param_groups}) == [1e-2, 0.5]
+    assert isinstance(baseline.optimizer, torch.optim.AdamW)
+    assert len({p for group in baseline.optimizer.param_groups for p in group["params"]}) == 2 * 6 + 3
+
+
 def test_what_it_says_of_a_step():
     own = stepper("--training.micro_batch_size", "3")
     assert own.micro_batch_size == 2  # the most that divides the 8 of a batch
@@ -50,10 +60,13 @@ def test_what_it_says_of_a_step():
     assert own.compiled_error() is None
 
 
-@pytest.mark.parametrize("normalizer", ["softmax", "sink"])
-def test_a_step_reads_no_number_back_from_the_device(normalizer):
+@pytest.mark.parametrize(
+    ("normalizer", "name"), [("softmax", "adamw"), ("sink", "adamw"), ("softmax", "sgd"), ("sink", "muon")]
+)
+def test_a_step_reads_no_number_back_from_the_device(normalizer, name):
     """On a GPU each of these operators would wait until all that was queued is done."""
-    own = stepper("--model.normalizer", normalizer, "--training.micro_batch_size", "4", "--training.compile", "false")
+    how = ("--model.normalizer", normalizer, "--optimizer.name", name, "--training.micro_batch_size", "4")
+    own = stepper(*how, "--training.compile", "false")
     own.run(1)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
         own.run(2)

@@ -11,6 +11,7 @@ import warnings
 
 import pytest
 import torch
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels import cpu
@@ -235,12 +236,13 @@ def test_nothing_and_the_least_are_fine(shape, backend):
         assert q.grad.isfinite().all()
 
 
-def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient():
+@every_tile
+def test_a_row_of_minus_infinity_has_no_weight_and_no_gradient(tile):
     q, k, v, g = (x.detach().clone() for x in inputs(70, 16, H=1))
     k = k.abs()
     q[:, :, 66] = -math.inf
     q, k, v = (x.requires_grad_() for x in (q, k, v))
-    out, _, _, grad_v = value_and_gradients(q, k, v, g)
+    out, _, _, grad_v = value_and_gradients(q, k, v, g, **tile)
     assert (out[:, :, 66] == 0).all()
     assert grad_v.isfinite().all()
 
@@ -278,6 +280,21 @@ def test_scores_at_the_kinks_and_far_from_them(dtype):
             torch.testing.assert_close(out, exact, rtol=4 * eps, atol=4 * eps)
             if score <= 0 and tile in (softpick, relu):
                 assert no_gradient
+
+
+def test_softpick_does_not_cancel_near_0():
+    """Where exp(x) − 1, and beside it the definition's 1e-6, are far below the last digit of exp(x)."""
+    generator = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(1, 1, 70, 1, generator=generator) for _ in range(2))
+    q, k = (F.pad(x, (0, 69)) for x in (1e-8 * q, k))
+    v = torch.eye(70).view(1, 1, 70, 70).requires_grad_()
+    out = attention(q, k, v, scale=1.0, normalizer="softpick")
+    (grad_v,) = torch.autograd.grad(out, v, torch.eye(70).view(1, 1, 70, 70))
+    terms = (q.double() @ k.double().mT).expm1().tril()
+    expected = terms.clamp(min=0) / (terms.abs().sum(-1, keepdim=True) + 1e-6)
+    rounding = {"rtol": 16 * torch.finfo(torch.float32).eps, "atol": 0}
+    torch.testing.assert_close(out.double(), expected, **rounding)
+    torch.testing.assert_close(grad_v.mT.double(), expected, **rounding)
 
 
 def test_the_operators_are_what_torch_expects_of_them():

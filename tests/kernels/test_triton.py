@@ -38,7 +38,7 @@ every_dtype = pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.fixture(autouse=True)
 def interpreter(monkeypatch):
     """Triton's interpreter, mended: it multiplies the bits of bfloat16 numbers and truncates to them, and cannot call
-    tl.sum, a compiled function itself, where it was switched on after triton was imported."""
+    tl.sum and tl.max, compiled functions themselves, where it was switched on after triton was imported."""
     if DEVICE == "cuda":
         return
     monkeypatch.setenv("TRITON_INTERPRET", "1")
@@ -58,6 +58,7 @@ def interpreter(monkeypatch):
         monkeypatch.setattr(InterpreterBuilder, name, rounding_cast)
     monkeypatch.setattr(InterpreterBuilder, "create_dot", float_dot)
     monkeypatch.setattr(tl, "sum", lambda x, axis: tl.reduce(x, axis, tl.standard._sum_combine))
+    monkeypatch.setattr(tl, "max", lambda x, axis: tl.reduce(x, axis, tl.standard._elementwise_max))
 
 
 def inputs(H: int, T: int, D: int, dtype, B: int = 1, H_kv: int | None = None) -> list[torch.Tensor]:

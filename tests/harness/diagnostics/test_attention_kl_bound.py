@@ -1,6 +1,7 @@
 """scripts/attention_kl_bound.py: its columns by their definitions, the tables against the known figures."""
 
 import argparse
+import copy
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from harness.diagnostics import Subject, attention_kl_bound, run
 from harness.errors import UserError
+from measure.feedback import apply_feedback, feedback_layers, feedback_matrices
 from measure.slopes import (
     attention_slopes,
     float64_copy,
@@ -96,6 +98,34 @@ def test_the_columns_are_those_of_the_rows(run_folder):
                 "beyond_radius": np.mean(50 * spread > np.pi),
             }
             assert {k: row[k] for k in expected} == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("direction", ["adamw", "gradient"])
+def test_the_step_of_a_training_by_feedback_is_made_of_the_gradient_that_this_gives(run_folder, direction):
+    model = tiny_gpt(noise=0.3, tie_embeddings=False)
+    fa = apply_feedback(copy.deepcopy(model), "fa", 3)
+    optimizer = optimizer_of(model)
+    train_by_hand(model, optimizer, steps=2)
+    more = {"optimizer": optimizer.state_dict(), "feedback": feedback_matrices(fa), "step": 2}
+    steps = {}
+    for how in ("fa", "backprop"):
+        path = run_folder / how / "ckpt.pt"
+        save_model(model, path, run_folder / "corpus", **more, config={"training": {"feedback": how}})
+        settings = {"data": None, "split": "val", "batches": 1, "batch_size": 1, "device": "cpu", "seed": 1337}
+        subject = Subject(
+            str(path), argparse.Namespace(**settings, direction=direction, tau=1.0, block_size=None, bos=None)
+        )
+        measured = subject.model.double()
+        steps[how], _ = attention_kl_bound.direction_of(subject, measured, torch.device("cpu"))
+        assert not feedback_layers(measured)
+    differ = {
+        name for name, step in steps["fa"].items() if not torch.allclose(step, steps["backprop"][name], rtol=1e-6)
+    }
+    assert "transformer.h.0.attn.c_attn.weight" in differ
+    assert "transformer.h.1.mlp.c_proj.weight" in differ
+    if direction == "gradient":  # up to the length that both are given
+        heads = [steps[how]["lm_head.weight"].flatten() for how in ("fa", "backprop")]
+        assert torch.nn.functional.cosine_similarity(*heads, dim=0) == pytest.approx(1)
 
 
 def test_without_the_optimizers_state_another_direction_is_advised_and_works(run_folder):

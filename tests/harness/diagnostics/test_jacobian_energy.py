@@ -16,6 +16,9 @@ from harness.diagnostics import Result, Subject, argument_parser
 from harness.diagnostics import jacobian_energy as script
 from harness.tokenizer import Bytes
 from measure import gradients
+from measure.feedback import apply_feedback, feedback_matrices
+from measure.jacobian import jacobian_energy
+from measure.probe import capture_attention
 from model import GPT
 from tests.helpers import diagnose, read_json, save_model, shakespeares_nanogpt, smollm2_with_known_figures, tiny_gpt
 
@@ -101,6 +104,45 @@ def test_the_script_reports_split_and_gradients(folder, capsys):
             ratio = (vectors[mode].norm() / vectors["full"].norm()).item()
             assert report["summary"][f"{prefix}_cos_{mode}"] == pytest.approx(cosine, **rounding)
             assert report["summary"][f"{prefix}_norm_ratio_{mode}"] == pytest.approx(ratio, **rounding)
+
+
+@pytest.mark.parametrize("how", ["fa", "sign_symmetric", "dfa"])
+def test_what_a_feedback_trained_is_split_by_its_own_gradient_with_the_true_one_beside(folder, how):
+    plain = random_gpt(tie_embeddings=False)
+    matrices = feedback_matrices(apply_feedback(random_gpt(tie_embeddings=False), how, 2))
+    save_model(plain, "ckpt.pt", "corpus", config={"training": {"feedback": how}}, feedback=matrices)
+    save_model(plain, "plain.pt", "corpus")
+    options = ("--batches", "1", "--batch-size", "4", "--dtype", "float64", "--out")
+    assert diagnose(script.DIAGNOSTIC, "ckpt.pt", *options, "own") == 0
+    assert diagnose(script.DIAGNOSTIC, "plain.pt", *options, "true") == 0
+    own, true = read_json("own/jacobian_energy.json"), read_json("true/jacobian_energy.json")
+    for ours, theirs in zip(own["backprop_rows"], true["rows"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9)
+    assert own["summary"]["loss"] == pytest.approx(true["summary"]["loss"], rel=1e-12)
+    assert own["summary"]["backprop_cos_ste"] == pytest.approx(true["summary"]["cos_ste"], rel=1e-9)
+    assert "feedback" not in true
+    assert "backprop_rows" not in true
+
+    # By hand, on a model of the same weights that has the feedback: dL/dO of every layer, and the gradients.
+    model = apply_feedback(random_gpt(tie_embeddings=False).double(), how, 2)
+    with capture_attention(model) as captured:
+        _, gradients = by_hand(model, [0, 12, 24, 48])
+    for layer, (_, q, k, v, grad_out) in enumerate(captured):
+        expected = jacobian_energy(q, k, v, grad_out)
+        for row in (row for row in own["rows"] if row["layer"] == layer):
+            for column in ("e_full", "e_diag", "r_diag", "cos_diag", "cos_ste"):
+                assert row[column] == pytest.approx(expected[column][row["head"]].item(), rel=1e-9), column
+    _, truth = by_hand(plain.double(), [0, 12, 24, 48])
+    for row in own["feedback"]:
+        a, b = (x[row["parameter"]].flatten() for x in (gradients, truth))
+        assert row["cosine"] == pytest.approx(F.cosine_similarity(a, b, dim=0).item(), rel=1e-9, abs=1e-12)
+        assert row["norm_ratio"] == pytest.approx((a.norm() / b.norm()).item(), rel=1e-9)
+
+
+def test_a_checkpoint_without_its_feedbacks_matrices_is_an_error(folder, capsys):
+    save_model(random_gpt(tie_embeddings=False), "ckpt.pt", "corpus", config={"training": {"feedback": "fa"}})
+    assert diagnose(script.DIAGNOSTIC, "ckpt.pt") == 2
+    assert "ckpt.pt: the feedback matrices are not those of fa in this model" in capsys.readouterr().err
 
 
 def measured(*options: str) -> Result:
