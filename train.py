@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
+from harness.batches import Windows, dropout_seed, prefetch
 from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig
 from harness.config_files import main_config
@@ -67,8 +67,11 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     torch.manual_seed(config.run.seed)
     raw_model = initial_model(config, corpus, checkpoint, say).to(device)
-    check_corpus_fits(config, corpus, raw_model.config)
     block_size = raw_model.config.block_size
+    check_corpus_fits(config, corpus, raw_model.config)
+    windows = {split: Windows(corpus, split, block_size, config.data.windows) for split in SPLITS}
+    if note := windows["train"].check_training():
+        say(note)
     reference = None
     if config.kl.reference and not config.evaluation.only:
         reference = Reference(config, raw_model.config, corpus, device, use_compile)
@@ -102,14 +105,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     def evaluate(offsets) -> float:
         """The mean loss, in nats a token, of the validation windows at `offsets`. Every rank gets the same number of
         batches, all of one shape, since the ranks of a sharded model can only run together."""
-        tokens = corpus.tokens["val"]
-        filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(tokens))  # all its targets are ignored
+        filler = np.full(-len(offsets) % (ranks.size * micro_batch_size), len(corpus.tokens["val"]))  # without targets
         batches = np.concatenate([offsets, filler]).reshape(-1, micro_batch_size)
         total = torch.zeros(2, dtype=torch.float64)  # the sum of the losses, the number of targets
         model.eval()
         with torch.no_grad(), autocast:
             for batch in watched(batches[ranks.rank :: ranks.size], "evaluating", ranks.is_main):
-                x, y = gather(tokens, batch, block_size, device)
+                x, y = windows["val"].gather(batch, device)
                 _, loss = model(x, y, with_logits=False)
                 if targets := int((y != IGNORED).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
@@ -117,14 +119,14 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         loss_sum, targets = ranks.sum(total).tolist()
         return loss_sum / targets
 
-    every_window = windows = validation_offsets(len(corpus.tokens["val"]), block_size)
+    every_window = some_windows = windows["val"].validation()
     if config.evaluation.batches != "full":
-        windows = validation_offsets(len(corpus.tokens["val"]), block_size, config.evaluation.batches * c.batch_size)
+        some_windows = windows["val"].validation(config.evaluation.batches * c.batch_size)
     if config.evaluation.only:
         if not math.isfinite(loss := evaluate(every_window)):
             raise UserError(f"the loss on the whole validation set is {loss}: try --training.dtype float32")
         source = f"{config.folder}/ckpt.pt, step {start}" if resumed else c.init_from
-        say(f"{source}, the whole validation set: {describe(validation_metrics(loss, corpus))}")
+        say(f"{source}, the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
         return 0
 
     if reference:
@@ -180,19 +182,19 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
         nonlocal best_val_loss
-        loss = evaluate(windows)
+        loss = evaluate(some_windows)
         best = loss < best_val_loss  # a fair comparison: the windows are the same every time
         best_val_loss = min(loss, best_val_loss)
-        metrics = validation_metrics(loss, corpus)
+        metrics = validation_metrics(loss, windows["val"])
         if progress:
             progress.say(f"step {step}: {describe(metrics)}")
-        if step == c.max_steps:  # over the whole set, another quantity than over `windows`: under a name of its own
-            if len(windows) < len(every_window):
+        if step == c.max_steps:  # over the whole set, another quantity than over some: under a name of its own
+            if len(some_windows) < len(every_window):
                 loss = evaluate(every_window)
                 if progress:
-                    progress.say(f"the whole validation set: {describe(validation_metrics(loss, corpus))}")
-            metrics |= validation_metrics(loss, corpus, "val_full")
-        outliers = outlier_metrics(raw_model, corpus, device) if config.evaluation.kurtosis else {}
+                    progress.say(f"the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
+            metrics |= validation_metrics(loss, windows["val"], "val_full")
+        outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
         return metrics | outliers | feedback_metrics(raw_model), best
 
     if not resumed:
@@ -203,7 +205,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
     # --- the loop -----------------------------------------------------------------------------------------------------
     stop = StopSignals(ranks.is_main)
-    batches = training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size)
+    batches = training_batches(config, windows["train"], start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
     unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
@@ -211,14 +213,15 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         lr = set_learning_rates(optimizer, step, config)
         means: dict[str, Any] = {}  # over the micro-steps: train/loss and, beside a reference, kl/…
         for micro_step in range(micro_steps):
-            x, y = next(batches)
+            x, y, weight = next(batches)
             if raw_model.config.dropout:
                 torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank, micro_step))
             last = micro_step == micro_steps - 1  # gradients are averaged over the ranks once a step
             with contextlib.nullcontext() if ranks.size == 1 or last else wrapped.no_sync():
                 with autocast:
                     logits, loss = wrapped(x, y, with_logits=reference is not None)
-                    penalty, kl = reference.penalty(x, logits) if reference else (0.0, {})
+                    loss = loss * weight
+                    penalty, kl = reference.penalty(x, logits, y) if reference else (0.0, {})
                 scaler.scale((loss + penalty) / micro_steps).backward()
             for name, value in {"train/loss": loss.detach(), **kl}.items():
                 means[name] = means.get(name, 0.0) + value / micro_steps
@@ -297,19 +300,21 @@ def check_corpus_fits(config: Config, corpus: Corpus, model: GPTConfig) -> None:
         problem = f"{model.vocab_size} ids are too few for {corpus.folder}, which has {corpus.vocab_size}"
         raise config.error("model.vocab_size", problem)
     for split, tokens in corpus.tokens.items():
-        if len(tokens) <= model.block_size:
+        if len(tokens) <= model.block_size and config.data.windows == "stream":
             problem = f"{model.block_size} is longer than {corpus.folder / split}.bin, which has {len(tokens)} tokens"
             raise config.error("model.block_size", problem)
 
 
-def training_batches(config, corpus, block_size, start, ranks, micro_steps, micro_batch_size):
-    """(x, y) of every micro-step after step `start`: this rank's slices of the global batch of each step, which is the
-    same whatever the number of ranks and micro-steps."""
-    tokens = corpus.tokens["train"]
+def training_batches(config, windows: Windows, start, ranks, micro_steps, micro_batch_size):
+    """(x, y, weight) of every micro-step after step `start`: this rank's slices of the global batch of each step, which
+    is the same whatever the number of ranks and micro-steps. The mean over them of weight · mean loss is the mean loss
+    of the global batch, however unequally its targets fall to them: weight is 1 where windows are full."""
     for step in range(start + 1, config.training.max_steps + 1):
-        offsets = training_offsets(config.run.seed, step, len(tokens), block_size, config.training.batch_size)
-        for own in offsets.reshape(micro_steps, ranks.size, micro_batch_size)[:, ranks.rank]:
-            yield gather(tokens, own, block_size, ranks.device)
+        offsets = windows.training(config.run.seed, step, config.training.batch_size)
+        parts = offsets.reshape(micro_steps, ranks.size, micro_batch_size)
+        mean = windows.targets(offsets).sum() / (micro_steps * ranks.size)
+        for own in parts[:, ranks.rank]:
+            yield *windows.gather(own, ranks.device), windows.targets(own).sum() / mean
 
 
 def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
@@ -331,16 +336,16 @@ def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
     return dict(zip(names, values[-1].tolist(), strict=True))
 
 
-def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | None]:
+def outlier_metrics(model: GPT, windows: dict[str, Windows], device) -> dict[str, float | None]:
     """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
     what the normalizer has learned: each of its parameters, or of a vector the norm, averaged over heads."""
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
     for name, p in model.normalizer_parameters().items():
         metrics[f"normalizer/{name}"] = (p if p.dim() == 1 else p.norm(dim=-1)).mean().item()
     model.eval()
-    for split, tokens in corpus.tokens.items():
-        offsets = validation_offsets(len(tokens) - model.config.block_size + 1, model.config.block_size, count=8)
-        x, _ = gather(tokens, offsets, model.config.block_size, device)
+    for split, of_split in windows.items():
+        full = of_split.shortened()
+        x, _ = full.gather(full.whole(8), device)
         for name, value in activation_metrics(model, x).items():  # what/where → what/split/where
             what, _, where = name.partition("/")
             metrics[f"{what}/{split}/{where}".rstrip("/")] = value
@@ -348,10 +353,10 @@ def outlier_metrics(model: GPT, corpus: Corpus, device) -> dict[str, float | Non
     return metrics
 
 
-def validation_metrics(loss: float, corpus: Corpus, family: str = "val") -> dict[str, float]:
+def validation_metrics(loss: float, windows: Windows, family: str = "val") -> dict[str, float]:
     metrics = {f"{family}/loss": loss, f"{family}/perplexity": math.exp(min(loss, 700))}
-    if bytes_per_token := corpus.bytes_per_token["val"]:
-        metrics[f"{family}/bits_per_byte"] = loss / math.log(2) / bytes_per_token
+    if bytes_per_target := windows.bytes_per_target:
+        metrics[f"{family}/bits_per_byte"] = loss / math.log(2) / bytes_per_target
     return metrics
 
 

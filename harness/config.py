@@ -58,6 +58,8 @@ class DataConfig:
 
     corpus: str = "data/stdlib"
     """a folder with train.bin and val.bin, as its prepare.py or nanoGPT's writes them"""
+    windows: Literal["stream", "documents"] = "stream"
+    """of text: from anywhere; or from where a document starts, with nothing to learn after its end"""
 
 
 @dataclass

@@ -7,6 +7,7 @@
     vocabulary         of "chars" its characters, of "hf" the text of its tokenizer.json
     vocab_size, dtype  "uint16", or "uint32" above 65,535 ids
     document_separator the id between documents, or null
+    begin_of_text      the same id, where it is in front of the first document too; absent where it is not
     source             where the text came from
     splits             train, val: {tokens, bytes (of text), documents, bytes_per_token, sha256}
     …                  what else a prepare.py knows, e.g. python_version
@@ -18,7 +19,7 @@ meta.json of one's own; or no meta.json, where the config's model.vocab_size say
 meta.pkl is read as well.) Without either they are taken for GPT-2's.
 
     {"tokenizer": "gpt2"}
-    {"vocab_size": 128256, "dtype": "uint32"}
+    {"vocab_size": 128256, "dtype": "uint32", "document_separator": 128001}
 """
 
 import hashlib
@@ -141,7 +142,8 @@ class Corpus:
             self.note = f"{what}: no bits per byte"
         sizes = {split: (self.folder / f"{split}.bin").stat().st_size for split in SPLITS}
         splits = {split: {"tokens": size // np.dtype(dtype).itemsize} for split, size in sizes.items()}
-        return describe_corpus(tokenizer, "another program", splits, dtype)
+        parts = {key: stated[key] for key in ("document_separator", "begin_of_text") if key in stated}
+        return describe_corpus(tokenizer, "another program", splits, dtype) | parts
 
     def _map(self, split: str) -> np.memmap:
         path, count, dtype = self.folder / f"{split}.bin", self.meta["splits"][split]["tokens"], self.meta["dtype"]
@@ -172,6 +174,20 @@ class Corpus:
             problem = f"holds the token id {outside}, outside the {self.vocab_size} known ids"
             raise self._broken(path.name, problem)
         return largest
+
+    def document_bounds(self, split: str) -> np.ndarray:
+        """Where each document of a split starts, and where the last one ends: (documents + 1,) int64. A document begins
+        with its begin-of-text token, or ends with the separator behind it. One pass over the file, once in this
+        process. UserError where no id is known that parts documents."""
+        separator, path = self.meta.get("document_separator"), self.folder / f"{split}.bin"
+        if not isinstance(separator, int):
+            raise UserError(
+                f"windows of documents: which id parts the documents in {self.folder} is not known: take windows of "
+                'the stream, or say it in the meta.json there, as "document_separator": 0'
+            )
+        places = find_id(path.resolve(), separator, self.meta["dtype"], path.stat().st_mtime_ns)
+        starts = places if separator == self.meta.get("begin_of_text") else places + 1
+        return np.unique(np.concatenate(([0], starts, [len(self.tokens[split])])))
 
     def _looks_like(self, path: Path, wrong: bool) -> str | None:
         """What another program's file seems to hold instead of ids of the dtype that it should have. A dtype that
@@ -218,6 +234,13 @@ def read_once(path: Path, dtype: str, size: int, mtime_ns: int) -> tuple[str, in
         sha256.update(ids)
         smallest, largest = min(smallest, int(ids.min())), max(largest, int(ids.max()))
     return sha256.hexdigest(), smallest, largest
+
+
+@lru_cache
+def find_id(path: Path, token: int, dtype: str, mtime_ns: int) -> np.ndarray:
+    """The places of an id in a file, in order, int64; the file is read again only when its date has changed."""
+    tokens = np.memmap(path, dtype=dtype, mode="r")
+    return np.concatenate([CHUNK * n + np.flatnonzero(ids == token) for n, ids in enumerate(chunks(tokens))])
 
 
 def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:

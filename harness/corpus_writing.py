@@ -52,12 +52,13 @@ def write_corpus(
 ) -> dict:
     """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds.
 
-    Documents keep their order within a split, with the tokenizer's separator between one and the next. They are
-    encoded on `threads` threads (default: every CPU) in bounded memory, whatever their number and size. The corpus ends
-    before both splits together exceed `max_tokens`. `total_bytes` is for the progress bar; `extra` is added to
-    meta.json. Until all is on disk only temporary files are written, so that any failure (a full disk, Ctrl-C) leaves a
-    former corpus as it was. UserError if a split stays empty, or if a file is no text and the tokenizer is not `Bytes`,
-    see `text_fault`; the few places that may be wrong are counted and said.
+    Documents keep their order within a split, with the tokenizer's separator between one and the next, or in front of
+    each where it is the begin-of-text token. They are encoded on `threads` threads (default: every CPU) in bounded
+    memory, whatever their number and size. The corpus ends before both splits together exceed `max_tokens`.
+    `total_bytes` is for the progress bar; `extra` is added to meta.json. Until all is on disk only temporary files are
+    written, so that any failure (a full disk, Ctrl-C) leaves a former corpus as it was. UserError if a split stays
+    empty, or if a file is no text and the tokenizer is not `Bytes`, see `text_fault`; the few places that may be wrong
+    are counted and said.
     """
     from tqdm import tqdm  # here, since reading a corpus does not need it
 
@@ -65,6 +66,7 @@ def write_corpus(
     make_folder(folder)
     _remove_leftovers(folder)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
+    begins = tokenizer.separator == tokenizer.begin
     # meta.json is renamed into place first, since it holds the hashes of the other two: if the process is killed
     # between two renames, whoever reads the corpus notices. (Without a meta.json they would pass for nanoGPT's.)
     temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in ("meta.json", "train.bin", "val.bin")}
@@ -82,7 +84,7 @@ def write_corpus(
             replaced: Counter[Path] = Counter()
             for split, ids, starts, size, wrong in blocks:
                 count = counts[split]
-                if tokenizer.separator is not None and not count["documents"]:
+                if not begins and tokenizer.separator is not None and not count["documents"]:
                     ids = ids[1:]  # the separator in front of the first document, which has none before it
                 if max_tokens is not None and len(ids) + sum(c["tokens"] for c in counts.values()) > max_tokens:
                     break
@@ -99,7 +101,7 @@ def write_corpus(
             if not counts[split]["tokens"]:
                 raise UserError(f"{folder}: no text for the {split} split: give more documents or another share")
             if tokenizer.separator is not None:
-                separators = counts[split]["documents"] - 1
+                separators = counts[split]["documents"] - (not begins)
                 counts[split]["bytes"] += separators * int(tokenizer.token_bytes()[tokenizer.separator])
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
             counts[split]["sha256"] = hashes[split].hexdigest()

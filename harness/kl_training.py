@@ -19,6 +19,7 @@ from harness.config import Config
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.tokenizer import different_tokenizers
+from kernels.loss import IGNORED
 from measure.divergence import AGGREGATES, aggregate, kl_divergence
 from model import GPT, GPTConfig
 
@@ -34,6 +35,7 @@ class Reference:
         self, config: Config, model: GPTConfig, corpus: Corpus, device: torch.device, use_compile: bool = False
     ):
         c = self.config = config.kl
+        self._padded = config.data.windows == "documents"
         assert c.reference is not None  # without one, no Reference is made
         try:
             reference, info = load_model(c.reference, device)
@@ -51,18 +53,26 @@ class Reference:
         if use_compile:  # so that the KL does not make several tensors of the size of the logits
             self._model, self._position_kl = torch.compile(reference), torch.compile(position_kl)
 
-    def penalty(self, idx: Tensor, logits: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """idx (B, T) and the model's logits for it (B, T, V) → what is added to the mean loss, and the metrics kl/…:
-        the mean over the B sequences of each aggregate, and the penalty. Scalars; the metrics have no gradient."""
+    def penalty(self, idx: Tensor, logits: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+        """idx (B, T), the model's logits for it (B, T, V) and, where windows are padded, its targets (B, T) → what is
+        added to the mean loss, and the metrics kl/…: the mean over the B sequences of each aggregate over the positions
+        that have a target, and the penalty. Scalars; the metrics have no gradient."""
         c = self.config
         with torch.no_grad():
             reference_logits, _ = self._model(idx)
         kl = self._position_kl(logits, reference_logits, self.direction, self.temperature)  # (B, T)
+        texts = [kl]
+        if self._padded and targets is not None:  # texts that differ in length, each by itself
+            texts = [row[scored][None] for row, scored in zip(kl, targets != IGNORED, strict=True)]
+
+        def over_positions(how: str) -> Tensor:
+            return torch.cat([aggregate(text, how) for text in texts])
+
         if c.mode == "barrier":
-            penalty = c.weight * F.relu(aggregate(kl, c.aggregate) - c.tau).mean()
+            penalty = c.weight * F.relu(over_positions(c.aggregate) - c.tau).mean()
         else:
-            penalty = c.weight * c.temperature**2 * kl.mean()
-        metrics = {f"kl/{how}": aggregate(kl.detach(), how).mean() for how in AGGREGATES}
+            penalty = c.weight * c.temperature**2 * over_positions("mean").mean()
+        metrics = {f"kl/{how}": over_positions(how).detach().mean() for how in AGGREGATES}
         return penalty, metrics | {"kl/penalty": penalty.detach()}
 
     def describe(self) -> str:

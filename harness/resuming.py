@@ -219,9 +219,10 @@ def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
     """The validation loss of best.pt, which the next ones have to beat; infinite, and said, where best.pt is lost or
     was measured on other windows. `windows`: how many the whole validation set has."""
 
-    def measured(values: dict) -> int:
+    def measured(values: dict) -> str:
         batches = values["evaluation"]["batches"]
-        return windows if batches == "full" else min(windows, batches * values["training"]["batch_size"])
+        count = windows if batches == "full" else min(windows, batches * values["training"]["batch_size"])
+        return f"{count} validation windows" + " of documents" * (values["data"].get("windows") == "documents")
 
     try:
         best = read_checkpoint(config.folder / "best.pt")
@@ -231,7 +232,7 @@ def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
             say(f"best.pt starts anew with the next evaluation: {e}")
         return math.inf
     if then != (now := measured(config.to_dict())):
-        say(f"best.pt starts anew with the next evaluation: it is of {then} validation windows, not of {now}")
+        say(f"best.pt starts anew with the next evaluation: it is of {then}, not of {now}")
         return math.inf
     return loss
 

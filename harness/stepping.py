@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.batches import gather, prefetch, training_offsets
+from harness.batches import Windows, prefetch
 from harness.config import Config
 from harness.corpus import Corpus
 from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops, peak_memory
@@ -78,7 +78,7 @@ class Stepper:
                 logits, loss = self.model(x, y, with_logits=self.reference is not None)
                 laps.end("forward")
                 if self.reference:
-                    loss = loss + self.reference.penalty(x, logits)[0]
+                    loss = loss + self.reference.penalty(x, logits, y)[0]
                     laps.end("kl")
             self.scaler.scale(loss / micro_steps).backward()
             laps.end("backward")
@@ -91,11 +91,12 @@ class Stepper:
         return laps
 
     def _batches(self):
-        c, block_size, tokens = self.config, self.raw_model.config.block_size, self.corpus.tokens["train"]
+        c = self.config
+        windows = Windows(self.corpus, "train", self.raw_model.config.block_size, c.data.windows)
         for step in itertools.count(1):
-            offsets = training_offsets(c.run.seed, step, len(tokens), block_size, c.training.batch_size)
+            offsets = windows.training(c.run.seed, step, c.training.batch_size)
             for own in offsets.reshape(-1, self.micro_batch_size):
-                yield gather(tokens, own, block_size, self.device)
+                yield windows.gather(own, self.device)
 
     def compiled_error(self) -> float | None:
         """‖g′ − g‖ / ‖g‖, where g and g′ are a parameter's gradients from one micro-batch, the model run eagerly with

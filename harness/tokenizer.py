@@ -51,12 +51,12 @@ class Tokenizer(ABC):
 
     def describe(self) -> dict[str, Any]:
         """What a meta.json and a checkpoint say of it, of which `from_meta` makes it again."""
-        vocabulary = {} if self.vocabulary is None else {"vocabulary": self.vocabulary}
+        known = {"begin_of_text": self.begin, "vocabulary": self.vocabulary}
         return {
             "tokenizer": self.name,
             "vocab_size": self.vocab_size,
             "document_separator": self.separator,
-        } | vocabulary
+        } | {key: value for key, value in known.items() if value is not None}
 
     def _checked(self, ids) -> np.ndarray:
         ids = np.asarray(ids, dtype=np.int64).reshape(-1)
@@ -82,16 +82,20 @@ class Bytes(Tokenizer):
 
 
 class Chars(Tokenizer):
-    """An id is a character's place in `vocabulary` (a string, usually sorted). Documents follow each other unparted."""
+    """An id is a character's place in `vocabulary` (a string, usually sorted). Documents follow each other unparted, or
+    each begins with the id `begin`, whose character stands for no byte of text."""
 
     name = "chars"
     vocabulary: str
 
-    def __init__(self, vocabulary: str):
+    def __init__(self, vocabulary: str, begin: int | None = None):
         if not vocabulary or len(set(vocabulary)) != len(vocabulary):
             raise UserError("a character vocabulary must hold at least one character, and each only once")
+        if begin is not None and not 0 <= begin < len(vocabulary):
+            raise UserError(f"begin_of_text {begin} is none of the {len(vocabulary)} characters' ids")
         self.vocabulary = vocabulary
         self.vocab_size = len(vocabulary)
+        self.begin = self.separator = begin
         code_points = self._code_points(vocabulary)
         self._ids = np.full(int(code_points.max()) + 1, self.vocab_size, dtype=np.uint32)  # vocab_size marks "unknown"
         self._ids[code_points] = np.arange(self.vocab_size)
@@ -115,7 +119,8 @@ class Chars(Tokenizer):
         return "".join(self.vocabulary[i] for i in self._checked(ids)).encode(errors="replace")
 
     def token_bytes(self):
-        return np.array([len(character.encode(errors="replace")) for character in self.vocabulary], dtype=np.int64)
+        sizes = [len(character.encode(errors="replace")) for character in self.vocabulary]
+        return np.array([0 if i == self.begin else size for i, size in enumerate(sizes)], dtype=np.int64)
 
 
 class GPT2(Tokenizer):
@@ -217,7 +222,7 @@ def from_meta(meta: dict) -> Tokenizer:
     """The tokenizer that a corpus's meta.json describes; UserError if it describes none."""
     name, vocabulary, vocab_size = (meta.get(key) for key in ("tokenizer", "vocabulary", "vocab_size"))
     if name == "chars" and isinstance(vocabulary, str):
-        return Chars(vocabulary)
+        return Chars(vocabulary, meta.get("begin_of_text"))
     if name in ("bytes", "gpt2"):
         return from_name(name)
     if name == "ids" and isinstance(vocab_size, int) and vocab_size > 0:

@@ -32,16 +32,17 @@ QUERIES = 64
 
 class Activations:
     """Statistics of the attention and of everything on the way through `model`, over all the batches given to `update`;
-    with `kinds`, keys of TENSORS, of these tensors alone."""
+    with `kinds`, keys of TENSORS, of these tensors alone. `triggers`, token ids, are queries apart from the others."""
 
-    def __init__(self, model: GPT, kinds: Collection[str] = tuple(TENSORS)):
-        self.model, self.kinds = model, kinds
+    def __init__(self, model: GPT, kinds: Collection[str] = tuple(TENSORS), triggers: Collection[int] = ()):
+        self.model, self.kinds, self.triggers = model, kinds, torch.tensor(list(triggers), dtype=torch.long)
         self.tensors: dict[str, TensorStatistics] = {}
         self.attention: dict[int, AttentionStatistics] = {}
 
     @torch.no_grad()
     def update(self, idx: Tensor) -> "Activations":
         """Run the model on idx (B, T) int64, watching; all batches must have the same T."""
+        self._is_trigger = torch.isin(idx, self.triggers.to(idx.device)) if len(self.triggers) else None
         with watch(self.model, self._see_tensor, self._see_attention):
             self.model(idx)
         return self
@@ -51,7 +52,8 @@ class Activations:
             self.tensors.setdefault(name, TensorStatistics()).update(x)
 
     def _see_attention(self, layer: int, attn, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.attention.setdefault(layer, AttentionStatistics()).update(q, k, v, **attn.arguments())
+        statistics = self.attention.setdefault(layer, AttentionStatistics())
+        statistics.update(q, k, v, is_trigger=self._is_trigger, **attn.arguments())
 
 
 class TensorStatistics:
@@ -211,25 +213,44 @@ class AttentionStatistics:
         self.all, self.visible, self.late = SequenceStatistics(), SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
         self._sums: dict[str, Tensor] = {}  # over the sequences
+        self._of_queries: dict[str, Tensor] = {}  # over the queries of all sequences: of triggers, and of the others
         self._max_score, self._value_norms = torch.tensor(-math.inf, dtype=torch.float64), torch.zeros(2, 1)
 
     @torch.no_grad()
     def update(
-        self, q: Tensor, k: Tensor, v: Tensor | None = None, normalizer: str = "softmax", **parameters: Any
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None = None,
+        normalizer: str = "softmax",
+        is_trigger: Tensor | None = None,
+        **parameters: Any,
     ) -> "AttentionStatistics":
         """q (B, H, T, D) and k (B, H_kv, T, D) as they enter the scores, v (B, H_kv, T, D); normalizer and parameters
-        as `attention` takes them. Without v there is no value drain."""
+        as `attention` takes them; is_trigger (B, T) bool, of the queries. Without v there is no value drain, without
+        is_trigger no figure of one kind of query."""
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
         parameters = {name: x.to(device) if torch.is_tensor(x) else x for name, x in parameters.items()}
-        for q_1, k_1 in zip(q.split(1), k.split(1), strict=True):
-            self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
+        for b, (q_1, k_1) in enumerate(zip(q.split(1), k.split(1), strict=True)):
+            first, row_mass = self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
+            if is_trigger is not None:
+                late = torch.arange(q.size(2), device=device) >= EARLY
+                for kind, queries in (("trigger", is_trigger[b]), ("ordinary", ~is_trigger[b])):
+                    chosen = queries.to(device) & late  # (T,)
+                    figures = {"first_token": first, "row_mass": row_mass, "queries": torch.ones_like(first)}
+                    for name, figure in figures.items():
+                        key = f"{name}_{kind}"
+                        self._of_queries[key] = self._of_queries.get(key, 0) + figure[:, chosen].sum(-1)
         if v is not None:
             norms = repeat_heads(float64(v), q.size(1)).norm(dim=-1)  # (B, H, T)
             first, others = norms[..., :1].mean(-1).sum(0), norms[..., 1:].mean(-1).sum(0)
             self._value_norms = self._value_norms.to(norms) + torch.stack((first, others))
         return self
 
-    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]) -> None:
+    def _update_sequence(
+        self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """What each query of the sequence, whose batch size is 1, gives to the first key, and to all: (H, T) each."""
         _, H, T, D = q.shape
         blocks, queries = [], []
         for start in range(0, T, QUERIES):
@@ -271,11 +292,12 @@ class AttentionStatistics:
         if (n := T - EARLY) > 0:
             late = RowMoments(*(field[:, EARLY:].reshape(1, -1) for field in rows)).pooled()
             self.late.add_sequences(late.with_zeros(H * n * (n - 1) // 2))
+        return first, row_mass
 
     @property
     def figures(self) -> dict[str, Tensor]:
-        """Of each head (H,) float64, NaN where there is no value; all but sink rates and the last two are averages over
-        queries and sequences.
+        """Of each head (H,) float64, NaN where there is no value; but for sink rates, scores and value drains
+        they are averages over queries and sequences.
 
         row_mass: what a query gives to keys, Σ_j P_ij: 1 under softmax. null_mass: what the null slot gets.
         entropy: of a query's attention in nats (see `row_entropy`).
@@ -285,9 +307,15 @@ class AttentionStatistics:
         …_over_row_mass: the same of what a query gives to the first key over its row mass; 0 where it gives nothing.
         max_score: the largest visible scaled score q·k/√D.
         value_drain: ‖v₀‖ over ‖v_j‖, j ≥ 1, of the head's values, each averaged.
+        first_token_…, row_mass_…, of trigger and of ordinary queries, where there are triggers: what a query gives to
+        the first key and to all, averaged over these queries of all sequences, without the `EARLY` ones.
         """
         first, others = self._value_norms
         means = {name: total / self.sequences for name, total in self._sums.items()}
+        for key, total in self._of_queries.items():
+            name, _, kind = key.rpartition("_")
+            if name != "queries":
+                means[key] = total / self._of_queries[f"queries_{kind}"]
         return means | {"max_score": self._max_score, "value_drain": (first / others).expand(self._max_score.shape)}
 
     @property

@@ -26,20 +26,29 @@ class Scores(NamedTuple):
     """how many tokens the prediction could see, int64, from 1 to block_size"""
 
 
-def sliding_offsets(tokens: int, block_size: int, stride: int) -> np.ndarray:
+def sliding_offsets(tokens: int | np.ndarray, block_size: int, stride: int, starts: int | np.ndarray = 0) -> np.ndarray:
     """Where the windows of block_size start so that `score` takes each of the tokens − 1 targets once.
 
     Every `stride` tokens, until a window reaches the end of the text. 1 ≤ stride ≤ block_size; windows of stride
-    block_size do not overlap.
+    block_size do not overlap. Of several texts, `tokens` and `starts` are (n,): the length of each, and its place.
     """
-    beyond_the_first = max(tokens - 1 - block_size, 0)
-    return stride * np.arange(1 + math.ceil(beyond_the_first / stride))
+    tokens, starts = np.atleast_1d(tokens), np.atleast_1d(starts)
+    beyond_the_first = np.maximum(tokens - 1 - block_size, 0)
+    counts = np.where(tokens > 1, 1 - (-beyond_the_first // stride), 0)
+    before = np.repeat(np.cumsum(counts) - counts, counts)  # windows of the texts before
+    return np.repeat(starts, counts) + stride * (np.arange(len(before)) - before)
 
 
 @torch.no_grad()
-def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndarray, stride: int) -> Scores:
+def score(
+    model: GPT,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    offsets: np.ndarray,
+    stride: int,
+    text_starts: int | np.ndarray = 0,
+) -> Scores:
     """The loss of each target that no earlier window of `sliding_offsets` has scored: the last `stride` of a window, so
-    that each saw at least block_size − stride tokens before it; all of the window at 0.
+    that each saw at least block_size − stride tokens before it; all of a window at one of the `text_starts`.
 
     This is the evaluation with a stride of Hugging Face's guide "Perplexity of fixed-length models". `batches`: inputs
     and targets (B, T) int64 of the windows at `offsets`, in their order; a target past the end of the text is IGNORED.
@@ -49,7 +58,7 @@ def score(model: GPT, batches: Iterable[tuple[Tensor, Tensor]], offsets: np.ndar
         starts = offsets[done : done + len(x), None]  # (B, 1)
         done += len(x)
         i = np.arange(x.size(1))  # predicts target starts + i + 1 from i + 1 tokens
-        fresh = (i >= x.size(1) - stride) | (starts == 0)  # (B, T)
+        fresh = (i >= x.size(1) - stride) | np.isin(starts, text_starts)  # (B, T)
         y = y.masked_fill(torch.from_numpy(~fresh).to(y.device), IGNORED)
         scored = (y != IGNORED).cpu().numpy()
         losses = token_losses(model, x, y).cpu().double().numpy()

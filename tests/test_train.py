@@ -17,7 +17,16 @@ import torch
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
-from tests.helpers import ROOT, TrainingRun, assert_same_run, finished, killed, refused, run_on_two_ranks
+from tests.helpers import (
+    ROOT,
+    TrainingRun,
+    assert_same_run,
+    finished,
+    killed,
+    refused,
+    run_on_two_ranks,
+    write_documents,
+)
 from train import describe
 
 pytestmark = pytest.mark.usefixtures("training_folder")
@@ -41,6 +50,38 @@ def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(dtype, d
     assert re.search("resuming out/killed from step 1[0-4]", resumed.output())  # the 15th was not saved yet
     assert [line["step"] for line in resumed.metrics()] == list(range(25))
     assert_same_run(whole, resumed)
+
+
+def squares_apart() -> None:
+    """The squares of squares_corpus, each a document of its own: of 16 to 27 bytes, longer than a window or shorter."""
+    texts = [f"{i} squared is {i * i}{'.' * (i % 8)}" for i in range(1500)]
+    write_documents("apart", [("train" if i % 8 else "val", text) for i, text in enumerate(texts)])
+
+
+APART = ("--data.corpus", "apart", "--data.windows", "documents", "--model.block_size", "20")
+
+
+def test_windows_of_documents_resume_exactly_and_their_parts_add_up():
+    squares_apart()
+    whole = finished("whole", *APART)
+    assert "windows of 1,312 documents: their starts, 79% of the text" in whole.output()
+    killed("killed", *APART, at=15)
+    assert_same_run(whole, finished("killed", *APART))
+    parts = finished("parts", *APART, "--training.micro_batch_size", "2")
+    losses = [[line["train/loss"] for line in run.metrics()[1:]] for run in (whole, parts)]
+    np.testing.assert_allclose(*losses, rtol=1e-4)  # as below: unequal parts of padding change sums alone
+    changed = TrainingRun("whole", *APART, "--data.windows", "stream", "--training.max_steps", "26")
+    assert changed.wait() == 0
+    assert "changed since the checkpoint: data.windows documents → stream" in changed.output()
+    assert "best.pt starts anew with the next evaluation" in changed.output()
+
+
+def test_documents_that_no_window_fills_are_trained_on_all_the_same():
+    squares_apart()
+    run = finished("short", *APART, "--model.block_size", "64", "--training.max_steps", "2")
+    assert 0 < run.metrics()[-1]["row_mass/val"] < 1  # of the longest document, since no other is as long
+    one = refused("one", "--data.windows", "documents")
+    assert "data.windows documents: corpus/train.bin has no two" in one
 
 
 @pytest.mark.slow

@@ -18,13 +18,19 @@ WITHOUT = ("site-packages", "dist-packages", "test", "tests", "idlelib", "idle_t
 VAL_FRACTION = 0.05
 
 
-def main():
-    args = argument_parser(__file__, __doc__).parse_args()
+def source_files() -> dict[Path, str]:
+    """Path → path relative to the library's folder."""
     root = Path(sysconfig.get_path("stdlib"))
     files = find_files(root, ["*.py"], WITHOUT)
     files = {path: key for path, key in files.items() if not Path(key).name.startswith("_sysconfigdata")}
     if len(files) < 2:
-        raise UserError(f"no standard library as source files in {root}: use a Python that has one, or data/text")
+        raise UserError(f"no standard library as source files in {root}: use a Python that has one, or another text")
+    return files
+
+
+def main():
+    args = argument_parser(__file__, __doc__).parse_args()
+    files = source_files()
     write_corpus(
         args.out,
         split_files(files, VAL_FRACTION),

@@ -16,12 +16,11 @@ from functools import cached_property
 from hashlib import sha256
 from pathlib import Path
 
-import numpy as np
 from matplotlib.figure import Figure
 from torch import Tensor
 from tqdm import tqdm
 
-from harness.batches import begin_with, gather, validation_offsets
+from harness.batches import KINDS, Windows, begin_with
 from harness.checkpoint import load_model
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_device, float64_on
@@ -112,13 +111,19 @@ class Subject:
     def arguments(self) -> dict:
         """What the result depends on besides the checkpoint: arguments, with the corpus and device that were chosen."""
         given = vars(self.args) | {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device)}
-        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos") if given[k] is None}
+        given["windows"] = None if self.kind == "stream" else self.kind
+        left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos", "windows") if given[k] is None}
         return {k: v for k, v in given.items() if k not in left_out}
 
     @property
     def corpus_folder(self) -> str | None:
         """The one in --data, or that of the checkpoint's own corpus; None where the checkpoint does not say which."""
         return self.args.data or self.info.get("corpus", {}).get("folder")
+
+    @property
+    def kind(self) -> str:
+        """Of windows: the one in --windows, or that of the checkpoint's training."""
+        return self.args.windows or self.info.get("config", {}).get("data", {}).get("windows", "stream")
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -144,34 +149,28 @@ class Subject:
             notes.append(f"{self.corpus.folder} holds other text now than {self.path} was trained on")
         return notes
 
+    def windows(self, split: str | None = None) -> Windows:
+        """The windows of block_size of a split (default: --split), of the kind that --windows says."""
+        corpus, split = self.corpus, split or self.args.split
+        corpus.verify(split)
+        if self.kind == "documents" and self.bos is not None and self.bos == corpus.meta.get("begin_of_text"):
+            raise UserError(f"--bos {self.bos}: the documents in {corpus.folder} begin with it already: leave it out")
+        return Windows(corpus, split, self.model.config.block_size, self.kind)
+
     def offsets(self, split: str | None = None, count: int | None = None):
-        """Where windows of block_size start in a split (default: --split): all of them, or `count`, spread evenly."""
-        split, block_size = split or self.args.split, self.model.config.block_size
-        self.corpus.verify(split)
-        tokens = len(self.corpus.tokens[split])
-        if tokens <= block_size:
-            raise UserError(
-                f"{self.corpus.folder / split}.bin has {tokens} tokens, fewer than one window of {block_size} + 1"
-            )
-        if count is None:
-            return validation_offsets(tokens, block_size)
-        whole = (tokens - 1) // block_size * block_size + 1  # without the end that fills no window
-        return validation_offsets(whole, block_size, count)
+        """Where windows that text fills start in a split (default: --split): all, or `count` of them, spread evenly."""
+        return self.windows(split).whole(count)
 
     def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
         """(x, y), (B, T) int64 each, under a progress bar: --batches of --batch-size windows, spread evenly over the
-        split, or the windows at `offsets`."""
-        args, split = self.args, split or self.args.split
+        split, or the windows at `offsets`; with --bos in front of each."""
+        args, windows = self.args, self.windows(split)
         if offsets is None:
             offsets = self.offsets(split, args.batches and args.batches * args.batch_size)
         starts = range(0, len(offsets), args.batch_size)
         for start in tqdm(starts, desc=what, leave=False, disable=None):
-            yield self.windows(self.corpus.tokens[split], offsets[start : start + args.batch_size])
-
-    def windows(self, tokens: np.ndarray, offsets: np.ndarray) -> tuple[Tensor, Tensor]:
-        """(x, y), (B, T) int64 each, of the text from each of the `offsets` on, with --bos in front."""
-        x, y = gather(tokens, offsets, self.model.config.block_size, self.device)
-        return (x, y) if self.bos is None else begin_with(self.bos, x, y)
+            x, y = windows.gather(offsets[start : start + args.batch_size], self.device)
+            yield (x, y) if self.bos is None else begin_with(self.bos, x, y)
 
 
 def run(diagnostic: Diagnostic, argv: list[str] | None = None) -> None:
@@ -213,6 +212,8 @@ def argument_parser(
     for option, letter, default in (("--batches", "N", batches), ("--batch-size", "B", batch_size)):
         parser.add_argument(option, type=int, default=default, metavar=letter, help=f"default: {default or otherwise}")
     parser.add_argument("--block-size", type=int, metavar="T", help="tokens a window; default: the model's, the most")
+    kinds = "from where a document starts, or from anywhere in the text; default: as the checkpoint was trained"
+    parser.add_argument("--windows", choices=KINDS, help=kinds)
     bos = "a begin-of-text token, its id or its text, in front of each window, one token of which goes; default: none"
     parser.add_argument("--bos", type=id_or_text, metavar="TOKEN|none", help=bos)
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
@@ -320,7 +321,7 @@ def print_result(diagnostic: Diagnostic, result: Result) -> None:
     for name, columns in diagnostic.tables.items():
         if result.tables.get(name):
             print(f"\n{name}:")
-            print_table(result.tables[name], list(columns))
+            print_table(result.tables[name], [c for c in columns if any(c in row for row in result.tables[name])])
     print()
     print_table([{"summary": name, "value": value} for name, value in result.summary.items()], ["summary", "value"])
     for note in result.notes:

@@ -29,7 +29,7 @@ from measure.probe import TENSORS, kind_of
 
 
 def measure(subject: Subject) -> Result:
-    activations = Activations(subject.model)
+    activations = Activations(subject.model, triggers=subject.corpus.meta.get("triggers", ()))
     magnitudes: dict[str, Magnitudes] = {}
     T = 0
     with looking(subject.model, magnitudes, Magnitudes.count):
@@ -147,6 +147,11 @@ HEADS = {
     "null_mass": "what the null slot gets, averaged over queries; – of weights that are no softmax",
     "entropy": "of a query's attention in nats, averaged over queries; a null slot is part of the "
     "distribution; where the normalizer is no softmax, of the row over its own mass",
+    "first_token_trigger": "on a corpus with triggers, whose meta.json names them (data/backcopy): what their queries "
+    f"give to the first key, averaged over those of all sequences from position {EARLY} on",
+    "first_token_ordinary": "the same of all other queries: where there is nothing to copy, a head sinks",
+    "row_mass_trigger": "what these trigger queries give to keys",
+    "row_mass_ordinary": "and what the others give",
 }
 LAYERS = {
     "layer": "from 0",

@@ -2,7 +2,8 @@
 
 The whole validation set, every token scored exactly once: in windows of block_size that follow on each other, the last
 one shorter; or, with --stride S, in windows S apart, of which each scores the tokens that the one before has not seen,
-with at least block_size − S tokens of context before them. No draw is random: the same numbers every time.
+with at least block_size − S tokens of context before them. In windows of documents this goes for each document by
+itself, and its first token is never scored. No draw is random: the same numbers every time.
 
 The summary: loss, the mean −ln p in nats a token; perplexity = e^loss; bits_per_byte = loss / ln 2 / the split's mean
 bytes a token, which compares models across tokenizers; standard_error of the loss; tokens, how many were scored. The
@@ -28,7 +29,6 @@ from measure.perplexity import (
     nonfinite,
     perplexity,
     score,
-    sliding_offsets,
     standard_error,
     stretches,
 )
@@ -49,13 +49,12 @@ def measure(subject: Subject) -> Result:
         raise UserError(
             f"--stride {stride} would skip tokens, the context of {subject.path} is {block_size}: give at most that"
         )
-    subject.offsets()  # a split shorter than one window is refused
+    windows = subject.windows()
     early = int(subject.bos is not None)  # behind a token of its own, the text's first token is a target too
-    offsets = sliding_offsets(len(subject.corpus.tokens[args.split]) + early, block_size, stride)
-    if args.batches is not None and args.batches * args.batch_size < len(offsets):
-        offsets = offsets[np.linspace(0, len(offsets) - 1, args.batches * args.batch_size).astype(np.int64)]
+    offsets = windows.validation(args.batches and args.batches * args.batch_size, stride, early)
     with torch.autocast(subject.device.type, torch.bfloat16, enabled=args.dtype == "bfloat16"):
-        scores = score(subject.model, subject.batches(offsets, what="perplexity"), offsets, stride)
+        batches = subject.batches(offsets, what="perplexity")
+        scores = score(subject.model, batches, offsets, stride, windows.starts)
 
     notes = []
     if bad := int((~np.isfinite(scores.losses)).sum()):
@@ -67,11 +66,11 @@ def measure(subject: Subject) -> Result:
         window = scores.targets[first : first + 1] - scores.positions[first]  # where the one that scored it starts
         x, _ = next(subject.batches(window))
         notes += nonfinite(subject.model, x)
-    loss, bytes_per_token = float(scores.losses.mean()), subject.corpus.bytes_per_token[args.split]
+    loss, bytes_per_target = float(scores.losses.mean()), windows.bytes_per_target
     summary = {
         "loss": loss,
         "perplexity": perplexity(loss),
-        "bits_per_byte": loss / math.log(2) / bytes_per_token if bytes_per_token else None,
+        "bits_per_byte": loss / math.log(2) / bytes_per_target if bytes_per_target else None,
         "standard_error": standard_error(scores.losses, stretches(scores, block_size)),
         "tokens": len(scores.losses),
     }

@@ -37,7 +37,6 @@ from matplotlib.image import AxesImage
 from matplotlib.ticker import FixedLocator
 from tqdm import tqdm
 
-from harness.batches import training_offsets
 from harness.diagnostics import Diagnostic, Result, Subject
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, heat_map, new_figure
@@ -123,11 +122,9 @@ def measure(subject: Subject) -> Result:
 
 def calibration_windows(subject: Subject, draw: int) -> torch.Tensor:
     """--calibration windows (N, T) int64 of the training split: a function of --seed and the number of the draw."""
-    args, T = subject.args, subject.model.config.block_size
-    subject.offsets("train")  # a split shorter than one window is refused
-    tokens = subject.corpus.tokens["train"]
-    offsets = training_offsets(args.seed, draw, len(tokens), T, args.calibration)
-    return subject.windows(tokens, offsets)[0]
+    windows = subject.windows("train")
+    offsets = windows.training(subject.args.seed, draw, subject.args.calibration, whole=True)
+    return torch.cat([x for x, _ in subject.batches(offsets, "train", "calibration")])
 
 
 def where_it_hurts(rows: list[dict], layers: list[dict]) -> list[str]:

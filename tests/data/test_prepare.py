@@ -55,6 +55,65 @@ def test_stdlib(tmp_path):
     assert documents["val"] + documents["train"] == [expected[key] for key in ordered]
 
 
+def test_backcopy_is_the_task_by_its_definition(tmp_path):
+    """Every sequence obeys the rule, and what it draws is drawn as often as the text says, within 5 standard errors."""
+    text = "the cat sat on the mat, and then it ate the rest. " * 40
+    (tmp_path / "play.txt").write_text(text + "@")  # the rarest character is left out
+    arguments = ("--input", "play.txt", "--triggers", "te ", "--characters", str(len(set(text))))
+    prepare("backcopy", *arguments, "--sequences", "3000", "--out", "a", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "a")
+    meta, vocabulary = corpus.meta, corpus.tokenizer.vocabulary[:-1]
+    assert (vocabulary, meta["begin_of_text"]) == ("".join(sorted(set(text))), len(vocabulary))
+    assert (meta["triggers"], meta["sequence_length"]) == (sorted(map(vocabulary.index, "te ")), 64)
+    sequences = corpus.tokens["train"].reshape(-1, 65).astype(np.int64)
+    assert (sequences.shape[0], len(corpus.tokens["val"])) == (3000, 2048 * 65)
+    assert (sequences[:, 0] == meta["begin_of_text"]).all()
+    ids = sequences[:, 1:]
+    assert ids.max() < len(vocabulary)
+    copied = np.isin(ids[:, 1:-1], meta["triggers"])
+    assert np.array_equal(ids[:, 2:][copied], ids[:, :-2][copied])
+
+    known = np.array([vocabulary.index(c) for c in text])
+    pairs = np.zeros((len(vocabulary), len(vocabulary)))
+    np.add.at(pairs, (known[:-1], known[1:]), 1)
+    drawn = np.zeros_like(pairs)
+    np.add.at(drawn, (ids[:, 1:-1][~copied], ids[:, 2:][~copied]), 1)
+    np.add.at(drawn, (ids[:, 0], ids[:, 1]), 1)  # a trigger that comes first is ordinary
+    for counts, weights in [*zip(drawn, pairs, strict=True), (np.bincount(ids[:, 0]), pairs.sum(1))]:
+        n, p = counts.sum(), weights / weights.sum()
+        assert (np.abs(counts - n * p) <= 5 * np.sqrt(n * p * (1 - p))).all()
+
+    prepare("backcopy", *arguments, "--sequences", "1000", "--out", "b", cwd=tmp_path)
+    assert np.array_equal(Corpus(tmp_path / "b").tokens["train"], sequences[:1000].ravel())  # fewer are the same
+    prepare("backcopy", *arguments, "--sequences", "1000", "--seed", "2", "--out", "c", cwd=tmp_path)
+    assert not np.array_equal(Corpus(tmp_path / "c").tokens["train"], sequences[:1000].ravel())
+    assert corpus.tokenizer.decode(corpus.tokens["train"][:65]).startswith("␂")
+    assert corpus.bytes_per_token["train"] == 64 / 65
+
+
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        (("--triggers", "q"), "--triggers: 'q' is none of the 3 characters"),
+        (("--triggers", ""), "--triggers '': at least one character"),
+        (("--triggers", "abc"), "and not all 3 of the text"),
+        (("--input", "no.txt"), "cannot read no.txt: No such file"),
+        (("--seed", "-1"), "--seed -1: at least 0"),
+    ],
+)
+def test_a_backcopy_that_cannot_be_made_is_refused(tmp_path, mistake, message):
+    (tmp_path / "text.txt").write_text("abcab")
+    assert message in prepare("backcopy", "--input", "text.txt", *mistake, "--out", "d", cwd=tmp_path, status=2)
+    assert not (tmp_path / "d").exists()
+
+
+def test_backcopy_of_the_standard_library_takes_its_most_frequent_characters(tmp_path):
+    prepare("backcopy", "--sequences", "100", "--out", "a", cwd=tmp_path)
+    corpus = Corpus(tmp_path / "a")
+    assert corpus.vocab_size == 97
+    assert {" ", "e"} < {corpus.tokenizer.vocabulary[i] for i in corpus.meta["triggers"]}
+
+
 PLAY = "".join(f"Person {i}:\nWhat is {i * i}, naïve friend? 漢!\n\n" for i in range(500))
 
 

@@ -1,6 +1,7 @@
 """Which windows a step sees: a function of (seed, step) alone, and a validation that scores every target once."""
 
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.batches import dropout_seed, gather, prefetch, training_offsets, validation_offsets
+from harness.batches import Windows, dropout_seed, gather, prefetch, training_offsets, validation_offsets
+from harness.corpus import Corpus
+from harness.errors import UserError
+from harness.tokenizer import Chars
+from kernels.loss import IGNORED
+from tests.helpers import write_documents
 from train import training_batches
 
 CPU = torch.device("cpu")
@@ -48,26 +54,121 @@ def test_windows_start_anywhere_with_equal_odds():
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_the_global_batch_is_the_same_however_it_is_shared_out(ranks, micro_batch_size):
+@pytest.mark.parametrize("kind", ["stream", "documents"])
+def test_the_global_batch_is_the_same_however_it_is_shared_out(ranks, micro_batch_size, kind):
+    """Of documents too, whose targets fall unequally to ranks and micro-steps: the weights make up for it exactly."""
     batch_size, block_size, steps = 8, 4, 3
-    tokens = np.arange(1000, dtype=np.uint16)
+    windows = documents_of([2, 3, 9, 2, 4, 5, 7] * 9, block_size, kind)
     config = SimpleNamespace(
         run=SimpleNamespace(seed=7), training=SimpleNamespace(max_steps=5 + steps, batch_size=batch_size)
     )
-    corpus = SimpleNamespace(tokens={"train": tokens})
     micro_steps = batch_size // (ranks * micro_batch_size)
-    seen = [[] for _ in range(steps)]
+    seen, losses = [[] for _ in range(steps)], np.zeros(steps)
     for rank in range(ranks):
         share = SimpleNamespace(rank=rank, size=ranks, device=CPU)
-        batches = list(training_batches(config, corpus, block_size, 5, share, micro_steps, micro_batch_size))
+        batches = list(training_batches(config, windows, 5, share, micro_steps, micro_batch_size))
         assert len(batches) == steps * micro_steps
-        for i, (x, y) in enumerate(batches):
+        for i, (x, y, weight) in enumerate(batches):
             assert x.shape == (micro_batch_size, block_size)
-            assert torch.equal(y, x + 1)
+            scored = y != IGNORED
+            assert torch.equal(y[scored], x[scored] + 1)
+            assert weight == 1 or kind == "documents"
             seen[i // micro_steps] += x[:, 0].tolist()
+            losses[i // micro_steps] += weight * y[scored].double().mean().item() / micro_steps / ranks
     for i, starts in enumerate(seen):
-        whole = training_offsets(7, 6 + i, len(tokens), block_size, batch_size)  # step 6 follows a resume from step 5
+        whole = windows.training(7, 6 + i, batch_size)  # step 6 follows a resume from step 5
         assert sorted(starts) == sorted(whole.tolist())
+        _, y = windows.gather(whole, CPU)
+        assert losses[i] == pytest.approx(y[y != IGNORED].double().mean().item(), rel=1e-12)
+
+
+# --- documents ------------------------------------------------------------------------------------------------------
+
+
+def documents_of(lengths: list[int], block_size: int, kind: str = "documents") -> Windows:
+    """Of documents of so many tokens, where a token is its place in the whole."""
+    bounds = np.cumsum([0, *lengths])
+    tokens = np.arange(bounds[-1], dtype=np.uint16)
+    corpus = SimpleNamespace(
+        tokens={"train": tokens}, document_bounds=lambda split: np.unique(bounds), folder=Path("corpus")
+    )
+    return Windows(corpus, "train", block_size, kind)
+
+
+LENGTHS = st.lists(st.integers(0, 12), min_size=2, max_size=9).filter(lambda lengths: max(lengths) > 1)
+
+
+@given(LENGTHS, st.integers(1, 7), st.integers(1, 7), st.booleans())
+def test_validation_scores_every_target_of_every_document_once(lengths, block_size, stride, begun):
+    """All but the first token of each; that too where a token is put in front of every window."""
+    windows, stride = documents_of(lengths, block_size), min(stride, block_size)
+    x, y = windows.gather(windows.validation(), CPU)
+    bounds = np.cumsum([0, *lengths])
+    first = {int(start) for start in bounds[:-1]}
+    assert sorted(y[y != IGNORED].tolist()) == [i for i in range(bounds[-1]) if i not in first]
+    assert torch.equal(x[y != IGNORED], y[y != IGNORED] - 1)
+    document = np.searchsorted(bounds, x.numpy(), side="right")
+    assert (document == document[:, :1]).all()  # what pads a window is its document's own
+    # In overlapping windows, of what no earlier window of the same document has scored.
+    offsets = windows.validation(stride=stride, early=int(begun))
+    i = offsets[:, None] + np.arange(block_size) + (not begun)  # the places of the targets
+    fresh = (np.arange(block_size) >= block_size - stride) | np.isin(offsets, windows.starts)[:, None]
+    places = i[fresh & (i < windows.end_of(offsets)[:, None])]
+    assert sorted(places.tolist()) == [p for p in range(bounds[-1]) if begun or p not in first]
+
+
+def test_a_training_window_starts_where_a_document_does_with_equal_odds():
+    windows = documents_of([3, 1, 0, 20, 2, 6], 4)
+    assert windows.with_targets.tolist() == [0, 4, 24, 26]
+    draws = np.concatenate([windows.training(0, step, 100) for step in range(40)])
+    assert np.array_equal(draws[:100], windows.training(0, 0, 100))
+    starts, counts = np.unique(draws, return_counts=True)
+    assert starts.tolist() == windows.with_targets.tolist()
+    assert stats.chisquare(counts).pvalue > 1e-4  # one seed in 10,000 would fail
+    x, y = windows.gather(starts, CPU)
+    assert y.tolist() == [[1, 2, -1, -1], [5, 6, 7, 8], [25, -1, -1, -1], [27, 28, 29, 30]]
+    assert x.tolist() == [[0, 1, 2, 2], [4, 5, 6, 7], [24, 25, 25, 25], [26, 27, 28, 29]]
+    assert windows.whole().tolist() == [4, 8, 12, 16, 26]
+    assert set(windows.training(0, 0, 100, whole=True)) == {4, 26}
+    assert windows.shortened().block_size == 4
+    assert documents_of([3, 2], 9).shortened().block_size == 2
+
+
+def test_documents_start_after_a_separator_or_with_a_begin_of_text_token(tmp_path):
+    texts = [("train", "ab"), ("train", ""), ("train", "cab"), ("val", "a")]
+    write_documents(tmp_path / "bytes", texts)
+    separated = Windows(Corpus(tmp_path / "bytes"), "train", 4, "documents")
+    x, y = separated.gather(separated.with_targets, CPU)
+    a, b = b"ab"
+    assert x[0, :2].tolist() == [a, b]
+    assert y.tolist() == [[b, 0, -1, -1], [a, b, -1, -1]]  # a separator is its document's last target
+    assert separated.bytes_per_target == (7 - 3) / 4  # "ab\0", "\0", "cab" without the first byte of each
+    write_documents(tmp_path / "chars", texts, Chars("abc^", begin=3))
+    begun = Windows(Corpus(tmp_path / "chars"), "train", 4, "documents")
+    x, y = begun.gather(begun.with_targets, CPU)
+    assert x.tolist() == [[3, 0, 1, 1], [3, 2, 0, 1]]
+    assert y.tolist() == [[0, 1, -1, -1], [2, 0, 1, -1]]
+    assert begun.bytes_per_target == 1
+    assert begun.check_training() == "windows of 2 documents: their starts, 100% of the text"
+
+
+def test_ids_of_another_program_have_documents_where_their_meta_json_says_what_parts_them(tmp_path):
+    for split in ("train", "val"):
+        np.array([5, 6, 9, 7, 8, 9, 4], np.uint16).tofile(tmp_path / f"{split}.bin")
+    meta = tmp_path / "meta.json"
+    meta.write_text('{"vocab_size": 10}')
+    with pytest.raises(UserError, match=r"is not known: take windows of the stream, or say it in the meta\.json there"):
+        Windows(Corpus(tmp_path), "train", 3, "documents")
+    meta.write_text('{"vocab_size": 10, "document_separator": 9}')
+    assert Windows(Corpus(tmp_path), "train", 3, "documents").starts.tolist() == [0, 3, 6]
+
+
+@pytest.mark.parametrize(("lengths", "message"), [([9], "has no two"), ([1, 1, 1], "has no document of two tokens")])
+def test_a_corpus_of_one_window_or_none_is_refused(lengths, message):
+    with pytest.raises(UserError, match=message):
+        documents_of(lengths, 4).check_training()
+    with pytest.raises(UserError, match="has no document that fills a window of 8 tokens: give --block-size 3"):
+        documents_of([4, 3], 8).whole()
 
 
 # --- validation -----------------------------------------------------------------------------------------------------

@@ -95,10 +95,10 @@ def test_what_is_not_known_to_split_at_spaces_is_encoded_a_whole_document_at_a_t
     ours = from_name(model_folder(tmp_path / "model", theirs, eos_token="</s>"))
     write_corpus(tmp_path / "corpus", [("train", document), ("train", "x"), ("val", "hel")], ours, source="test")
     corpus = Corpus(tmp_path / "corpus")
-    expected = [*theirs.encode(document, add_special_tokens=False).ids, 1, *theirs.encode("x").ids[1:]]
+    expected = [1, *theirs.encode(document, add_special_tokens=False).ids, 1, *theirs.encode("x").ids[1:]]
     assert corpus.tokens["train"].tolist() == expected
     assert corpus.tokenizer.begin == corpus.tokenizer.separator == 1
-    assert corpus.tokenizer.decode(corpus.tokens["train"]) == f" {document}<s> x"
+    assert corpus.tokenizer.decode(corpus.tokens["train"]) == f"<s> {document}<s> x"
     assert corpus.bytes_per_token["train"] == (len(document.encode()) + 1) / len(expected)
 
 

@@ -189,7 +189,8 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
     q, k = 2 * heavy_tailed(2, 3, 11, 4, seed=1), heavy_tailed(2, 3, 11, 4, seed=2)
     parameters = {} if null_logit is None else {"null_logit": null_logit}
     v = heavy_tailed(2, 3, 11, 4, seed=3)
-    found = AttentionStatistics().update(q, k, v, **parameters)
+    is_trigger = torch.arange(22).view(2, 11) % 3 == 0
+    found = AttentionStatistics().update(q, k, v, is_trigger=is_trigger, **parameters)
     P = explicit_probabilities(q, k, null_logit)
     visible = np.tril(np.ones((11, 11), dtype=bool))
     same_moments(found.all.moments, P[..., :11])
@@ -205,6 +206,9 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
         "max_score": np.where(visible, scores, -np.inf).max((0, 2, 3)),
         "value_drain": norms[..., 0].mean(0) / norms[..., 1:].mean((0, 2)),
     }
+    for kind, chosen in (("trigger", is_trigger.numpy()), ("ordinary", ~is_trigger.numpy())):
+        late = np.moveaxis(P, 1, 0)[:, chosen & (np.arange(11) >= 8)]  # (H, queries of both sequences, keys)
+        expected |= {f"first_token_{kind}": late[..., 0].mean(-1), f"row_mass_{kind}": late[..., :11].sum(-1).mean(-1)}
     for suffix, first in (("", P[..., 0]), ("_over_row_mass", P[..., 0] / P[..., :11].sum(-1))):
         expected |= {
             f"sink_rate{suffix}": (first.mean(-1) > 0.3).mean(0),

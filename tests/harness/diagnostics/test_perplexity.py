@@ -66,6 +66,33 @@ def test_behind_a_begin_of_text_token_every_token_of_the_text_is_scored_once(fol
     assert summary["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
 
 
+@pytest.mark.parametrize("options", [(), ("--stride", "3"), ("--bos", "7"), ("--bos", "7", "--stride", "3")], ids=str)
+def test_of_documents_each_is_scored_by_itself(tmp_path, options):
+    """As the checkpoint was trained, with no option. Its separator is a document's last target, and its first token is
+    one behind a begin-of-text token alone."""
+    documents = [TEXT[:20].replace(b"\0", b"x"), b"", b"y", b"ab", TEXT[20:41].replace(b"\0", b"x")]
+    texts = [("train", TEXT), *(("val", text) for text in documents)]
+    write_corpus(tmp_path / "corpus", texts, Bytes(), source="test")
+    model, losses = random_gpt(vocab_size=256), []
+    save_model(model, tmp_path / "ckpt.pt", tmp_path / "corpus", config={"data": {"windows": "documents"}})
+    stride, bos = (3 if "--stride" in options else 8), [7] if "--bos" in options else []
+    for number, document in enumerate(documents):
+        own = torch.tensor([*bos, *document, *([0] if number < len(documents) - 1 else [])])
+        for target in range(1, len(own)):
+            start = max(0, -(-(target - 8) // stride)) * stride  # of the first window that has it as a target
+            window = torch.cat((torch.tensor(bos, dtype=torch.long), own[start + len(bos) : target]))
+            with torch.no_grad():
+                losses.append(F.cross_entropy(model(window[None])[0][0, -1], own[target]).item())
+    assert diagnose(DIAGNOSTIC, tmp_path / "ckpt.pt", *options) == 0
+    summary = report(tmp_path)["summary"]
+    assert summary["tokens"] == len(losses)
+    assert summary["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+    assert summary["bits_per_byte"] == pytest.approx(np.mean(losses) / math.log(2), rel=1e-6)
+    assert report(tmp_path)["arguments"]["windows"] == "documents"
+    assert diagnose(DIAGNOSTIC, tmp_path / "ckpt.pt", "--windows", "stream") == 0
+    assert report(tmp_path)["summary"]["tokens"] == sum(map(len, documents)) + len(documents) - 2
+
+
 def test_ids_whose_text_is_not_known_have_no_bits_per_byte(tmp_path, capsys):
     (tmp_path / "corpus").mkdir()
     for split in ("train", "val"):
