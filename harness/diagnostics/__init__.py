@@ -123,7 +123,7 @@ class Subject:
     @property
     def kind(self) -> str:
         """Of windows: the one in --windows, or that of the checkpoint's training."""
-        return self.args.windows or self.info.get("config", {}).get("data", {}).get("windows", "stream")
+        return getattr(self.args, "windows", None) or self.info.get("config", {}).get("data", {}).get("windows", "stream")
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -158,7 +158,7 @@ class Subject:
         return Windows(corpus, split, self.model.config.block_size, self.kind)
 
     def offsets(self, split: str | None = None, count: int | None = None):
-        """Where windows that text fills start in a split (default: --split): all, or `count` of them, spread evenly."""
+        """Where windows that text fills start: all, or `count` of them, spread evenly."""
         return self.windows(split).whole(count)
 
     def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:
