@@ -56,7 +56,7 @@ class Windows:
             name = f"{self.corpus.folder / self.split}.bin"
             raise UserError(f"data.windows documents: {name} has no two, and all windows would be the same: use stream")
         share = self.targets(self.starts).sum() / (self.ends - self.starts - 1).sum()
-        return f"windows of {len(self.with_targets):,} documents: their starts, {share:.0%} of the text"
+        return f"windows of {len(self.with_targets):,} documents: their starts, {share:.1%} of the text"
 
     def validation(self, count: int | None = None, stride: int | None = None, early: int = 0) -> np.ndarray:
         """The offsets of an evaluation's windows, in order, so that each target is scored once; the last window of a

@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, metavar="N", help="spread over the split; default: 4096")
     parser.add_argument("--value", choices=("mean", "zero"), default="mean", help="of the null slot; default: mean")
     parser.add_argument("--device", default="auto", help="auto, cpu, mps, cuda or cuda:N")
-    besides = argparse.Namespace(bos=None, block_size=None, windows=None)  # what a Subject asks for
-    args = parser.parse_args(namespace=besides)
+    args = parser.parse_args(namespace=argparse.Namespace(bos=None, block_size=None))  # what a Subject asks for besides
     if args.tokens < 1:
         raise UserError(f"--tokens {args.tokens}: at least 1")
     path = args.out / "ckpt.pt"

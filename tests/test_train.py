@@ -64,7 +64,7 @@ APART = ("--data.corpus", "apart", "--data.windows", "documents", "--model.block
 def test_windows_of_documents_resume_exactly_and_their_parts_add_up():
     squares_apart()
     whole = finished("whole", *APART)
-    assert "windows of 1,312 documents: their starts, 79% of the text" in whole.output()
+    assert "windows of 1,312 documents: their starts, 79.0% of the text" in whole.output()
     killed("killed", *APART, at=15)
     assert_same_run(whole, finished("killed", *APART))
     parts = finished("parts", *APART, "--training.micro_batch_size", "2")

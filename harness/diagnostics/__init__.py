@@ -110,8 +110,8 @@ class Subject:
     @property
     def arguments(self) -> dict:
         """What the result depends on besides the checkpoint: arguments, with the corpus and device that were chosen."""
-        given = vars(self.args) | {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device)}
-        given["windows"] = None if self.kind == "stream" else self.kind
+        chosen = {"bos": self.bos, "data": self.corpus_folder, "device": str(self.device)}
+        given = vars(self.args) | chosen | {"windows": None if self.kind == "stream" else self.kind}
         left_out = {"checkpoints", "out", "wandb"} | {k for k in ("block_size", "bos", "windows") if given[k] is None}
         return {k: v for k, v in given.items() if k not in left_out}
 
@@ -123,7 +123,8 @@ class Subject:
     @property
     def kind(self) -> str:
         """Of windows: the one in --windows, or that of the checkpoint's training."""
-        return self.args.windows or self.info.get("config", {}).get("data", {}).get("windows", "stream")
+        data = self.info.get("config", {}).get("data", {})
+        return getattr(self.args, "windows", None) or data.get("windows", "stream")
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -151,14 +152,13 @@ class Subject:
 
     def windows(self, split: str | None = None) -> Windows:
         """The windows of block_size of a split (default: --split), of the kind that --windows says."""
-        corpus, split = self.corpus, split or self.args.split
-        corpus.verify(split)
+        (corpus := self.corpus).verify(split := split or self.args.split)
         if self.kind == "documents" and self.bos is not None and self.bos == corpus.meta.get("begin_of_text"):
             raise UserError(f"--bos {self.bos}: the documents in {corpus.folder} begin with it already: leave it out")
         return Windows(corpus, split, self.model.config.block_size, self.kind)
 
     def offsets(self, split: str | None = None, count: int | None = None):
-        """Where windows that text fills start in a split (default: --split): all, or `count` of them, spread evenly."""
+        """Where windows that text fills start: all, or `count` of them, spread evenly."""
         return self.windows(split).whole(count)
 
     def batches(self, offsets=None, split: str | None = None, what: str = "batches") -> Iterator[tuple[Tensor, Tensor]]:

@@ -149,7 +149,7 @@ def test_documents_start_after_a_separator_or_with_a_begin_of_text_token(tmp_pat
     assert x.tolist() == [[3, 0, 1, 1], [3, 2, 0, 1]]
     assert y.tolist() == [[0, 1, -1, -1], [2, 0, 1, -1]]
     assert begun.bytes_per_target == 1
-    assert begun.check_training() == "windows of 2 documents: their starts, 100% of the text"
+    assert begun.check_training() == "windows of 2 documents: their starts, 100.0% of the text"
 
 
 def test_ids_of_another_program_have_documents_where_their_meta_json_says_what_parts_them(tmp_path):

@@ -19,6 +19,7 @@ from harness.corpus_writing import write_corpus
 from harness.errors import UserError
 from harness.kl_training import Reference, fingerprint, position_kl
 from harness.tokenizer import from_name
+from kernels.loss import IGNORED
 from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 from tests import helpers
@@ -106,6 +107,24 @@ def test_distillation_is_the_mean_at_a_temperature_times_its_square(direction):
     kl = expected_kl(student, reference, direction or "forward", temperature=2.5)
     np.testing.assert_allclose(penalty.item(), 3 * 2.5**2 * kl.mean(), rtol=1e-4)
     np.testing.assert_allclose(metrics["kl/p95"], OVER_POSITIONS["p95"](kl).mean(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["barrier", "distill"])
+@pytest.mark.parametrize("how", AGGREGATES)
+def test_in_windows_of_documents_positions_without_a_target_do_not_count(mode, how):
+    reference, student = save_model(new_model(1)), new_model(2)
+    targets = tokens().clone()
+    lengths = [1 + 2 * b for b in range(len(targets))]
+    for row, length in zip(targets, lengths, strict=True):
+        row[length:] = IGNORED
+    made = reference_of("--kl.mode", mode, "--kl.aggregate", how, "--data.windows", "documents")
+    penalty, metrics = made.penalty(tokens(), student(tokens())[0], targets)
+    kl = expected_kl(student, reference, "reverse" if mode == "barrier" else "forward")
+    texts = [row[:length] for row, length in zip(kl, lengths, strict=True)]
+    for name, numpy in OVER_POSITIONS.items():
+        np.testing.assert_allclose(metrics[f"kl/{name}"], np.mean([numpy(text) for text in texts]), rtol=1e-4)
+    added = OVER_POSITIONS[how if mode == "barrier" else "mean"]
+    np.testing.assert_allclose(penalty.item(), np.mean([added(text) for text in texts]), rtol=1e-4)
 
 
 @pytest.mark.parametrize("mode", ["barrier", "distill"])
