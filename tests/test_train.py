@@ -343,7 +343,8 @@ def test_what_a_fine_tuning_may_choose_anew_is_what_the_config_says():
     arguments = ("--training.init_from", "out/base/ckpt.pt", "--training.max_steps", "1", "--model.activation", "gelu")
     assert "activation is gelu in the config and gelu_tanh in the checkpoint" in refused("tuned", *arguments)
     free = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
-    others = {"dropout": 0.2, "normalizer": "sink", "sink_init": 3.0, "backward": "ste"}
+    others = {"dropout": 0.2, "normalizer": "sink", "sink_init": 3.0, "backward": "ste", "ssmax_init": 0.5}
+    others |= {"softmax_n": 3.0, "clipped_alpha": 2.0, "clipped_by": "row", "sigmoid_bias": -1.0}
     assert free == others.keys()
     options = (f"--model.{key}={value}" for key, value in others.items())
     chosen = finished("tuned", *arguments[:-2], *options).checkpoint()
