@@ -197,13 +197,17 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
     return model
 
 
-def feedback_of(checkpoint: dict[str, Any]) -> tuple[Any, dict[str, torch.Tensor]]:
+def feedback_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The `training.feedback` of a checkpoint, or of what `load_model` gives beside the model, and its matrices by the
-    names of the weights: as `apply_feedback` and `trained_by` take them."""
+    names of the weights: as `apply_feedback` and `trained_by` take them. UserError, with `path`, for any others."""
     config = checkpoint.get("config")
     training = config.get("training") if isinstance(config, dict) else None
     how = training.get("feedback", "backprop") if isinstance(training, dict) else "backprop"
-    return how, checkpoint.get("feedback", {})
+    matrices = checkpoint.get("feedback", {})
+    whole = isinstance(matrices, dict) and all(torch.is_tensor(x) for x in matrices.values())
+    if not whole or not all(bool(x.isfinite().all()) for x in matrices.values()):
+        raise UserError(f"{path}: its feedback matrices are not whole: they must be tensors of finite numbers by name")
+    return how, matrices
 
 
 def without_weights(config: GPTConfig) -> GPT:

@@ -76,7 +76,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     """
     init_from = config.training.init_from
     scratch = config.model.gpt_config(corpus.vocab_size)
-    feedback, before = config.training.feedback, feedback_of(checkpoint or {})[0]
+    feedback, before = config.training.feedback, feedback_of(checkpoint or {}, config.folder / "ckpt.pt")[0]
     if (how := before if feedback == "backprop" else feedback) != "backprop" and scratch.tie_embeddings:
         say(f"tie_embeddings true → false: with feedback {how} the head has weights of its own")
         scratch = dataclasses.replace(scratch, tie_embeddings=False)
@@ -118,7 +118,11 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     if differing:
         listed = ", ".join(f"{k} is {wanted[k]} in the config and {found[k]} in the checkpoint" for k in differing)
         raise config.error(f"model.{differing[0]}", f"the model differs from {source}: {listed}")
-    chosen = dataclasses.replace(model.config, **{k: wanted[k] for k in free if k in wanted})
+    chosen = with_context(model.config, wanted.get("block_size", model.config.block_size))
+    chosen = dataclasses.replace(chosen, **{k: wanted[k] for k in free if k in wanted})
+    key = {"sigmoid": "sigmoid_bias", "clipped": "clipped_alpha"}.get(chosen.normalizer, "")
+    if key and key not in wanted and getattr(chosen, key) != getattr(scratch, key) and not checkpoint:
+        say(f"model.{key} is {getattr(chosen, key):g}, as it is in {source}, whose context is {found['block_size']}")
     weights, rebuilt = model.state_dict(), without_weights(chosen)
     if chosen.normalizer != model.config.normalizer:  # what one normalizer has learned says nothing to another
         starts = NORMALIZERS[chosen.normalizer].parameters
@@ -133,7 +137,7 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
 def with_feedback(model: GPT, config: Config, checkpoint: dict, say) -> GPT:
     """The model with the config's feedback: with the matrices of the checkpoint being resumed, or, where that was
     trained by another feedback, or nothing is resumed, with matrices drawn from run.seed."""
-    how, before = config.training.feedback, feedback_of(checkpoint)
+    how, before = config.training.feedback, feedback_of(checkpoint, config.folder / "ckpt.pt")
     if checkpoint and how != before[0]:
         say(f"feedback {before[0]} → {how}" + (": its matrices are drawn anew" if how in ("fa", "dfa") else ""))
     matrices = before[1] if how == before[0] else None
@@ -149,11 +153,22 @@ def untie_head(model: GPT) -> None:
     model.lm_head.weight = torch.nn.Parameter(model.transformer.wte.weight.detach().clone())
 
 
+def with_context(config: GPTConfig, block_size: int) -> GPTConfig:
+    """The same model for another context. What its normalizer takes from the context stays as it was: its weights were
+    trained with that."""
+    kept: dict[str, Any] = {"block_size": block_size}
+    if config.normalizer == "sigmoid":
+        kept["sigmoid_bias"] = config.resolved()["sigmoid_bias"]
+    if config.normalizer == "clipped" and config.clipped_by == "context":
+        kept["clipped_alpha"] = config.clipped_alpha * block_size / config.block_size
+    return dataclasses.replace(config, **kept) if block_size != config.block_size else config
+
+
 def crop_block_size(model: GPT, block_size: int) -> None:
     """Shorten the context, dropping the later positions. ValueError if it would grow."""
     if not 1 <= block_size <= model.config.block_size:
         raise ValueError(f"cannot crop block_size {model.config.block_size} to {block_size}")
-    model.config = dataclasses.replace(model.config, block_size=block_size)
+    model.config = with_context(model.config, block_size)
     if model.config.position == "learned":
         model.transformer.wpe.weight = torch.nn.Parameter(model.transformer.wpe.weight[:block_size].clone())
         model.transformer.wpe.num_embeddings = block_size

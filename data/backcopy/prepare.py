@@ -44,9 +44,14 @@ def main():
 
     paths = [args.input] if args.input else sorted(source_files())
     try:
-        texts = [path.read_bytes().decode(errors="replace") for path in paths]
+        # A file of the standard library that is in another encoding may cost a few characters.
+        texts = [path.read_bytes().decode(errors="strict" if args.input else "replace") for path in paths]
     except OSError as error:
         raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{args.input} is no UTF-8 text, from byte {error.start} on: convert it, as by iconv"
+        ) from error
     vocabulary, pairs = bigrams(texts, args.characters)
     by_frequency = "".join(vocabulary[i] for i in np.argsort(-pairs.sum(1), kind="stable"))
     triggers = by_frequency[:3] if args.triggers is None else args.triggers

@@ -157,13 +157,13 @@ def direction_of(subject: Subject, model, device) -> tuple[Direction, list[str]]
         name = run_config(subject.info, "name") or "adamw"
         notes = [f"τ = 1 is the next update of the run's optimizer, {name}, at the learning rate {lr:g}"]
         optimizer = saved_optimizer(model, subject.info, subject.path)
-        with trained_by(model, *feedback_of(subject.info)):
+        with trained_by(model, *feedback_of(subject.info, subject.path)):
             return adamw_direction(model, optimizer, batches(), run_config(subject.info, "grad_clip")), notes
     whose = "as the checkpoint knows no learning rate" if own_lr is None else "the run's learning rate"
     notes = [f"τ = 1 is a step whose root mean square over the parameters is {lr:g}, {whose}"]
     if kind == "gradient":
         try:
-            with trained_by(model, *feedback_of(subject.info)):
+            with trained_by(model, *feedback_of(subject.info, subject.path)):
                 return gradient_direction(model, batches(), lr), notes
         except ValueError as e:
             raise UserError(f"{subject.path}: {e}") from e

@@ -76,7 +76,7 @@ PANELS = {
 
 def measure(subject: Subject) -> Result:
     model = subject.model
-    (how, matrices), beside = feedback_of(subject.info), None
+    (how, matrices), beside = feedback_of(subject.info, subject.path), None
 
     def batches(what: str):
         return subject.batches(what=what)

@@ -107,6 +107,12 @@ def test_a_backcopy_that_cannot_be_made_is_refused(tmp_path, mistake, message):
     assert not (tmp_path / "d").exists()
 
 
+def test_a_backcopy_of_no_utf8_is_refused(tmp_path):
+    (tmp_path / "latin.txt").write_bytes("ab é ab".encode("latin-1"))
+    error = prepare("backcopy", "--input", "latin.txt", "--out", "e", cwd=tmp_path, status=2)
+    assert "latin.txt is no UTF-8 text, from byte 3 on" in error
+
+
 def test_backcopy_of_the_standard_library_takes_its_most_frequent_characters(tmp_path):
     prepare("backcopy", "--sequences", "100", "--out", "a", cwd=tmp_path)
     corpus = Corpus(tmp_path / "a")

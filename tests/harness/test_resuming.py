@@ -158,6 +158,24 @@ def test_a_fine_tuning_takes_the_weights_as_they_lie_in_memory_into_the_model_th
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("block_size", [8, 24])
+@pytest.mark.parametrize("own", [{"normalizer": "sigmoid"}, {"normalizer": "clipped", "clipped_alpha": 3.0}])
+def test_what_a_normalizer_takes_from_the_context_stays_in_another_one(own, block_size, capsys):
+    """σ(x − log T) and γ = −α/T: of the T that the weights were trained with."""
+    model = tiny_gpt(5, **SHAPE | own | {"position": "rope"}, noise=0.3)
+    save_model(model, "other.pt")
+    shape = SHAPE | {"position": "rope", "block_size": block_size} | {"normalizer": own["normalizer"]}
+    keys = [word for key, value in shape.items() for word in (f"--model.{key}", str(value).lower())]
+    start = ("--training.init_from", "other.pt", *keys)
+    moved = initial_model(config(*start), Corpus("corpus"), None).eval()
+    assert moved.config.block_size == block_size
+    torch.testing.assert_close(moved(random_ids(2, 8))[0], model(random_ids(2, 8))[0])
+    key = {"sigmoid": "sigmoid_bias", "clipped": "clipped_alpha"}[own["normalizer"]]
+    assert f"model.{key} is " in capsys.readouterr().out
+    asked = initial_model(config(*start, f"--model.{key}=0.5"), Corpus("corpus"), None)
+    assert getattr(asked.config, key) == 0.5
+
+
 def test_what_a_normalizer_has_learned_stays_or_is_said_to_go(capsys):
     learned = tiny_gpt(5, **SHAPE | {"normalizer": "sink", "sink_init": -20.0})
     save_model(learned, "other.pt")
@@ -363,7 +381,13 @@ def test_what_a_feedback_has_trained_is_a_plain_model_to_all_that_loads_it():
     assert {type(m) for m in loaded.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
     idx = random_ids(2, 16)
     assert torch.equal(loaded(idx)[0], model(idx)[0])
-    how, matrices = feedback_of(info)
+    how, matrices = feedback_of(info, "out/run/ckpt.pt")
     assert how == "fa"
     assert all(torch.equal(matrices[name], matrix) for name, matrix in feedback_matrices(model).items())
-    assert feedback_of({"config": {"dataset": "nanoGPT's"}}) == feedback_of({}) == ("backprop", {})
+    assert feedback_of({"config": {"dataset": "nanoGPT's"}}, "") == feedback_of({}, "") == ("backprop", {})
+
+
+@pytest.mark.parametrize("matrices", [[1], None, {"lm_head.weight": "x"}, {"lm_head.weight": torch.tensor([math.nan])}])
+def test_matrices_that_are_none_are_named(matrices):
+    with pytest.raises(UserError, match=r"^out/run/ckpt\.pt: its feedback matrices are not whole"):
+        feedback_of({"config": {"training": {"feedback": "fa"}}, "feedback": matrices}, "out/run/ckpt.pt")
