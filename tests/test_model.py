@@ -13,7 +13,8 @@ from harness.checkpoint import load_model
 from harness.optimizers import parameter_groups
 from harness.resuming import crop_block_size
 from kernels.backends import materialized_attention
-from model import GPT, NORMALIZERS, Backward, GPTConfig
+from measure.jacobian import jacobian_energy
+from model import GPT, NORMALIZERS, Backward, GPTConfig, attention
 from tests.helpers import TELLING, every_attention, random_ids, shakespeares_nanogpt, telling_gpt, tokens
 
 # --- parameters -----------------------------------------------------------------------------------------------------
@@ -253,6 +254,25 @@ def test_ssmax_is_softmax_where_its_scale_cancels_the_logarithm():
     torch.testing.assert_close(outs[0][:, 11], outs[1][:, 11])  # the last query sees 12 keys
     torch.testing.assert_close(outs[0][:, 0], outs[1][:, 0])  # the first sees one, whatever its score
     assert (outs[0] - outs[1])[:, 1:11].abs().amax(-1).min() > 1e-6
+
+
+def test_the_constants_of_a_normalizer_are_those_of_the_context():
+    """Bondarenko et al.'s α = 4, γ = −α/T; Ramapuram et al.'s b = −log T; the call alone takes T from its keys."""
+    q, k, v = torch.randn(3, 1, 2, 64, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for normalizer, literal in {
+        "clipped": {"alpha": 4.0, "context": 64},
+        "sigmoid": {"bias": -math.log(64)},
+        "softmax_n": {"null_logit": 0.0},
+    }.items():
+        attn = GPT(replace(TELLING, block_size=64, normalizer=normalizer)).transformer.h[0].attn
+        assert attn.constants == pytest.approx(literal)
+        bare = attention(q, k, v, normalizer=normalizer)
+        torch.testing.assert_close(bare, attention(q, k, v, normalizer=normalizer, **literal))
+        split = (jacobian_energy(q, k, v, v, normalizer, **more) for more in ({}, literal))
+        for a, b in zip(*(x.values() for x in split), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    by_row = GPT(replace(TELLING, normalizer="clipped", clipped_by="row", clipped_alpha=2.0)).transformer.h[0].attn
+    assert by_row.constants == {"alpha": 2.0, "context": 0}
 
 
 @pytest.mark.parametrize("gate", ["head", "element"])

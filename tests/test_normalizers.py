@@ -234,6 +234,7 @@ def test_what_an_entry_cannot_do_is_refused(monkeypatch):
             {"normalizer": "own_sigmoid", "backward": "diagonal", "bias": torch.zeros(2)},
             "'own_sigmoid' has no backward 'diag",
         ),
+        ({"normalizer": "own_clipped", "backward": "detached"}, "'own_clipped' has no backward 'detached'"),
         ({"normalizer": "own_sigmoid"}, "takes the parameters bias, and not none"),
         ({"normalizer": "own_clipped", "bias": torch.zeros(2)}, "takes no parameters, and not bias"),
         ({"normalizer": "own_clipped", "null_logit": torch.zeros(2)}, "'own_clipped' has no null slot"),

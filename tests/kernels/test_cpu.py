@@ -382,7 +382,7 @@ cpu.SOURCE = pathlib.Path({str(tmp_path)!r}) / "cpu.cpp"
 cpu.FLAGS += ("-fsanitize=address",)
 assert cpu.load() is not None
 from model import attention
-for T, D in ((1, 5), (63, 16), (65, 20), (130, 80), (300, 64)):
+for T, D in ((1, 5), (65, 20), (130, 80)):
     for dtype in (torch.float32, torch.bfloat16):
         for tile in {TILES!r}:
             for backward in ("full", "ste"):

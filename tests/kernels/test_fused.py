@@ -573,10 +573,13 @@ def test_the_value_gradient_is_the_same_head_by_head(dtype, H_kv, monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("normalizer", "own"),  # own False: on PyTorch's kernels, as where there is no compiler
-    [("sink", True), ("sink", False), ("clipped", True)],  # the null logit's own gradient; all scores of some rows
+    ("normalizer", "backward", "own"),  # own False: on PyTorch's kernels, as where there is no compiler
+    [
+        *itertools.product(["sink"], ["full", "diagonal", "ste"], [True, False]),  # the null logit's own gradient
+        ("sink", "detached", False),
+        ("clipped", "full", True),  # all scores of some rows
+    ],
 )
-@pytest.mark.parametrize("backward", BACKWARDS)
 def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(
     normalizer, backward, own, stock_peak, bench_arguments, monkeypatch
 ):
