@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from measure.jacobian import backpropagate, backward_mode, cosine_and_norm_ratio, dot_products, take_gradients
 from measure.moments import float64
+from measure.probe import rows_of_c_attn
 from model import GPT
 
 Feedback = Literal["backprop", "fa", "sign_symmetric", "dfa"]
@@ -135,16 +136,23 @@ def feedback_matrices(model: GPT) -> dict[str, Tensor]:
 
 
 def feedback_metrics(model: GPT) -> dict[str, float | None]:
-    """Of every layer with a B of its weight's shape: `feedback/angle/…`, in degrees between the two as vectors, and,
-    where B is fixed, `feedback/norm_ratio/…`, ‖B‖/‖W‖. None with a zero norm."""
+    """Of every layer with a B of its weight's shape, and of c_attn's q, k and v apart: `feedback/angle/…`, in degrees
+    between the two as vectors, and, where B is fixed, `feedback/norm_ratio/…`, ‖B‖/‖W‖. None with a zero norm."""
     metrics: dict[str, float | None] = {}
     for name, layer in feedback_layers(model).items():
         if layer.how == "dfa":
             continue
         weight, fixed = layer.weight.detach(), layer.feedback
-        cosine, ratio = cosine_and_norm_ratio(dot_products(signs(weight) if fixed is None else fixed, weight))
-        angle = None if cosine is None else math.degrees(math.acos(max(-1.0, min(cosine, 1.0))))
-        metrics |= {f"feedback/angle/{name}": angle} | ({} if fixed is None else {f"feedback/norm_ratio/{name}": ratio})
+        pairs = {name: (signs(weight) if fixed is None else fixed, weight)}
+        if ".c_attn." in name:
+            parts = [rows_of_c_attn(x, model.config) for x in pairs[name]]
+            pairs |= {f"{name}[{part}]": (parts[0][part], parts[1][part]) for part in parts[0]}
+        for part, pair in pairs.items():
+            cosine, ratio = cosine_and_norm_ratio(dot_products(*pair))
+            angle = None if cosine is None else math.degrees(math.acos(max(-1.0, min(cosine, 1.0))))
+            metrics |= {f"feedback/angle/{part}": angle} | (
+                {} if fixed is None else {f"feedback/norm_ratio/{part}": ratio}
+            )
     return metrics
 
 

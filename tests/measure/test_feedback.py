@@ -188,8 +188,13 @@ def test_a_compiled_model_has_the_eager_ones_gradients(how):
 def test_angles_and_norm_ratios():
     model = gpt("fa")
     found = feedback_metrics(model)
-    for name, layer in feedback_layers(model).items():
-        W, B = layer.weight.detach().flatten(), layer.feedback.flatten()
+    pairs = {name: (layer.weight.detach(), layer.feedback) for name, layer in feedback_layers(model).items()}
+    for name, pair in list(pairs.items()):  # q, k and v, each of the width of the stream, one below the other
+        if "c_attn" in name:
+            thirds = zip("qkv", *(x.split(x.size(1)) for x in pair), strict=True)
+            pairs |= {f"{name}[{part}]": own for part, *own in thirds}
+    for name, pair in pairs.items():
+        W, B = (x.flatten() for x in pair)
         angle = torch.rad2deg(torch.acos(F.cosine_similarity(W, B, dim=0))).item()
         assert found.pop(f"feedback/angle/{name}") == pytest.approx(angle, rel=1e-9)
         assert found.pop(f"feedback/norm_ratio/{name}") == pytest.approx((B.norm() / W.norm()).item(), rel=1e-9)
