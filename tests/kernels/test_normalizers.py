@@ -157,6 +157,30 @@ def test_clipped_without_clipping_is_softmax_and_more_of_it_keeps_less():
     assert (n.clipped_weights(torch.zeros(1, 1, 1, 1), 4.0, 0) == 1).all()
 
 
+@given(row=st.lists(st.floats(-30, 30), min_size=1, max_size=9), alpha=st.floats(0, 1e-9), scale=st.floats(0.1, 3))
+@settings(max_examples=60, deadline=None)
+def test_limits_hold_for_any_row(row, alpha, scale):
+    scores = torch.tensor(row, dtype=torch.float64).view(1, 1, 1, -1)
+    softmax = scores.softmax(-1)
+    close = {"rtol": 1e-12, "atol": 1e-12}
+    # γ → 0, by no more than γ itself where a weight is clipped
+    torch.testing.assert_close(n.clipped_weights(scores, alpha, 0), softmax, rtol=0, atol=2 * alpha + 1e-14)
+    nothing, one = torch.tensor([-math.inf]), torch.tensor([0.0])
+    torch.testing.assert_close(n.softmax_rows(scores, nothing)[0], softmax, **close)
+    torch.testing.assert_close(n.softmax_rows(scores, one)[0], n.softmax1(scores), **close)
+    torch.testing.assert_close(
+        n.entmax15_weights(scores).flatten().numpy(), entmax(np.array(row), 1.5), rtol=0, atol=1e-7
+    )
+    torch.testing.assert_close(n.softpick_weights(scores + 70), softmax, **close)  # where 1 is nothing beside eˣ
+    torch.testing.assert_close(n.sigmoid_weights(scores, -60.0), (scores - 60).exp(), rtol=1e-12, atol=0)
+    # s·log n is 1 at s = 1 / log n: the last of n queries is what it was
+    q = torch.full((1, 1, 2, 1), scale, dtype=torch.float64)
+    keys = len(row) + 1
+    torch.testing.assert_close(
+        scaled_queries(q, keys, torch.tensor([1 / math.log(keys)]).double())[..., -1, :], q[..., -1, :]
+    )
+
+
 def test_entmax_lies_between_softmax_and_sparsemax():
     x = np.array([0.3, -1.0, 0.9, 0.2, -4.0])
     scores = torch.tensor(x).view(1, 1, 1, -1)
