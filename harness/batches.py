@@ -124,12 +124,6 @@ def training_offsets(seed: int, step: int, tokens: int, block_size: int, batch_s
     return generator.integers(0, tokens - block_size, size=batch_size)
 
 
-def validation_offsets(tokens: int, block_size: int, count: int | None = None) -> np.ndarray:
-    """Where the windows of an evaluation start: non-overlapping, so that each target is scored once; the last window
-    may be shorter. With a `count`, that many of them, spread evenly."""
-    return spread(sliding_offsets(tokens, block_size, block_size), count)
-
-
 def spread(offsets: np.ndarray, count: int | None) -> np.ndarray:
     """`count` of the offsets, spread evenly; all of them where there are no more, or where it is None."""
     if count is None or count >= len(offsets):

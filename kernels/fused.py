@@ -51,7 +51,8 @@ def fused_attention(
         grouped = k.size(1) != q.size(1)
         out = F.scaled_dot_product_attention(q, k, v, None, dropout_p, True, scale=scale, enable_gqa=grouped)
     else:
-        numbers = (*(float((constants or {})[name]) for name in CONSTANTS[tile]), 0.0, 0.0)[:2]
+        given = [float(constants[name]) for name in CONSTANTS[tile]] if constants else []
+        numbers = (*given, *(2 - len(given)) * [0.0])  # the kernels take two, whether they need them or not
         out = FusedAttention.apply(q, k, v, null_logit, backward, dropout_p, scale, backend, tile, numbers)
     return out[:, :, rows:, :D] if rows or columns else out
 

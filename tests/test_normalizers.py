@@ -16,7 +16,7 @@ import torch
 from scipy import stats
 
 import train
-from harness.batches import gather, validation_offsets
+from harness.batches import gather, spread
 from harness.checkpoint import load_model
 from harness.config import help_text
 from harness.corpus import Corpus
@@ -24,6 +24,7 @@ from harness.errors import run_cli
 from harness.generation import generate
 from kernels.backends import use_backend
 from measure.jacobian import jacobian_energy
+from measure.perplexity import sliding_offsets
 from measure.quantize import PROBABILITIES, sites, visiting
 from model import (
     GPT,
@@ -312,13 +313,13 @@ def windows_of(tokens, offsets):
 
 def measured_windows(tokens):
     """Those that `--batches 1 --batch-size 3` takes: three whole ones, spread evenly."""
-    offsets = validation_offsets(len(tokens) - T + 1, T, 3)
+    offsets = spread(sliding_offsets(len(tokens) - T + 1, T, T), 3)
     return windows_of(tokens, offsets)
 
 
 def test_the_training_run_logs_the_kurtosis_of_its_own_attention(measured):
     name, model, tokens, _ = measured
-    offsets = validation_offsets(len(tokens) - T + 1, T, count=8)
+    offsets = spread(sliding_offsets(len(tokens) - T + 1, T, T), 8)
     layers = weights_of_layers(model.double(), name, windows_of(tokens, offsets)[0])
     last = json.loads(Path("out/run/metrics.jsonl").read_text().splitlines()[-1])
     expected = np.mean([stats.kurtosis(P.ravel()) for P in layers])

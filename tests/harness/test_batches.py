@@ -11,11 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from harness.batches import Windows, dropout_seed, gather, prefetch, training_offsets, validation_offsets
+from harness.batches import Windows, dropout_seed, gather, prefetch, spread, training_offsets
 from harness.corpus import Corpus
 from harness.errors import UserError
 from harness.tokenizer import Chars
 from kernels.loss import IGNORED
+from measure.perplexity import sliding_offsets
 from tests.helpers import write_documents
 from train import training_batches
 
@@ -177,7 +178,7 @@ def test_a_corpus_of_one_window_or_none_is_refused(lengths, message):
 @given(st.integers(2, 200), st.integers(1, 40))
 def test_validation_scores_every_target_once(count, block_size):
     tokens = np.arange(count, dtype=np.uint16)
-    x, y = gather(tokens, validation_offsets(count, block_size), block_size, CPU)
+    x, y = gather(tokens, sliding_offsets(count, block_size, block_size), block_size, CPU)
     scored = y >= 0
     assert sorted(y[scored].tolist()) == list(range(1, count))  # all but the first token, the remainder included
     assert torch.equal(x[scored], y[scored] - 1)  # each from the token before it
@@ -185,7 +186,8 @@ def test_validation_scores_every_target_once(count, block_size):
 
 @given(st.integers(1, 30), st.integers(2, 500), st.integers(1, 20))
 def test_a_part_of_the_validation_is_spread_evenly_over_it(count, tokens, block_size):
-    every, some = validation_offsets(tokens, block_size), validation_offsets(tokens, block_size, count)
+    every = sliding_offsets(tokens, block_size, block_size)
+    some = spread(every, count)
     assert len(some) == min(count, len(every))
     assert set(some) <= set(every)
     gaps = np.diff(some) // block_size
