@@ -1,5 +1,6 @@
 """The picture of several checkpoints side by side: a panel for each value, a line in it for each variant."""
 
+import importlib.util
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,9 +9,24 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from harness.diagnostics import Diagnostic, Subject
+from harness.errors import UserError
 from harness.figures import RUN_STYLES, new_figure
 
 PANELS_A_ROW = 4
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
+"""Those that need no more than a checkpoint and its corpus."""
+
+
+def find_diagnostic(name: str, option: str = "") -> Diagnostic:
+    """The diagnostic of the script NAME.py. UserError, which begins with the `option` that named it, where there is
+    none."""
+    if not (SCRIPTS / f"{name}.py").is_file():
+        raise UserError(f"{option}{name}: there is no scripts/{name}.py; choose from {', '.join(DIAGNOSTICS)}")
+    module = f"harness.diagnostics.{name}"
+    if importlib.util.find_spec(module) is None:
+        raise UserError(f"{option}{name}: it takes more than checkpoints; choose from {', '.join(DIAGNOSTICS)}")
+    return importlib.import_module(module).DIAGNOSTIC
 
 
 def headlines(values: Sequence[str], diagnostics: Sequence[Diagnostic]) -> dict[str, str]:

@@ -20,8 +20,9 @@ from harness.errors import UserError
 _PATHS = (("run", "out_dir"), ("data", "corpus"), ("training", "init_from"), ("kl", "reference"))
 
 
-def load_config(arguments: list[str]) -> Config:
-    """The config of a command line `CONFIG [--section.key value …]`; UserError for every mistake in it."""
+def load_config(arguments: list[str], source: str = "command line") -> Config:
+    """The config of a command line `CONFIG [--section.key value …]`; UserError for every mistake in it, which says that
+    the values after CONFIG come from `source`."""
     if not arguments or arguments[0].startswith("--"):
         raise UserError("no config given: python train.py CONFIG [--section.key value …]; --help lists the keys")
     path, overrides = Path(arguments[0]), arguments[1:]
@@ -29,7 +30,7 @@ def load_config(arguments: list[str]) -> Config:
     for key, value in parse_overrides(overrides):
         section, _, name = key.partition(".")
         values.setdefault(section, {})[name] = value
-        sources[key] = "command line"
+        sources[key] = source
     config = build_config(values, sources)
     config.run.name = config.run.name or path.stem
     if config.run.name == ".." or "\0" in config.run.name or Path(config.run.name).name != config.run.name:
@@ -117,24 +118,29 @@ class _UniqueKeyLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """The values of a config file over those of the files it extends, and the source of each key."""
-    if path.resolve() in extending:
-        cycle = " → ".join(p.name for p in (*extending, path))
-        raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
+def read_yaml(path: Path, what: str, by: str = "") -> Any:
+    """What a YAML file holds, None if it is empty. UserError, naming file and line, where it cannot be read or says a
+    thing twice; `what` says what it is the file of, and `by`, in front, who named it."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader) or {}
+        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
     except FileNotFoundError:
-        by = f"{extending[-1]}: extends: " if extending else ""
-        raise UserError(f"{by}no config file {path}") from None
+        raise UserError(f"{by}no {what} file {path}") from None
     except (OSError, UnicodeDecodeError) as e:
-        raise UserError(f"cannot read the config {path}: {e}") from e
+        raise UserError(f"cannot read the {what} {path}: {e}") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
         raise UserError(
             f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
         ) from e
+
+
+def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
+    """The values of a config file over those of the files it extends, and the source of each key."""
+    if path.resolve() in extending:
+        cycle = " → ".join(p.name for p in (*extending, path))
+        raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
+    content = read_yaml(path, "config", f"{extending[-1]}: extends: " if extending else "") or {}
     if not isinstance(content, dict):
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
 

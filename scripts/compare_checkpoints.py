@@ -3,7 +3,6 @@ picture. `python scripts/NAME.py --help` explains each diagnostic's values and o
 """
 
 import argparse
-import importlib.util
 import sys
 import textwrap
 from pathlib import Path
@@ -13,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tqdm import tqdm
 
-from harness.comparison import config_of, draw, headlines, without_losses_of_few_windows
+from harness.comparison import DIAGNOSTICS, config_of, draw, find_diagnostic, headlines, without_losses_of_few_windows
 from harness.curves import variants
 from harness.diagnostics import (
     Diagnostic,
@@ -31,9 +30,6 @@ from harness.figures import print_table, save_figure
 from harness.tracking import log_diagnostic
 
 NAME = "compare_checkpoints"
-SCRIPTS = Path(__file__).parent
-DIAGNOSTICS = ("weight_kurtosis", "activation_kurtosis", "perplexity", "jacobian_energy", "quantization")
-"""What runs without --diagnostics: those that need no more than a checkpoint and its corpus."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     if len(args.checkpoints) < 2:
         raise UserError(f"{args.checkpoints[0]} alone: name at least two checkpoints to compare")
     names = labels(args.checkpoints)
-    diagnostics = [find_diagnostic(name) for name in args.diagnostics]
+    diagnostics = [find_diagnostic(name, "--diagnostics ") for name in args.diagnostics]
     arguments, unknown = zip(*(arguments_of(diagnostic, args, further) for diagnostic in diagnostics), strict=True)
     if nobodys := set.intersection(*unknown):
         raise UserError(f"{', '.join(sorted(nobodys))}: no option of {', '.join(args.diagnostics)}")
@@ -86,15 +82,6 @@ def main(argv: list[str] | None = None) -> None:
     for path, row in zip(args.checkpoints, rows, strict=True) if args.wandb else ():
         log_diagnostic(Path(path).parent, name_in_run(NAME, path), {v: row.get(v) for v in values}, written[-1])
     print("\nwritten: " + ", ".join(map(str, written)))
-
-
-def find_diagnostic(name: str) -> Diagnostic:
-    if not (SCRIPTS / f"{name}.py").is_file():
-        raise UserError(f"--diagnostics {name}: there is no scripts/{name}.py; choose from {', '.join(DIAGNOSTICS)}")
-    module = f"harness.diagnostics.{name}"
-    if importlib.util.find_spec(module) is None:
-        raise UserError(f"--diagnostics {name}: it takes more than checkpoints; choose from {', '.join(DIAGNOSTICS)}")
-    return importlib.import_module(module).DIAGNOSTIC
 
 
 def arguments_of(
