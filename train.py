@@ -177,6 +177,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
         if folder and best:  # first: a kill in between leaves no ckpt.pt that speaks of a best.pt not written
             save_checkpoint(folder.best, checkpoint)
+        if folder and c.keep_interval and step and step % c.keep_interval == 0:
+            save_checkpoint(folder.kept(step), checkpoint | state)
         if folder:
             save_checkpoint(folder.checkpoint, checkpoint | state)
 
@@ -235,7 +237,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
 
         stopping = ranks.max(stop.requested)
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
-        saving = step % c.checkpoint_interval == 0 or step == c.max_steps or stopping
+        intervals = (c.checkpoint_interval, c.keep_interval or c.max_steps, c.max_steps)
+        saving = stopping or any(step % interval == 0 for interval in intervals)
         logging = step % config.tracking.log_interval == 0 or evaluating
         if progress:
             progress.step()

@@ -124,6 +124,8 @@ class TrainingConfig:
     """torch.compile the model; auto: on CUDA, if there is a C compiler"""
     checkpoint_interval: PositiveInt = 250
     """steps between writes of ckpt.pt; the last step always writes"""
+    keep_interval: PositiveInt | None = None
+    """steps between checkpoints that are kept, in steps/, for diagnostics along training; null: none"""
 
 
 @dataclass

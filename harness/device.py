@@ -4,8 +4,10 @@ import ctypes
 import platform
 import resource
 import shutil
+import subprocess
 import sys
 from argparse import ArgumentParser
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -143,3 +145,14 @@ def now(device: torch.device) -> float:
     elif device.type == "mps":
         torch.mps.synchronize()
     return perf_counter()
+
+
+def commit() -> str:
+    """The code's own, as git describes it, with what has changed since told by "-dirty"."""
+    try:
+        git = subprocess.run(
+            ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
+        )
+    except OSError:
+        return "unknown"
+    return git.stdout.strip() or "unknown"

@@ -33,7 +33,7 @@ from model import GPT, NORMALIZERS, GPTConfig
 # Of a corpus and a reference the content is compared.
 _HOW = re.compile(
     r"(evaluation|tracking)\..*|data\.corpus|kl\.reference|"
-    r"training\.(max_steps|checkpoint_interval|micro_batch_size|device|compile)"
+    r"training\.(max_steps|checkpoint_interval|keep_interval|micro_batch_size|device|compile)"
 )
 _WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
 

@@ -11,7 +11,7 @@ from harness.errors import UserError
 from harness.files import NOT_OFFERED
 
 _FORMER = ".former"
-_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "curves.png", "wandb", "diagnostics")
+_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "steps", "curves.png", "wandb", "diagnostics")
 
 
 class RunFolder:
@@ -42,10 +42,18 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
-        for leftover in folder.glob("*.tmp"):  # of a process killed while it wrote; only the lock's owner writes here
+        for leftover in (
+            *folder.glob("*.tmp"),
+            *folder.glob("steps/*.tmp"),
+        ):  # of a process killed while it wrote; only the lock's owner writes here
             leftover.unlink()
         if (folder / _FORMER).exists():
             self._bring_back()
+
+    def kept(self, step: int) -> Path:
+        """Where the checkpoint of a step is kept for good, in a folder that is there."""
+        (self.path / "steps").mkdir(exist_ok=True)
+        return self.path / "steps" / f"{step}.pt"
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:

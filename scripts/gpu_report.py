@@ -19,7 +19,6 @@ import json
 import math
 import re
 import secrets
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from harness.device import commit
 from harness.errors import UserError, run_cli
 from harness.files import make_folder, write_text
 from harness.gpu_report.document import markdown, print_section, wrong_rows
@@ -97,15 +97,6 @@ def unused(stem: Path) -> Path:
     """The name without a suffix, or with -2, -3 …: an earlier report is never overwritten."""
     others = (stem.with_name(f"{stem.name}-{n}") for n in itertools.count(2))
     return next(name for name in itertools.chain([stem], others) if not name.with_suffix(".json").exists())
-
-
-def commit() -> str:
-    """As git describes it, with what has changed since told by "-dirty"."""
-    try:
-        git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return "unknown"
-    return git.stdout.strip() or "unknown"
 
 
 if __name__ == "__main__":
