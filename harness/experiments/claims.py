@@ -152,6 +152,7 @@ def _parse(path: Path, measure: str, text: str, variants: list[str]) -> _Sides:
         match ast.parse(text, mode="eval").body:
             case ast.Compare(left, [ast.Lt() | ast.Gt() as sign], [right]):
                 named = dict.fromkeys([*_names(left), *_names(right)])
+                texts = ast.unparse(left), ast.unparse(right)
             case _:
                 raise ValueError
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -160,7 +161,7 @@ def _parse(path: Path, measure: str, text: str, variants: list[str]) -> _Sides:
         raise UserError(f"{where}: there is no variant {unknown[0]}; there are {', '.join(variants)}")
     if not named:
         raise UserError(f"{where}: it names no variant; there are {', '.join(variants)}")
-    return _Sides(left, right, isinstance(sign, ast.Lt), list(named), (ast.unparse(left), ast.unparse(right)))
+    return _Sides(left, right, isinstance(sign, ast.Lt), list(named), texts)
 
 
 def _names(side: ast.expr) -> Iterator[str]:
@@ -222,7 +223,8 @@ class _Measured(NamedTuple):
 
 def judge(results: Results, claims: list[Claim]) -> list[Verdict]:
     """A verdict for each claim, in their order. Of a comparison that no seed has the values for there is a line in
-    `problems` alone, and the claim is not decided unless another comparison fails."""
+    `problems` alone, and the claim is not decided unless another comparison fails. Holm's correction is over every
+    comparison of two seeds or more, those of too few seeds for their claim among them."""
     measured: list[list[_Measured]] = []
     problems: list[list[str]] = []
     for claim in claims:
