@@ -18,7 +18,7 @@ hold if one of them did not.
 
 import ast
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -32,6 +32,7 @@ from measure.seeds import LEVEL, Difference, difference, holm
 
 HELD, FAILED, OPEN = "held", "did not hold", "not decided"
 SEEDS = 3  # that a claim asks for where it does not say
+_FUNCTIONS: dict[str, Callable[..., float]] = {"abs": abs, "min": min, "max": max}
 _TEXTS = ("sentence", "source", "tested_at", "experiment")
 _ALLOWED = "one < or > between two sides of variants, numbers, + - * / and abs(…), min(…, …), max(…, …)"
 
@@ -151,6 +152,7 @@ def _parse(path: Path, measure: str, text: str, variants: list[str]) -> _Sides:
         match ast.parse(text, mode="eval").body:
             case ast.Compare(left, [ast.Lt() | ast.Gt() as sign], [right]):
                 named = dict.fromkeys([*_names(left), *_names(right)])
+                texts = ast.unparse(left), ast.unparse(right)
             case _:
                 raise ValueError
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -159,7 +161,7 @@ def _parse(path: Path, measure: str, text: str, variants: list[str]) -> _Sides:
         raise UserError(f"{where}: there is no variant {unknown[0]}; there are {', '.join(variants)}")
     if not named:
         raise UserError(f"{where}: it names no variant; there are {', '.join(variants)}")
-    return _Sides(left, right, isinstance(sign, ast.Lt), list(named), (ast.unparse(left), ast.unparse(right)))
+    return _Sides(left, right, isinstance(sign, ast.Lt), list(named), texts)
 
 
 def _names(side: ast.expr) -> Iterator[str]:
@@ -191,7 +193,7 @@ def _value(side: ast.expr, values: dict[str, float]) -> float:
         case ast.UnaryOp(_, operand):
             return -_value(operand, values)
         case ast.Call(ast.Name(name), arguments):
-            return {"abs": abs, "min": min, "max": max}[name](*(_value(a, values) for a in arguments))
+            return _FUNCTIONS[name](*(_value(argument, values) for argument in arguments))
         case ast.BinOp(left, operator, right):
             a, b = _value(left, values), _value(right, values)
             match operator:
@@ -221,7 +223,8 @@ class _Measured(NamedTuple):
 
 def judge(results: Results, claims: list[Claim]) -> list[Verdict]:
     """A verdict for each claim, in their order. Of a comparison that no seed has the values for there is a line in
-    `problems` alone, and the claim is not decided unless another comparison fails."""
+    `problems` alone, and the claim is not decided unless another comparison fails. Holm's correction is over every
+    comparison of two seeds or more, those of too few seeds for their claim among them."""
     measured: list[list[_Measured]] = []
     problems: list[list[str]] = []
     for claim in claims:
@@ -264,7 +267,7 @@ def _measure(results: Results, claim: Claim, measure: str, text: str, problems: 
             else:
                 problems.append(f"{measure}: {text}: seed {seed} is left out, it has no finite value there")
     if len(seeds) < claim.seeds:
-        problems.append(f"{measure}: {text}: {len(seeds) or 'no'} of the {claim.seeds} seeds that it needs")
+        problems.append(f"{measure}: {text}: {_count(len(seeds))}, and the claim needs {claim.seeds}")
     if not seeds:
         return None
     # Sides that agree to twelve digits are one number, computed in two orders.
@@ -290,10 +293,7 @@ def _compare(results: Results, claim: Claim, m: _Measured, p: float | None) -> C
 def _verdict(claim: Claim, comparisons: list[Comparison], problems: list[str]) -> Verdict:
     outcomes = [comparison.outcome for comparison in comparisons]
     asked = sum(map(len, claim.decides.values()))
-    if FAILED in outcomes:
-        outcome = FAILED
-    else:
-        outcome = HELD if outcomes == [HELD] * asked else OPEN
+    outcome = FAILED if FAILED in outcomes else HELD if outcomes == [HELD] * asked else OPEN
     decisive = ["i" + c.sentence[1:].removesuffix(".") for c in comparisons if c.outcome == outcome]
     if len(comparisons) < asked and outcome == OPEN:
         lacking = asked - len(comparisons)
@@ -311,14 +311,14 @@ def _found(claim: Claim, m: _Measured, p: float | None, outcome: str) -> str:
     sides = " and ".join(_side(*of) for of in zip(m.sides[:2], m.sides.texts, (m.left, m.right), strict=True))
     text = f"{sides} ({_count(n)}), {way}"
     if low is None or high is None or p is None:
-        return f"{text}; one seed gives no interval"
+        return f"{text}, and one seed gives no interval"
     low, high = (-high, -low) if mean < 0 else (low, high)
     interval, adjusted = f"{_shown(low)} to {_shown(high)}", f"p {_probability(p)}"
     numbers = f"{text} (95 % interval {interval}, Holm-adjusted {adjusted})"
     if outcome != OPEN:
         return f"{numbers}, {'as claimed' if outcome == HELD else 'not smaller' if m.sides.less else 'not larger'}"
     if n < claim.seeds:
-        return f"{numbers}, of fewer seeds than the {claim.seeds} that the claim needs"
+        return f"{numbers}, from fewer seeds than the {claim.seeds} that the claim needs"
     if low <= 0 <= high:
         text += f", the interval {interval} holds 0"
     else:
@@ -351,7 +351,7 @@ def _probability(p: float) -> str:
 
 
 def _count(n: int) -> str:
-    return "1 seed" if n == 1 else f"{n} seeds"
+    return f"{n or 'no'} seed{'s' * (n != 1)}"
 
 
 def _seeds(seeds: list[int]) -> str:
