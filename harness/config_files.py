@@ -5,6 +5,7 @@ jsonargparse checks and converts the values; errors name the file (or the comman
 """
 
 import dataclasses
+import functools
 import os
 import re
 import sys
@@ -99,6 +100,7 @@ class _Parser(ArgumentParser):
         raise (_InvalidValue(key[1]) if key else UserError(f"config: {' '.join(message.split())}")) from ex
 
 
+@functools.cache
 def _parser() -> ArgumentParser:
     parser = _Parser()
     for section, cls in SECTIONS.items():

@@ -5,6 +5,9 @@ a the exact slopes along the step, τ = 1 the whole of it. KL(α⁰‖α(τ)), f
 to second order; what that leaves is bounded by the spread Δ of the slopes, and their Taylor series in τ converges at
 least up to the radius π/Δ. In float64, on real text. `--demo` shows the same on three small examples and needs no
 checkpoint.
+
+The summary's remainder_share: Σ|KL − ½τ²Var| over Σ KL, over all attention rows: what the quadratic model misses of the
+divergence that the step makes.
 """
 
 import argparse
@@ -122,8 +125,10 @@ def measure(subject: Subject) -> Result:
         raise UserError(f"{subject.path}: {e}") from e
     rows: list[dict] = []
     extremes: list[dict] = []
+    sums = dict.fromkeys(("forward", "reverse", "remainder_forward", "remainder_reverse"), 0.0)  # over all rows
     for layer, found in enumerate(rays):
         ray = Ray(*torch.cat(found, dim=-1))  # (heads, rows) each
+        sums = {name: so_far + getattr(ray, name).abs().sum().item() for name, so_far in sums.items()}
         for head in range(len(ray.spread)):
             of_head = Ray(*(x[head, ray.spread[head] > 0] for x in ray))
             for table, values in ((rows, medians(of_head, tau)), (extremes, ends(of_head))):
@@ -135,6 +140,8 @@ def measure(subject: Subject) -> Result:
         beyond = sum(row["beyond_radius"] * row["rows"] for row in moving)
         summary |= {f"max_{column}": max(row[column] for row in moving) for column in TIGHTNESS}
         summary |= {"beyond_radius": beyond / summary["rows"]}
+        for way in ("forward", "reverse"):
+            summary[f"remainder_share_{way}"] = sums[f"remainder_{way}"] / sums[way] if sums[way] else None
     return Result(rows, summary, notes, {"extremes": extremes, "curve": curve})
 
 

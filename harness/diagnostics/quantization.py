@@ -22,7 +22,7 @@ layer's weight) alone and y without: y is the linear layer's output, P v for the
 residual stream the output of the norm that reads it next (of both norms, where the next block's attention and MLP read
 it in parallel). In the tensor itself, one outlier channel would pass for a strong signal.
 
-The summary: the float model's loss and perplexity, and the perplexity_rise of each scheme with weights.
+The summary: the float model's loss and perplexity, and perplexity_rise and loss of each scheme with weights.
 """
 
 import argparse
@@ -53,6 +53,7 @@ COLUMNS = {
     "loss_rise": "of the loss over the unquantized model's, in nats a token",
     "standard_error": "of loss_rise, over stretches of the text as in perplexity.py; both models see the same tokens",
 }
+SUMMARY = ("perplexity_rise", "loss")  # the columns that the summary has of each scheme with weights
 SHOWN = WORST_FIRST, WITHOUT_OUTLIERS = "W8A8 min-max", "W8A8 per token"
 LAYERS = {
     "name": "the tensor: a linear layer's input, attention probabilities, or the residual stream (`site` in the JSON)",
@@ -113,10 +114,9 @@ def measure(subject: Subject) -> Result:
             }
         )
     layers.sort(key=lambda row: row[WORST_FIRST] if row[WORST_FIRST] is not None else np.inf)
-    rises = {
-        f"perplexity_rise {row['scheme']}": row["perplexity_rise"] for row in rows if row["scheme"].startswith("W")
-    }
-    summary = {"loss": loss, "perplexity": base, **rises}
+    quantized_weights = [row for row in rows if row["scheme"].startswith("W")]
+    summary = {"loss": loss, "perplexity": base}
+    summary |= {f"{column} {row['scheme']}": row[column] for column in SUMMARY for row in quantized_weights}
     return Result(rows, summary, where_it_hurts(rows, layers), {"layers": layers})
 
 

@@ -217,8 +217,9 @@ def _measurements(path: Path, content: Any, variants: list[str]) -> tuple[list[M
             raise UserError(f"{path}: {error}") from None
         reference, along = options.pop("reference", None), options.pop("along", True)
         chosen = options.pop("variants", [])
-        if unknown := [v for v in chosen if v not in variants]:
-            raise UserError(f"{where}: variants: there is no {unknown[0]}; there are {', '.join(variants)}")
+        if not isinstance(chosen, list) or (unknown := [v for v in chosen if v not in variants]):
+            wrong = unknown[0] if isinstance(chosen, list) else repr(chosen)
+            raise UserError(f"{where}: variants: there is no {wrong}; there are {', '.join(variants)}")
         if diagnostic.takes_reference != (reference is not None):
             raise UserError(f"{where}: it " + ("takes no reference" if reference else "needs a reference: @VARIANT"))
         if reference is not None:
@@ -247,7 +248,11 @@ def _check_options(where: str, diagnostic: Diagnostic, words: list[str]) -> None
 
     parser.error = refuse  # type: ignore[method-assign, assignment]
     checkpoints = ["reference.pt", "ckpt.pt"] if diagnostic.takes_reference else ["ckpt.pt"]
-    arguments_for(diagnostic, parser.parse_args([*checkpoints, *words]))
+    arguments = parser.parse_args([*checkpoints, *words])
+    try:
+        arguments_for(diagnostic, arguments)
+    except UserError as error:
+        refuse(str(error))
 
 
 def _in_order(path: Path, cells: list[Cell]) -> list[Cell]:

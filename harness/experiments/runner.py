@@ -28,7 +28,7 @@ from harness.launch import prepare
 
 # Keys that say where a run writes and who looks on: they make no other run of it.
 _FREE = ("run.name", "run.out_dir", "training.resume", "training.overwrite", "training.device", "training.compile")
-FINISHED, FAILED, SKIPPED = "finished", "failed", "skipped"
+FINISHED, UNMEASURED, FAILED = "finished", "trained, but not all measured", "not trained"
 
 
 class Interrupted(Exception):
@@ -105,6 +105,7 @@ class Job:
     def __init__(self, experiment: Experiment, cell: Cell, slot: int, threads: int, train: bool):
         self.experiment, self.cell, self.started = experiment, cell, time.monotonic()
         self.problems: list[str] = []
+        self.trained = not train
         self._commands = self._plan(train)
         self._environment = os.environ | {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", experiment.name)}
         self._environment |= {"OMP_NUM_THREADS": str(threads)}
@@ -150,7 +151,8 @@ class Job:
             write_text(self.experiment.folder / "measured.json", json.dumps(record, indent=1))
         if status:
             self.problems.append(f"{self._words[0]}: {self._last_words(status)}")
-        return not status or self._result is not None
+        self.trained = self.trained or not status
+        return self.trained
 
     def _last_words(self, status: int) -> str:
         lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -222,7 +224,7 @@ class Schedule:
         self.experiment, self.jobs = experiment, jobs
         self.threads = threads(jobs)
         self.waiting, self.running = list(experiment.cells), dict[int, Job]()
-        self.state: dict[str, str] = {}  # cell → FINISHED, FAILED or SKIPPED
+        self.state: dict[str, str] = {}  # cell → FINISHED, UNMEASURED or FAILED
         self.seconds: dict[str, list[float]] = {}  # variant → of its cells that were run now
         terminal = sys.stderr.isatty()
         self.bar = tqdm(total=len(self.waiting), desc=experiment.name, unit="cell", disable=not terminal)
@@ -259,11 +261,11 @@ class Schedule:
                 continue
             self.waiting.remove(cell)
             try:
-                if set(needs) - {FINISHED}:
+                if FAILED in needs:
                     raise UserError(f"it needs {', '.join(self._needs(cell))}")
                 train = not trained(cell)
             except UserError as error:
-                self._settle(cell, SKIPPED, f"not run: {' '.join(str(error).split())}")
+                self._settle(cell, FAILED, f"not run: {' '.join(str(error).split())}")
                 continue
             if train or to_measure(self.experiment, cell):
                 return Job(self.experiment, cell, slot, self.threads, train)
@@ -277,7 +279,7 @@ class Schedule:
     def _done(self, job: Job) -> None:
         taken = time.monotonic() - job.started
         self.seconds.setdefault(job.cell.variant, []).append(taken)
-        state = FAILED if job.problems else FINISHED
+        state = FAILED if not job.trained else UNMEASURED if job.problems else FINISHED
         self._settle(job.cell, state, "; ".join(job.problems) or f"trained and measured in {clock(taken)}")
 
     def _settle(self, cell: Cell, state: str, what: str) -> None:

@@ -1,0 +1,186 @@
+"""The schedule of cells: who waits for whom, what a failure takes with it, and what is run again. The processes are
+stand-ins here; tests/scripts/test_run_experiment.py runs real ones."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import yaml
+
+from harness.errors import UserError
+from harness.experiments import runner
+from harness.experiments.grid import Experiment, load_experiment
+from harness.experiments.runner import Job, Schedule, changed_keys, clock, run_experiment, to_measure
+from tests.helpers import ROOT
+
+VARIANTS = {
+    "a": None,
+    "b": {"training": {"init_from": "@a"}},
+    "c": {"model": {"normalizer": "softmax1"}},
+}
+
+
+@pytest.fixture
+def experiment(tmp_path) -> Experiment:
+    grid = {"question": "?", "base": str(ROOT / "configs" / "backcopy_softmax.yaml"), "seeds": [1, 2]}
+    grid |= {"variants": VARIANTS, "diagnostics": {"perplexity": {"batches": 1}}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    found = load_experiment(tmp_path / "grid.yaml", tmp_path)
+    (found.folder / "logs").mkdir(parents=True)
+    return found
+
+
+@pytest.fixture
+def processes(monkeypatch, experiment):
+    """What each cell's processes do: a list of scripts, by the cell's name; unless told otherwise, nothing, for long
+    enough that two run at once. `processes.order` has (cell, begin, end)."""
+    scripts = {cell.name: ["import time; time.sleep(0.15)"] for cell in experiment.cells}
+    monkeypatch.setattr(runner, "trained", lambda cell: False)
+
+    def plan(self, train):
+        for number, script in enumerate(scripts[self.cell.name]):
+            yield ["-c", script, "--out"], None if number == 0 else self.experiment.folder / "perplexity.json"
+
+    monkeypatch.setattr(Job, "_plan", plan)
+    return scripts
+
+
+def spans(experiment: Experiment, processes: dict) -> dict[str, tuple[float, float]]:
+    """Have every process note when it began and ended; read after the run."""
+    return {
+        name: tuple(map(float, (experiment.folder / name).read_text().split()))
+        for name in processes
+        if (experiment.folder / name).exists()
+    }
+
+
+def noting(experiment: Experiment, name: str) -> str:
+    path = str(experiment.folder / name)
+    return f"import time; t = time.time(); time.sleep(0.2); open({path!r}, 'w').write(f'{{t}} {{time.time()}}')"
+
+
+def test_cells_run_as_many_at_a_time_as_asked_and_after_those_that_they_need(experiment, processes):
+    for name in processes:
+        processes[name] = [noting(experiment, name)]
+    assert Schedule(experiment, jobs=2).run() == 0
+    found = spans(experiment, processes)
+    assert len(found) == 6
+    for seed in (1, 2):
+        assert found[f"b_s{seed}"][0] >= found[f"a_s{seed}"][1]
+    at_once = [sum(a <= begin < b for a, b in found.values()) for begin, _ in found.values()]
+    assert max(at_once) == 2
+
+
+def test_a_failed_cell_is_told_with_its_last_line_and_takes_along_only_those_that_need_it(
+    experiment, processes, capsys
+):
+    processes["a_s1"] = ["import sys; print('more'); sys.exit('error: the disk is full')"]
+    assert Schedule(experiment, jobs=2).run() == 1
+    said = capsys.readouterr().out
+    assert "a_s1: -c: the disk is full; " in said
+    assert "b_s1: not run: it needs a; " in said
+    assert said.count("trained and measured in") == 4
+    assert "2 of 6 cells are not done: a_s1, b_s1" in said.replace("b_s1, a_s1", "a_s1, b_s1")
+    assert "more" in (experiment.folder / "logs" / "a_s1.log").read_text()
+
+
+def test_a_diagnostic_that_fails_on_one_cell_leaves_its_other_diagnostics_and_cells_alone(
+    experiment, processes, capsys
+):
+    done = experiment.folder / "done"
+    processes["a_s1"] = ["pass", "raise SystemExit('error: no attention to measure')", f"open({str(done)!r}, 'w')"]
+    assert Schedule(experiment, jobs=2).run() == 1
+    assert done.exists()
+    said = capsys.readouterr().out
+    assert "a_s1: -c: no attention to measure" in said
+    assert said.count("trained and measured in") == 5
+
+
+def test_a_process_ended_by_a_signal_is_told_by_its_name(experiment, processes, capsys):
+    processes["c_s2"] = ["import os; os.kill(os.getpid(), 9)"]
+    assert Schedule(experiment, jobs=2).run() == 1
+    assert "c_s2: -c: ended by SIGKILL" in capsys.readouterr().out
+
+
+def test_an_interruption_lets_the_running_cells_save_and_starts_no_others(experiment, processes, capsys, monkeypatch):
+    saved = experiment.folder / "saved"
+    waits = f"""
+import signal, sys, time
+def save(*_): open({str(saved)!r}, "w"); sys.exit(143)
+signal.signal(signal.SIGTERM, save)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    for name in processes:
+        processes[name] = [waits]
+    monkeypatch.setattr(runner, "prepare_corpora", lambda experiment: None)
+
+    def interrupt() -> None:
+        log = experiment.folder / "logs" / "a_s1.log"
+        while not (log.exists() and log.read_text().endswith("ready\n")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    handler = signal.getsignal(signal.SIGINT)
+    threading.Thread(target=interrupt).start()
+    assert run_experiment(experiment, 1, "") == 130
+    assert saved.exists()
+    assert sorted(path.stem for path in (experiment.folder / "logs").iterdir()) == ["a_s1"]
+    assert "stopped with 0 of 6 cells: the same command continues" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGINT) == handler
+
+
+def write_config(cell, **changed) -> None:
+    """As train.py writes it: with what the run finds out by itself."""
+    config = cell.config.to_dict()
+    config["model"] |= {"vocab_size": 97}
+    config["training"] |= {"device": "cuda", "resume": "must"}
+    for key, value in changed.items():
+        section, _, name = key.partition("__")
+        config[section][name] = value
+    cell.folder.mkdir(parents=True, exist_ok=True)
+    (cell.folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_a_cell_of_another_config_is_refused_with_the_keys_and_nothing_is_run(experiment):
+    first, *others = experiment.cells
+    for cell in others:
+        write_config(cell)
+        assert changed_keys(cell) == []
+    write_config(first, training__max_steps=7, optimizer__lr=0.5, tracking__log_interval=3)
+    assert changed_keys(first) == ["optimizer.lr 0.5 → 0.001", "training.max_steps 7 → 1000"]
+    with pytest.raises(UserError, match=r"a_s1 holds a run of another config.*: optimizer.lr 0.5 → 0.001, training"):
+        run_experiment(experiment, 1, "")
+    assert not list((experiment.folder / "logs").iterdir())
+
+
+def test_a_fine_tuned_cell_may_take_over_what_its_config_leaves_open(experiment):
+    tuned = next(cell for cell in experiment.cells if cell.variant == "b")
+    write_config(tuned, model__sigmoid_bias=-4.0)
+    assert changed_keys(tuned) == []
+    write_config(tuned, model__n_layer=3)  # the base's file sets it
+    assert changed_keys(tuned) == ["model.n_layer 3 → 1"]
+
+
+def test_only_what_is_not_measured_yet_or_with_other_options_or_checkpoints_is_measured(experiment):
+    cell = experiment.cells[0]
+    ((words, path),) = to_measure(experiment, cell)
+    (cell.folder / "diagnostics").mkdir(parents=True)
+    cell.checkpoint.write_text("a")
+    path.write_text("{}")
+    record = experiment.folder / "measured.json"
+    record.write_text(json.dumps({str(path): runner._as_run(words)}))
+    assert to_measure(experiment, cell) == []
+    os.utime(cell.checkpoint, (1, 1))
+    assert to_measure(experiment, cell) == [(words, path)]
+    record.write_text(json.dumps({str(path): runner._as_run([*words, "--seed", "2"])}))
+    assert to_measure(experiment, cell) == [(words, path)]
+    record.write_text("torn")
+    assert to_measure(experiment, cell) == [(words, path)]
+
+
+def test_time_is_shown_in_hours_minutes_and_seconds():
+    assert [clock(seconds) for seconds in (0, 61.9, 3 * 3600 + 59)] == ["0:00:00", "0:01:01", "3:00:59"]
