@@ -1,0 +1,60 @@
+"""The page of an experiment: report.html, one file that needs no network, the same as report.md with its pictures, and
+table.csv.
+
+findings.py says what is on the page, as the blocks of document.py; charts.py draws it; html.py and markdown.py write
+it.
+"""
+
+import json
+from pathlib import Path
+
+import vl_convert
+
+from harness.errors import UserError
+from harness.experiments.claims import judge, load_claims
+from harness.experiments.grid import ROOT, load_experiment
+from harness.experiments.results import read_results
+from harness.files import make_folder, write_text, written_whole
+from harness.report import charts, html, markdown
+from harness.report.document import Figure
+from harness.report.findings import page
+
+FACTS = "experiment.json"
+
+
+def write_report(folder: Path) -> Path:
+    """Write report.html, report.md with figures/, and table.csv into an experiment's folder; the path of the first.
+    UserError where it holds no experiment."""
+    facts = _facts(folder)
+    file = ROOT / facts["file"]
+    if not file.is_file():
+        raise UserError(f"{folder / FACTS}: file: there is no {facts['file']}, the experiment that was run")
+    experiment = load_experiment(file, out=folder.resolve().parent)
+    if experiment.folder.name != folder.resolve().name:
+        raise UserError(f"{folder}: it is of the experiment {experiment.name}, whose folder has that name: rename it")
+    results = read_results(experiment)
+    content = page(results, judge(results, load_claims(experiment)), facts)
+    pictures = [b for s in content.sections for b in s.blocks if isinstance(b, Figure) and b.picture]
+    make_folder(folder / markdown.PICTURES)
+    for figure in pictures:
+        picture = vl_convert.vegalite_to_png(json.dumps(charts.drawn(figure)), scale=2)
+        with written_whole(folder / markdown.PICTURES / f"{figure.name}.png") as temporary:
+            temporary.write_bytes(picture)
+    write_text(folder / "table.csv", content.csv)
+    write_text(folder / "report.md", markdown.write(content))
+    write_text(folder / "report.html", html.write(content))
+    return folder / "report.html"
+
+
+def _facts(folder: Path) -> dict:
+    path = folder / FACTS
+    give = "give a folder that scripts/run_experiment.py has made, out/NAME"
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: there is no {FACTS} in it; {give}") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {give}") from None
+    if not isinstance(facts, dict) or not isinstance(facts.get("file"), str):
+        raise UserError(f"{path}: it does not say which file the experiment is in; {give}")
+    return facts

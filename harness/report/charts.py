@@ -1,0 +1,358 @@
+"""Charts as Vega-Lite specifications, written once for the page and for the pictures.
+
+Their colours are names, `var(--ink)`, which the page's style sheet sets for light, dark and print, and `drawn` for a
+picture. Colour, dash and shape each tell the variants apart (see harness.figures.RUN_STYLES).
+"""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import to_hex
+
+from harness.experiments.results import Results, Run
+from harness.figures import RUN_STYLES
+from harness.report.document import Figure, Panel, Spec
+from harness.report.numbers import Measure, Paired, Point, curve, probability, written
+
+SCHEMA = "https://vega.github.io/schema/vega-lite/v6.json"
+PALETTE = tuple(dict.fromkeys(style["color"] for style in RUN_STYLES))
+SEQUENTIAL = [to_hex(color) for color in matplotlib.colormaps["cividis"](np.linspace(0, 1, 17))]
+DOTS = 7  # marks along a curve
+# Matplotlib's markers as paths from −1 to 1, which SVG and Vega draw alike.
+SHAPES = {
+    "o": "M-0.9,0A0.9,0.9 0 1 1 0.9,0A0.9,0.9 0 1 1 -0.9,0Z",
+    "s": "M-0.8,-0.8H0.8V0.8H-0.8Z",
+    "^": "M0,-1L1,0.8H-1Z",
+    "D": "M0,-1.1L0.95,0L0,1.1L-0.95,0Z",
+    "v": "M0,1L1,-0.8H-1Z",
+    "P": "M-0.35,-1H0.35V-0.35H1V0.35H0.35V1H-0.35V0.35H-1V-0.35H-0.35Z",
+    "X": "M-1,-0.5L-0.5,-1L0,-0.5L0.5,-1L1,-0.5L0.5,0L1,0.5L0.5,1L0,0.5L-0.5,1L-1,0.5L-0.5,0Z",
+}
+LIGHT = {"ink": "#1c1b19", "muted": "#6b6862", "rule": "#8d8a83", "grid": "#e8e5de", "paper": "#fdfcf9"}
+DARK = {"ink": "#e6e2d9", "muted": "#a29d92", "rule": "#7d796f", "grid": "#33312d", "paper": "#161513"}
+# Black cannot be seen on a dark page, and the two blues and the vermilion are lifted a little.
+DARK_PALETTE = {
+    "#000000": "#f0ece2",
+    "#0072B2": "#4aa8e0",
+    "#D55E00": "#f0803c",
+    "#009E73": "#2fc298",
+    "#56B4E9": "#9ad7ff",
+}
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', 'DejaVu Sans', sans-serif"
+
+
+def style(index: int) -> dict:
+    """The colour, dashes and shape of the variant at this place."""
+    own = RUN_STYLES[index % len(RUN_STYLES)]
+    dashes = [1, 0] if own["linestyle"] == "-" else [1.6 * length for length in own["linestyle"][1]]
+    return {"color": f"var(--c{PALETTE.index(own['color'])})", "dashes": dashes, "shape": SHAPES[own["marker"]]}
+
+
+def colors(dark: bool) -> dict[str, str]:
+    """Name → colour, of all that charts name."""
+    lines = {f"c{i}": DARK_PALETTE.get(color, color) if dark else color for i, color in enumerate(PALETTE)}
+    return (DARK if dark else LIGHT) | lines
+
+
+def drawn(figure: Figure, dark: bool = False) -> Spec:
+    """The figure as one picture: its panels side by side, with a legend and colours of its own."""
+    columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) in (2, 4) else 3
+    panels = [panel.spec | {"title": panel.title, "width": 270} for panel in figure.panels]
+    legend = {"orient": "bottom", "title": None, "columns": 6} if figure.legend else None
+    shared = {"scale": {name: "shared" for name in ("color", "strokeDash", "shape")}}
+    spec = {"concat": panels, "columns": columns, "resolve": shared, "spacing": 28} | _frame()
+    text = json.dumps(_with_legend(spec, legend))
+    for name, color in colors(dark).items():
+        text = text.replace(f"var(--{name})", color)
+    return json.loads(text) | {"padding": 14, "background": colors(dark)["paper"]}
+
+
+def _with_legend(spec, legend):
+    if isinstance(spec, list):
+        return [_with_legend(entry, legend) for entry in spec]
+    if not isinstance(spec, dict):
+        return spec
+    return {k: legend if k == "legend" and v is None else _with_legend(v, legend) for k, v in spec.items()}
+
+
+def _frame() -> Spec:
+    """What all charts have in common."""
+    axis = {
+        "labelColor": "var(--muted)",
+        "titleColor": "var(--muted)",
+        "domainColor": "var(--rule)",
+        "tickColor": "var(--rule)",
+        "gridColor": "var(--grid)",
+        "titleFontWeight": "normal",
+        "labelFontSize": 11,
+        "titleFontSize": 11,
+        "tickSize": 4,
+        "labelPadding": 4,
+        "titlePadding": 8,
+        "domain": False,
+    }
+    text = {"labelColor": "var(--ink)", "labelFontSize": 12, "symbolSize": 70, "labelLimit": 300}
+    title = {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 8}
+    config = {
+        "font": FONT,
+        "background": "transparent",
+        "view": {"stroke": None},
+        "axis": axis,
+        "legend": text,
+        "title": title,
+        "numberFormat": "~g",
+    }
+    return {"$schema": SCHEMA, "config": config}
+
+
+def spec(content: Spec, rows: list[dict], height: int) -> Spec:
+    return _frame() | {"data": {"values": rows}, "height": height} | content
+
+
+def _by_variant(variants: Sequence[str], *channels: str) -> dict:
+    """Channels of an encoding that tell the variants apart."""
+    styles = [style(i) for i in range(len(variants))]
+    ranges = {
+        "color": [s["color"] for s in styles],
+        "strokeDash": [s["dashes"] for s in styles],
+        "shape": [s["shape"] for s in styles],
+    }
+    return {
+        channel: {
+            "field": "variant",
+            "type": "nominal",
+            "scale": {"domain": list(variants), "range": ranges[channel]},
+            "legend": None,
+        }
+        for channel in channels
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Along training
+
+
+def lines(title: str, axis: str, curves: dict[str, list[Point]], variants: Sequence[str], zero: bool = False) -> Panel:
+    """A curve a variant, with the band of its 95 % intervals. The axis holds all means after the first tenth of the
+    training; what lies beyond is cut off."""
+    rows = []
+    for variant, points in curves.items():
+        every = max(1, math.ceil((len(points) - 1) / DOTS))
+        shift = variants.index(variant) * every // max(1, len(variants)) if every > len(variants) else 0
+        for i, (step, e) in enumerate(points):
+            row = {"variant": variant, "step": round(step, 1), "mean": _short(e.mean), "n": e.n}
+            if e.low is not None and e.high is not None:
+                row |= {"low": _short(e.low), "high": _short(e.high)}
+            rows.append(row | ({"dot": 1} if (i - shift) % every == 0 else {}))
+    domain = _domain([points for points in curves.values() if points], zero)
+    y = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
+    ticks = {"tickCount": 5, "format": "~g"}
+    shown = y | {"field": "mean", "title": axis, "axis": ticks}
+    x = {
+        "field": "step",
+        "type": "quantitative",
+        "title": "step",
+        "axis": {"grid": False, "tickCount": 5, "format": "~s"},
+    }
+    tooltip = [{"field": name, "type": kind} for name, kind in _TOOLTIP]
+    zero_line = {
+        "mark": {"type": "rule", "color": "var(--rule)"},
+        "encoding": {"y": {"datum": 0, "type": "quantitative"}},
+    }
+    band = {"mark": {"type": "area", "clip": True, "opacity": 0.16}, "transform": [{"filter": "isValid(datum.low)"}]}
+    line = {"mark": {"type": "line", "clip": True, "strokeWidth": 1.8, "interpolate": "linear"}}
+    dot = {
+        "mark": {"type": "point", "clip": True, "filled": True, "opacity": 1},
+        "transform": [{"filter": "datum.dot"}],
+    }
+    hover = {"mark": {"type": "point", "clip": True, "opacity": 0, "size": 90}}
+    layers = [
+        band
+        | {
+            "encoding": {"x": x, "y": y | {"field": "low", "title": axis}, "y2": {"field": "high"}}
+            | _by_variant(variants, "color")
+        },
+        line | {"encoding": {"x": x, "y": shown} | _by_variant(variants, "color", "strokeDash")},
+        dot | {"encoding": {"x": x, "y": shown, "size": {"value": 34}} | _by_variant(variants, "color", "shape")},
+        hover | {"encoding": {"x": x, "y": shown, "tooltip": tooltip}},
+    ]
+    if domain[0] <= 0 <= domain[1]:
+        layers.insert(1, zero_line)
+    ends = [f"{v} {written(points[-1].estimate.mean)}" for v, points in curves.items() if points]
+    return Panel(title, spec({"layer": layers}, rows, 210), f"{title} by step; at the end: {', '.join(ends)}.")
+
+
+_TOOLTIP = (("variant", "nominal"), ("step", "quantitative"), ("mean", "quantitative"), ("low", "quantitative"))
+_TOOLTIP += (("high", "quantitative"), ("n", "quantitative"))
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _domain(curves: list[list[Point]], zero: bool) -> list[float]:
+    """All means after the first tenth of the training, and of the intervals what does not make the axis more than twice
+    as long."""
+    end = max((points[-1].step for points in curves), default=0)
+    late = [p for points in curves for p in points if p.step >= end / 10] or [p for points in curves for p in points]
+    means = [p.estimate.mean for p in late] + ([0.0] if zero else [])
+    low, high = min(means, default=0.0), max(means, default=1.0)
+    room = (high - low) / 2 or abs(high) / 20 or 0.5
+    lows = [p.estimate.low for p in late if p.estimate.low is not None]
+    highs = [p.estimate.high for p in late if p.estimate.high is not None]
+    bottom, top = max(low - room, min([low, *lows])), min(high + room, max([high, *highs]))
+    if zero and low >= 0:
+        bottom = 0.0
+    margin = 0.04 * (top - bottom)
+    return [bottom - margin * (bottom != 0), top + margin]
+
+
+def training_curves(results: Results) -> list[Panel]:
+    """The losses along training, and the validation's difference to the baseline, by seed."""
+    variants, baseline = results.experiment.variants, results.experiment.baseline
+    names = {"val/loss": "Validation loss", "train/loss": "Training loss"}
+    panels = []
+    for name, title in names.items():
+        curves = {variant: curve(results, name, variant) for variant in variants}
+        if any(len(points) > 1 for points in curves.values()):
+            panels.append(lines(title, "nats a token", curves, variants))
+    differences = {v: curve(results, "val/loss", v, baseline) for v in variants[1:]}
+    if any(len(points) > 1 for points in differences.values()):
+        title = f"Validation loss minus {baseline}’s"
+        panels.insert(1, lines(title, "nats a token, paired by seed", differences, variants, zero=True))
+    return panels
+
+
+def along_training(results: Results, shown: Sequence[Measure]) -> list[Panel]:
+    variants = results.experiment.variants
+    return [
+        lines(m.label, m.note, {v: curve(results, m.base, v) for v in variants}, variants, zero=True) for m in shown
+    ]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# At the end of training
+
+
+def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[str]) -> Panel:
+    """A mark a variant at its mean difference to the baseline, filled where that is significant, with its interval."""
+    rows, notes = [], {}
+    for variant, d, p in found:
+        row = {"variant": variant, "difference": _short(d.mean), "n": d.n, "p": probability(p)}
+        if d.low is not None and d.high is not None:
+            row |= {"low": _short(d.low), "high": _short(d.high)}
+        rows.append(row | {"found": p is not None and p < 0.05})
+        notes[variant] = "1 seed" if p is None else f"p {'' if p < 1e-4 else '= '}{probability(p)}"
+    order = [variant for variant in variants if variant in notes]
+    y = {"field": "variant", "type": "nominal", "sort": order, "title": None}
+    left = y | {"axis": {"ticks": False, "labelColor": "var(--ink)", "labelFontSize": 12, "labelLimit": 140}}
+    right = y | {
+        "axis": {"orient": "right", "ticks": False, "labelExpr": f"{json.dumps(notes)}[datum.value]", "grid": True}
+    }
+    x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": {"zero": True}}
+    axis = f"difference to {variants[0]}"
+    tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
+    color = _by_variant(variants, "color")
+    layers = [
+        {
+            "mark": {"type": "rule", "color": "var(--ink)", "strokeWidth": 1},
+            "encoding": {"x": {"datum": 0, "type": "quantitative"}},
+        },
+        {
+            "mark": {"type": "rule", "strokeWidth": 2},
+            "transform": [{"filter": "isValid(datum.low)"}],
+            "encoding": {"x": x | {"field": "low", "title": axis}, "x2": {"field": "high"}, "y": right} | color,
+        },
+        {
+            "mark": {"type": "point", "strokeWidth": 1.6, "opacity": 1, "size": 70},
+            "encoding": {
+                "x": x | {"field": "difference", "title": axis},
+                "y": left,
+                "tooltip": tooltip,
+                "fill": {
+                    "condition": {"test": "!datum.found", "value": "var(--paper)"},
+                    **color["color"],
+                },
+            }
+            | _by_variant(variants, "color", "shape"),
+        },
+    ]
+    content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}
+    said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _ in found)
+    return Panel(measure.label, spec(content, rows, 26 * len(order)), f"{measure.label}, differences: {said}.")
+
+
+def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
+    """A point a run."""
+    rows, variants = [], results.experiment.variants
+    for variant in variants:
+        xs, ys = results.values(x.name, variant), results.values(y.name, variant)
+        rows += [{"variant": variant, "seed": s, "x": _short(xs[s]), "y": _short(ys[s])} for s in xs if s in ys]
+    if not rows:
+        return None
+    values = [row["x"] for row in rows]
+    log = min(values) > 0 and max(values) > 30 * min(values)
+
+    def channel(field: str, measure: Measure, **scale) -> dict:
+        title = ", ".join(filter(None, (measure.label, measure.note.partition(";")[0])))
+        axis = {"tickCount": 5, "format": "~g"}
+        return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": {"zero": False} | scale}
+
+    encoding = {
+        "x": channel("x", x, **({"type": "log"} if log else {})),
+        "y": channel("y", y),
+        "tooltip": [{"field": "variant"}, {"field": "seed"}, {"field": "x"}, {"field": "y"}],
+    } | _by_variant(variants, "color", "shape")
+    mark = {"type": "point", "filled": True, "size": 75, "opacity": 0.9}
+    text = f"{len(rows)} runs, {y.label} against {x.label}: one from {min(r['y'] for r in rows):.4g} to "
+    text += f"{max(r['y'] for r in rows):.4g}, the other from {min(values):.4g} to {max(values):.4g}."
+    return Panel(f"{y.label} against {x.label}", spec({"mark": mark, "encoding": encoding}, rows, 300), text)
+
+
+def head_maps(results: Results, column: str, mean: Callable[[Sequence[Run], str], dict]) -> tuple[list[Panel], list]:
+    """A map a variant, layer × head, and the ends of their common colours. `mean(runs, column)`: (layer, head) → the
+    mean over the runs."""
+    maps = {v: mean(results.of(v), column) for v in results.experiment.variants}
+    values = [value for found in maps.values() for value in found.values()]
+    if not values or max(len(found) for found in maps.values()) < 2:
+        return [], []
+    low, high = min(values), max(values)
+    if low >= 0 and high <= 1 + 1e-6:
+        low, high = 0.0, 1.0
+    high = high if high > low else low + 1
+    panels = []
+    for variant, found in maps.items():
+        if not found:
+            continue
+        rows = [{"layer": i, "head": j, "value": _short(value)} for (i, j), value in sorted(found.items())]
+        fits = len(rows) <= 36
+        for row in rows:
+            row["text"] = f"{row['value']:.2f}" if fits else ""
+        layers = len({row["layer"] for row in rows})
+        axis = {"ticks": False, "labelAngle": 0, "grid": False, "labelOverlap": True}
+        place = {
+            "x": {"field": "head", "type": "ordinal", "axis": axis, "scale": {"padding": 0.03}},
+            "y": {"field": "layer", "type": "ordinal", "axis": axis, "scale": {"padding": 0.03}},
+        }
+        scale = {"domain": [low, high], "range": SEQUENTIAL, "clamp": True}
+        color = {"field": "value", "type": "quantitative", "scale": scale, "legend": None}
+        tooltip = [{"field": name} for name in ("layer", "head", "value")]
+        bright = {"condition": {"test": f"datum.value > {(low + high) / 2}", "value": "#000000"}, "value": "#ffffff"}
+        content = {
+            "layer": [
+                {"mark": "rect", "encoding": place | {"color": color, "tooltip": tooltip}},
+                {
+                    "mark": {"type": "text", "fontSize": 10},
+                    "encoding": place | {"text": {"field": "text"}, "color": bright},
+                },
+            ]
+        }
+        height = max(48, min(300, (30 if fits else 16) * layers))
+        largest = max(rows, key=lambda row: row["value"])
+        said = f"{variant}, {column}: from {min(r['value'] for r in rows):.3g} to {largest['value']:.3g}, "
+        said += f"which is of layer {largest['layer']}, head {largest['head']}."
+        panels.append(Panel(variant, spec(content, rows, height), said))
+    return panels, [low, high]
