@@ -16,7 +16,7 @@ from harness.experiments.grid import ROOT, load_experiment
 from harness.experiments.results import read_results
 from harness.files import make_folder, write_text, written_whole
 from harness.report import charts, html, markdown
-from harness.report.document import Figure
+from harness.report.document import Download, Figure
 from harness.report.findings import page
 
 FACTS = "experiment.json"
@@ -34,13 +34,14 @@ def write_report(folder: Path) -> Path:
         raise UserError(f"{folder}: it is of the experiment {experiment.name}, whose folder has that name: rename it")
     results = read_results(experiment)
     content = page(results, judge(results, load_claims(experiment)), facts)
-    pictures = [b for s in content.sections for b in s.blocks if isinstance(b, Figure) and b.picture]
     make_folder(folder / markdown.PICTURES)
-    for figure in pictures:
-        picture = vl_convert.vegalite_to_png(json.dumps(charts.drawn(figure)), scale=2)
-        with written_whole(folder / markdown.PICTURES / f"{figure.name}.png") as temporary:
-            temporary.write_bytes(picture)
-    write_text(folder / "table.csv", content.csv)
+    for block in (block for section in content.sections for block in section.blocks):
+        if isinstance(block, Figure) and block.picture:
+            picture = vl_convert.vegalite_to_png(json.dumps(charts.drawn(block)), scale=1.6)
+            with written_whole(folder / markdown.PICTURES / f"{block.name}.png") as temporary:
+                temporary.write_bytes(picture)
+        elif isinstance(block, Download):
+            write_text(folder / "table.csv", block.csv)
     write_text(folder / "report.md", markdown.write(content))
     write_text(folder / "report.html", html.write(content))
     return folder / "report.html"

@@ -60,10 +60,12 @@ def colors(dark: bool) -> dict[str, str]:
 def drawn(figure: Figure, dark: bool = False) -> Spec:
     """The figure as one picture: its panels side by side, with a legend and colours of its own."""
     columns = 1 if len(figure.panels) == 1 else 2 if len(figure.panels) in (2, 4) else 3
-    panels = [panel.spec | {"title": panel.title, "width": 270} for panel in figure.panels]
-    legend = {"orient": "bottom", "title": None, "columns": 6} if figure.legend else None
+    panels = [
+        panel.spec | {"title": {"text": panel.title, "subtitle": panel.note}, "width": 270} for panel in figure.panels
+    ]
+    legend = {"orient": "top", "title": None, "symbolOpacity": 1, "offset": 0} if figure.legend else None
     shared = {"scale": {name: "shared" for name in ("color", "strokeDash", "shape")}}
-    spec = {"concat": panels, "columns": columns, "resolve": shared, "spacing": 28} | _frame()
+    spec = {"concat": panels, "columns": columns, "resolve": shared, "spacing": 28} | frame()
     text = json.dumps(_with_legend(spec, legend))
     for name, color in colors(dark).items():
         text = text.replace(f"var(--{name})", color)
@@ -75,10 +77,14 @@ def _with_legend(spec, legend):
         return [_with_legend(entry, legend) for entry in spec]
     if not isinstance(spec, dict):
         return spec
-    return {k: legend if k == "legend" and v is None else _with_legend(v, legend) for k, v in spec.items()}
+    of_dashes = "strokeDash" in spec  # whose legend would draw them around the marks
+    return {
+        k: legend if k == "legend" and v is None else v if of_dashes and k == "strokeDash" else _with_legend(v, legend)
+        for k, v in spec.items()
+    }
 
 
-def _frame() -> Spec:
+def frame() -> Spec:
     """What all charts have in common."""
     axis = {
         "labelColor": "var(--muted)",
@@ -96,6 +102,7 @@ def _frame() -> Spec:
     }
     text = {"labelColor": "var(--ink)", "labelFontSize": 12, "symbolSize": 70, "labelLimit": 300}
     title = {"color": "var(--ink)", "fontSize": 13, "fontWeight": 600, "anchor": "start", "offset": 8}
+    title |= {"subtitleColor": "var(--muted)", "subtitleFontSize": 11, "subtitlePadding": 4}
     config = {
         "font": FONT,
         "background": "transparent",
@@ -109,7 +116,7 @@ def _frame() -> Spec:
 
 
 def spec(content: Spec, rows: list[dict], height: int) -> Spec:
-    return _frame() | {"data": {"values": rows}, "height": height} | content
+    return {"data": {"values": rows}, "height": height} | content
 
 
 def _by_variant(variants: Sequence[str], *channels: str) -> dict:
@@ -135,7 +142,7 @@ def _by_variant(variants: Sequence[str], *channels: str) -> dict:
 # Along training
 
 
-def lines(title: str, axis: str, curves: dict[str, list[Point]], variants: Sequence[str], zero: bool = False) -> Panel:
+def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Sequence[str], zero: bool = False) -> Panel:
     """A curve a variant, with the band of its 95 % intervals. The axis holds all means after the first tenth of the
     training; what lies beyond is cut off."""
     rows = []
@@ -150,19 +157,23 @@ def lines(title: str, axis: str, curves: dict[str, list[Point]], variants: Seque
     domain = _domain([points for points in curves.values() if points], zero)
     y = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
     ticks = {"tickCount": 5, "format": "~g"}
-    shown = y | {"field": "mean", "title": axis, "axis": ticks}
+    shown = y | {"field": "mean", "title": None, "axis": ticks}
     x = {
         "field": "step",
         "type": "quantitative",
         "title": "step",
         "axis": {"grid": False, "tickCount": 5, "format": "~s"},
     }
-    tooltip = [{"field": name, "type": kind} for name, kind in _TOOLTIP]
+    numbers = [{"field": name, "type": "quantitative"} for name in ("step", "mean", "low", "high", "n")]
+    tooltip = [{"field": "variant", "type": "nominal"}, *numbers]
     zero_line = {
         "mark": {"type": "rule", "color": "var(--rule)"},
         "encoding": {"y": {"datum": 0, "type": "quantitative"}},
     }
-    band = {"mark": {"type": "area", "clip": True, "opacity": 0.16}, "transform": [{"filter": "isValid(datum.low)"}]}
+    band = {
+        "mark": {"type": "area", "clip": True, "opacity": 0.18 if len(curves) < 4 else 0.11},
+        "transform": [{"filter": "isValid(datum.low)"}],
+    }
     line = {"mark": {"type": "line", "clip": True, "strokeWidth": 1.8, "interpolate": "linear"}}
     dot = {
         "mark": {"type": "point", "clip": True, "filled": True, "opacity": 1},
@@ -172,7 +183,7 @@ def lines(title: str, axis: str, curves: dict[str, list[Point]], variants: Seque
     layers = [
         band
         | {
-            "encoding": {"x": x, "y": y | {"field": "low", "title": axis}, "y2": {"field": "high"}}
+            "encoding": {"x": x, "y": y | {"field": "low", "title": None, "axis": ticks}, "y2": {"field": "high"}}
             | _by_variant(variants, "color")
         },
         line | {"encoding": {"x": x, "y": shown} | _by_variant(variants, "color", "strokeDash")},
@@ -182,11 +193,7 @@ def lines(title: str, axis: str, curves: dict[str, list[Point]], variants: Seque
     if domain[0] <= 0 <= domain[1]:
         layers.insert(1, zero_line)
     ends = [f"{v} {written(points[-1].estimate.mean)}" for v, points in curves.items() if points]
-    return Panel(title, spec({"layer": layers}, rows, 210), f"{title} by step; at the end: {', '.join(ends)}.")
-
-
-_TOOLTIP = (("variant", "nominal"), ("step", "quantitative"), ("mean", "quantitative"), ("low", "quantitative"))
-_TOOLTIP += (("high", "quantitative"), ("n", "quantitative"))
+    return Panel(title, note, spec({"layer": layers}, rows, 210), f"{title} by step; at the end: {', '.join(ends)}.")
 
 
 def _short(value: float) -> float:
@@ -253,7 +260,6 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         "axis": {"orient": "right", "ticks": False, "labelExpr": f"{json.dumps(notes)}[datum.value]", "grid": True}
     }
     x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": {"zero": True}}
-    axis = f"difference to {variants[0]}"
     tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
     color = _by_variant(variants, "color")
     layers = [
@@ -264,12 +270,12 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         {
             "mark": {"type": "rule", "strokeWidth": 2},
             "transform": [{"filter": "isValid(datum.low)"}],
-            "encoding": {"x": x | {"field": "low", "title": axis}, "x2": {"field": "high"}, "y": right} | color,
+            "encoding": {"x": x | {"field": "low", "title": None}, "x2": {"field": "high"}, "y": right} | color,
         },
         {
             "mark": {"type": "point", "strokeWidth": 1.6, "opacity": 1, "size": 70},
             "encoding": {
-                "x": x | {"field": "difference", "title": axis},
+                "x": x | {"field": "difference", "title": None},
                 "y": left,
                 "tooltip": tooltip,
                 "fill": {
@@ -282,18 +288,22 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
     ]
     content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}
     said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _ in found)
-    return Panel(measure.label, spec(content, rows, 26 * len(order)), f"{measure.label}, differences: {said}.")
+    return Panel(
+        measure.label, measure.note, spec(content, rows, 26 * len(order)), f"{measure.label}, differences: {said}."
+    )
 
 
 def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
     """A point a run."""
-    rows, variants = [], results.experiment.variants
+    variants = results.experiment.variants
+    found: list[tuple[str, int, float, float]] = []
     for variant in variants:
         xs, ys = results.values(x.name, variant), results.values(y.name, variant)
-        rows += [{"variant": variant, "seed": s, "x": _short(xs[s]), "y": _short(ys[s])} for s in xs if s in ys]
-    if not rows:
+        found += [(variant, seed, _short(xs[seed]), _short(ys[seed])) for seed in xs if seed in ys]
+    if not found:
         return None
-    values = [row["x"] for row in rows]
+    rows = [dict(zip(("variant", "seed", "x", "y"), row, strict=True)) for row in found]
+    values, losses = [row[2] for row in found], [row[3] for row in found]
     log = min(values) > 0 and max(values) > 30 * min(values)
 
     def channel(field: str, measure: Measure, **scale) -> dict:
@@ -307,9 +317,9 @@ def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
         "tooltip": [{"field": "variant"}, {"field": "seed"}, {"field": "x"}, {"field": "y"}],
     } | _by_variant(variants, "color", "shape")
     mark = {"type": "point", "filled": True, "size": 75, "opacity": 0.9}
-    text = f"{len(rows)} runs, {y.label} against {x.label}: one from {min(r['y'] for r in rows):.4g} to "
-    text += f"{max(r['y'] for r in rows):.4g}, the other from {min(values):.4g} to {max(values):.4g}."
-    return Panel(f"{y.label} against {x.label}", spec({"mark": mark, "encoding": encoding}, rows, 300), text)
+    text = f"{len(rows)} runs, {y.label} against {x.label}: one from {min(losses):.4g} to "
+    text += f"{max(losses):.4g}, the other from {min(values):.4g} to {max(values):.4g}."
+    return Panel(f"{y.label} against {x.label}", "", spec({"mark": mark, "encoding": encoding}, rows, 300), text)
 
 
 def head_maps(results: Results, column: str, mean: Callable[[Sequence[Run], str], dict]) -> tuple[list[Panel], list]:
@@ -320,8 +330,8 @@ def head_maps(results: Results, column: str, mean: Callable[[Sequence[Run], str]
     if not values or max(len(found) for found in maps.values()) < 2:
         return [], []
     low, high = min(values), max(values)
-    if low >= 0 and high <= 1 + 1e-6:
-        low, high = 0.0, 1.0
+    if low >= 0 and high <= 1 + 1e-6:  # shares: from 0, to the next tenth
+        low, high = 0.0, min(1.0, math.ceil(10 * high) / 10)
     high = high if high > low else low + 1
     panels = []
     for variant, found in maps.items():
@@ -354,5 +364,5 @@ def head_maps(results: Results, column: str, mean: Callable[[Sequence[Run], str]
         largest = max(rows, key=lambda row: row["value"])
         said = f"{variant}, {column}: from {min(r['value'] for r in rows):.3g} to {largest['value']:.3g}, "
         said += f"which is of layer {largest['layer']}, head {largest['head']}."
-        panels.append(Panel(variant, spec(content, rows, height), said))
+        panels.append(Panel(variant, "", spec(content, rows, height), said))
     return panels, [low, high]

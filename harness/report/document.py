@@ -36,12 +36,23 @@ class Facts:
 
 
 @dataclass(frozen=True)
+class Download:
+    """Everything measured, in the long form."""
+
+    csv: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Cell:
     text: str
     """of a mean with an interval, "1.23 ± 0.04" """
+    note: str = ""
+    """in small print below it"""
     key: float | None = None
     """what it is sorted by; None: by its text or, in a column of numbers, last"""
     strong: bool = False
+    """whether it stands out: a difference that is significant"""
 
 
 @dataclass(frozen=True)
@@ -67,8 +78,10 @@ class Table:
 @dataclass(frozen=True)
 class Panel:
     title: str
+    note: str
+    """the unit of what is drawn, in small print below the title"""
     spec: Spec
-    """without its width"""
+    """without its title and width"""
     description: str
     """what is to be seen, in words and figures, for who does not see it"""
 
@@ -103,13 +116,13 @@ class Finding:
     problems: Sequence[str]
 
 
-Block = Text | Listing | Code | Facts | Table | Figure | Finding
+Block = Text | Listing | Code | Facts | Download | Table | Figure | Finding
 
 
 @dataclass
 class Section:
     name: str
-    """its anchor"""
+    """its anchor, and its name in the contents"""
     title: str
     blocks: list[Block] = field(default_factory=list)
 
@@ -121,9 +134,8 @@ class Page:
     kicker: str
     """what the page is, in a few words above the title"""
     byline: str
+    lead: str
+    """what came out, in a sentence"""
     variants: Sequence[str]
     """in the order of their marks"""
     sections: list[Section]
-    csv: str
-    """everything measured, in the long form"""
-    csv_name: str

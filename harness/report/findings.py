@@ -8,7 +8,20 @@ from collections.abc import Sequence
 from harness.experiments.claims import FAILED, HELD, OPEN, Comparison, Verdict
 from harness.experiments.results import Results, Run
 from harness.report import charts
-from harness.report.document import Block, Cell, Column, Figure, Finding, Listing, Page, Panel, Section, Table, Text
+from harness.report.document import (
+    Block,
+    Cell,
+    Column,
+    Download,
+    Figure,
+    Finding,
+    Listing,
+    Page,
+    Panel,
+    Section,
+    Table,
+    Text,
+)
 from harness.report.numbers import (
     Measure,
     Point,
@@ -43,17 +56,17 @@ def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
     experiment = results.experiment
     shown = measures(results, [verdict.claim for verdict in verdicts])
     sections = [
-        Section("setup", "Setup", setup(experiment)),
-        Section("verdicts", "Verdicts", _verdicts(verdicts)),
-        Section("problems", "Problems", _problems(results)),
-        Section("results", "Results", _table(results, shown)),
-        Section("differences", f"Differences to {experiment.baseline}", _differences(results, shown)),
-        Section("training", "Training curves", _training(results)),
-        Section("along", "Along training", _along(results, shown)),
-        Section("heads", "Head by head", _heads(results)),
-        Section("scatter", "Loss and outliers", _scatter(results, shown)),
-        Section("made", "How it was made", provenance(experiment, facts)),
-        Section("reading", "How to read it", [Text(text) for text in READING]),
+        Section("Setup", "Setup", setup(experiment)),
+        Section("Verdicts", "Verdicts", _verdicts(verdicts)),
+        Section("Problems", "Problems", _problems(results)),
+        Section("Results", "Results", _table(results, shown)),
+        Section("Differences", f"Differences to {experiment.baseline}", _differences(results, shown)),
+        Section("Curves", "Training curves", _training(results)),
+        Section("Along-training", "Along training", _along(results, shown)),
+        Section("Heads", "Head by head", _heads(results)),
+        Section("Trade-off", "Loss and outliers", _scatter(results, shown)),
+        Section("Commands", "How it was made", provenance(experiment, facts)),
+        Section("Reading", "How to read it", [Text(text) for text in READING]),
     ]
     byline = [str(facts.get("date") or ""), f"commit {facts['commit']}" if facts.get("commit") else ""]
     byline.append((facts.get("machine") or {}).get("processor") or "")
@@ -61,11 +74,17 @@ def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
         experiment.question,
         f"Experiment {experiment.name}",
         " · ".join(filter(None, byline)),
+        _lead(verdicts),
         experiment.variants,
         [section for section in sections if section.blocks],
-        _csv(results, shown),
-        f"{experiment.name}.csv",
     )
+
+
+def _lead(verdicts: Sequence[Verdict]) -> str:
+    counts = [(sum(v.outcome == outcome for v in verdicts), outcome) for outcome in (HELD, FAILED, OPEN)]
+    said = ", ".join(f"{n} {'is ' * (n == 1) or 'are '}{o}" if o == OPEN else f"{n} {o}" for n, o in counts if n)
+    n = len(verdicts)
+    return f"Of {n} published claim{'s' * (n != 1)}, {said}." if verdicts else "No published claim is tested here."
 
 
 READING = (
@@ -91,11 +110,8 @@ READING = (
 
 def _verdicts(verdicts: Sequence[Verdict]) -> list[Block]:
     if not verdicts:
-        return [Text("No claim names this experiment.")]
-    counts = [(sum(v.outcome == outcome for v in verdicts), outcome) for outcome in (HELD, FAILED, OPEN)]
-    total = f"{len(verdicts)} claim{'s' * (len(verdicts) != 1)}"
-    said = ", ".join(f"{n} {outcome}" for n, outcome in counts if n)
-    return [Text(f"{total}: {said}."), *(_finding(verdict) for verdict in verdicts)]
+        return [Text("No file in experiments/claims/ names this experiment.")]
+    return [_finding(verdict) for verdict in verdicts]
 
 
 def _finding(verdict: Verdict) -> Finding:
@@ -103,8 +119,8 @@ def _finding(verdict: Verdict) -> Finding:
     facts = [("source", claim.source), ("tested at", claim.tested_at)]
     table = None
     if verdict.comparisons:
-        names = ("comparison", "measure", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
-        columns = [Column(name, numeric=i > 1) for i, name in enumerate(names)]
+        names = ("comparison", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
+        columns = [Column(name, numeric=i > 0) for i, name in enumerate(names)]
         columns.append(Column("outcome", numeric=False))
         rows = [_comparison(comparison) for comparison in verdict.comparisons]
         table = Table("What decides it", columns, rows)
@@ -114,15 +130,14 @@ def _finding(verdict: Verdict) -> Finding:
 def _comparison(c: Comparison) -> list[Cell]:
     d = c.difference
     return [
-        Cell(c.text),
-        Cell(c.measure),
-        Cell(written(c.left), c.left),
-        Cell(written(c.right), c.right),
-        Cell(written(d.mean), d.mean),
-        Cell(interval(d.low, d.high), d.low),
-        Cell(probability(c.p), c.p),
-        Cell(str(d.n), d.n),
-        Cell(written(d.detectable), d.detectable),
+        Cell(c.text, c.measure),
+        Cell(written(c.left), key=c.left),
+        Cell(written(c.right), key=c.right),
+        Cell(written(d.mean), key=d.mean),
+        Cell(interval(d.low, d.high), key=d.low),
+        Cell(probability(c.p), key=c.p),
+        Cell(str(d.n), key=d.n),
+        Cell(written(d.detectable), key=d.detectable),
         Cell(c.outcome, strong=c.outcome != OPEN),
     ]
 
@@ -145,22 +160,23 @@ def _problems(results: Results) -> list[Block]:
 
 def _table(results: Results, shown: Sequence[Measure]) -> list[Block]:
     if not shown:
-        return [Text("No run has been trained to its end: there is nothing to show yet.")]
+        none = Text("No run has been trained to its end: there is nothing to show yet.")
+        return [none, Download(_csv(results, shown), f"{results.experiment.name}.csv")]
     columns = [Column("variant", numeric=False), Column("n", "seeds")]
     columns += [Column(measure.label, measure.note) for measure in shown]
     rows = []
     for variant in results.experiment.variants:
         found = [over_seeds(results, measure.name, variant) for measure in shown]
         n = max((e.n for e in found if e), default=0)
-        cells = [Cell(with_interval(e) + _fewer(e, n), e.mean if e else None) for e in found]
-        rows.append([Cell(variant), Cell(str(n), n), *cells])
+        cells = [Cell(with_interval(e), _fewer(e, n), key=e.mean if e else None) for e in found]
+        rows.append([Cell(variant), Cell(str(n), key=n), *cells])
     table = Table("Mean ± half of the 95 % interval over seeds, at the end of training", columns, rows, variants=True)
-    return [table]
+    return [table, Download(_csv(results, shown), f"{results.experiment.name}.csv")]
 
 
 def _fewer(found, n: int) -> str:
     """A note of how many seeds a mean is of, where others are of more."""
-    return f" (n = {found.n})" if found and found.n < n else ""
+    return f"n = {found.n}" if found and found.n < n else ""
 
 
 def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
@@ -176,11 +192,11 @@ def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
             [
                 Cell(variant),
                 Cell(measure.full_label),
-                Cell(written(d.mean), d.mean),
-                Cell(interval(d.low, d.high), d.low),
-                Cell(probability(p), p, strong=p is not None and p < 0.05),
-                Cell(str(d.n), d.n),
-                Cell(written(d.detectable), d.detectable),
+                Cell(written(d.mean), key=d.mean),
+                Cell(interval(d.low, d.high), key=d.low),
+                Cell(probability(p), key=p, strong=p is not None and p < 0.05),
+                Cell(str(d.n), key=d.n),
+                Cell(written(d.detectable), key=d.detectable),
             ]
             for variant, d, p in found
         ]
@@ -190,8 +206,8 @@ def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
     columns += [Column(name) for name in ("difference", "95 % interval", "p (Holm)", "n", "detectable")]
     table = Table("Paired differences", columns, rows, variants=True, folded="The differences in figures")
     caption = (
-        f"Variant minus {experiment.baseline}, paired by seed, with the 95 % interval. A filled mark is a difference "
-        "that is significant at 5 % after Holm’s correction over the variants."
+        f"Variant minus {experiment.baseline}, paired by seed, with the 95 % interval and p. A filled mark is a "
+        "difference that is significant at 5 % after Holm’s correction over the variants."
     )
     return [Figure("differences", caption, panels, legend=False, picture=True, table=table)]
 
@@ -206,7 +222,9 @@ def _scatter(results: Results, shown: Sequence[Measure]) -> list[Block]:
         x, y = run.last.get(outliers.name), run.last.get(loss.name)
         if x is not None and y is not None:
             seed = run.cell.seed
-            rows.append([Cell(run.cell.variant), Cell(str(seed), seed), Cell(written(x), x), Cell(written(y), y)])
+            rows.append(
+                [Cell(run.cell.variant), Cell(str(seed), key=seed), Cell(written(x), key=x), Cell(written(y), key=y)]
+            )
     columns = [Column("variant", numeric=False), Column("seed"), Column(outliers.label), Column(loss.label)]
     table = Table("Run by run", columns, rows, variants=True, folded="The runs in figures")
     return [Figure("loss_and_outliers", "A mark a run: every variant and seed.", [panel], table=table)]
@@ -250,9 +268,9 @@ def _behind(
             else ()
         )
         for step in chosen:
-            at = {v: next((p.estimate for p in points if p.step == step), None) for v, points in of.items()}
+            at = [next((p.estimate for p in of[v] if p.step == step), None) for v in variants]
             name = ", ".join(filter(None, (label, f"step {step:g}")))
-            rows.append([Cell(name), *(Cell(with_interval(at[v]), at[v].mean if at[v] else None) for v in variants)])  # type: ignore[union-attr]
+            rows.append([Cell(name), *(Cell(with_interval(e), key=e.mean if e else None) for e in at)])
     columns = [Column(first, numeric=False), *(Column(variant) for variant in variants)]
     return Table(caption, columns, rows, folded="The curves in figures")
 
@@ -271,14 +289,14 @@ def _map(results: Results, column: str, meaning: str, panels: Sequence[Panel], e
     means = {v: _mean_of_heads(results.of(v), column) for v in variants}
     places = sorted({place for found in means.values() for place in found})
     rows = [
-        [Cell(f"layer {i}, head {j}", i * 10**4 + j)]
-        + [Cell(written(means[v].get((i, j))), means[v].get((i, j))) for v in variants]
+        [Cell(f"layer {i}, head {j}", key=i * 10**4 + j)]
+        + [Cell(written(means[v].get((i, j))), key=means[v].get((i, j))) for v in variants]
         for i, j in places
     ]
     columns = [Column("head", numeric=False), *(Column(v) for v in variants)]
     table = Table(meaning, columns, rows, folded=f"{column} in figures")
-    caption = f"{column}: {meaning}; the mean over seeds. Layers from the top."
-    return Figure(f"heads_{column}", caption, panels, False, (column, written(ends[0]), written(ends[1])), table=table)
+    scale = (f"{column}: {meaning}", written(ends[0]), written(ends[1]))
+    return Figure(f"heads_{column}", "The mean over seeds.", panels, False, scale, table=table)
 
 
 def _mean_of_heads(runs: Sequence[Run], column: str) -> dict[tuple[int, int], float]:

@@ -10,11 +10,12 @@ from pathlib import Path
 import vl_convert
 
 from harness.experiments.claims import FAILED, HELD, OPEN
-from harness.report.charts import SEQUENTIAL, colors, style
+from harness.report.charts import SEQUENTIAL, colors, frame, style
 from harness.report.document import (
     Block,
     Cell,
     Code,
+    Download,
     Facts,
     Figure,
     Finding,
@@ -26,6 +27,7 @@ from harness.report.document import (
 )
 
 HERE = Path(__file__).parent
+SHORT = 48  # characters of a text that is not broken in a table
 BADGES = {HELD: ("held", "✓"), FAILED: ("failed", "✕"), OPEN: ("open", "?")}
 # Nothing may be loaded from anywhere; Vega compiles its expressions.
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline' 'unsafe-eval'; img-src data:"
@@ -34,10 +36,12 @@ _LINK = re.compile(r"https?://[^\s<>\"']*[^\s<>\"'.,;:!?)\]]|(?<![\w/])arXiv:\d{
 
 def write(page: Page) -> str:
     specs: list[dict] = []
+    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # which takes none, whatever its types say
     writer = _Writer(page.variants, specs)
     sections = "\n".join(writer.section(section) for section in page.sections)
-    contents = "".join(f'<li><a href="#{s.name}">{escape(s.title)}</a></li>' for s in page.sections)
-    data = base64.b64encode(page.csv.encode()).decode()
+    charts = json.dumps({"frame": frame(), "panels": specs}, ensure_ascii=False, allow_nan=False)
+    names = [section.name for section in page.sections]
+    contents = "".join(f'<li><a href="#{name}">{name.replace("-", " ")}</a></li>' for name in names)
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -57,14 +61,14 @@ def write(page: Page) -> str:
 <p class="kicker">{escape(page.kicker)}</p>
 <h1>{escape(page.title)}</h1>
 <p class="byline">{escape(page.byline)}</p>
-<nav aria-label="Contents"><ul>{contents}</ul>
-<a download="{escape(page.csv_name)}" href="data:text/csv;charset=utf-8;base64,{data}">All values as CSV</a></nav>
+<p class="lead">{escape(page.lead)}</p>
+<nav aria-label="Contents"><ul>{contents}</ul></nav>
 </header>
 <main id="main" tabindex="-1">
 {sections}
 </main>
-<script type="application/json" id="specs">{_script(json.dumps(specs, ensure_ascii=False, allow_nan=False))}</script>
-<script>{_script(vl_convert.javascript_bundle())}</script>
+<script type="application/json" id="specs">{_script(charts)}</script>
+<script>{_script(bundle)}</script>
 <script>
 {(HERE / "page.js").read_text(encoding="utf-8")}</script>
 </body>
@@ -123,6 +127,11 @@ class _Writer:
             case Facts(rows):
                 entries = "".join(f"<dt>{escape(name)}</dt><dd>{linked(value)}</dd>" for name, value in rows)
                 return f'<dl class="facts">{entries}</dl>'
+            case Download(text, name):
+                data = base64.b64encode(text.encode()).decode()
+                link = f'<a download="{escape(name)}" href="data:text/csv;charset=utf-8;base64,{data}">'
+                beside = '<a href="table.csv">table.csv</a> beside this file'
+                return f'<p class="aside">{link}All values as CSV</a>, the same as {beside}.</p>'
             case Table():
                 return self.table(block)
             case Figure():
@@ -149,18 +158,17 @@ class _Writer:
     def table(self, table: Table) -> str:
         heads = []
         for number, column in enumerate(table.columns):
-            note = f"<small>{escape(column.note)}</small>" if column.note else ""
             side = ' class="number"' if column.numeric else ""
             heads.append(
                 f'<th scope="col"{side} aria-sort="none"><button type="button" data-column="{number}">'
-                f"{escape(column.name)}</button>{note}</th>"
+                f"{escape(column.name)}</button>{_small(column.note)}</th>"
             )
         rows = []
         for row in table.rows:
             first = self.mark(row[0].text) if table.variants else ""
             cells = [f'<th scope="row"{_key(row[0])}>{first}{_text(row[0])}</th>']
             for cell, column in zip(row[1:], table.columns[1:], strict=True):
-                side = ' class="number"' if column.numeric else ""
+                side = ' class="number"' if column.numeric else ' class="short"' if len(cell.text) < SHORT else ""
                 cells.append(f"<td{side}{_key(cell)}>{_text(cell)}</td>")
             rows.append(f"\n<tr>{''.join(cells)}</tr>")
         content = (
@@ -177,11 +185,11 @@ class _Writer:
             legend = f'<ul class="legend" aria-label="Variants">{entries}</ul>'
         if figure.scale:
             what, low, high = figure.scale
-            legend = f'<p class="scale"><span>{escape(what)}</span> {low}<i></i>{high}</p>'
+            legend = f'<p class="scale"><span>{escape(what)}</span><span>{low}<i></i>{high}</span></p>'
         panels = []
         for panel in figure.panels:
             panels.append(
-                f'<div class="panel"><h3>{escape(panel.title)}</h3><div class="chart" role="img" '
+                f'<div class="panel"><h3>{escape(panel.title)}{_small(panel.note)}</h3><div class="chart" role="img" '
                 f'aria-label="{escape(panel.description)}" data-spec="{len(self.specs)}" '
                 f'style="min-height: {panel.spec["height"]}px"></div></div>'
             )
@@ -207,13 +215,18 @@ class _Writer:
         )
 
 
+def _small(note: str) -> str:
+    return f"<small>{escape(note)}</small>" if note else ""
+
+
 def _key(cell: Cell) -> str:
     return "" if cell.key is None else f' data-key="{cell.key!r}"'
 
 
 def _text(cell: Cell) -> str:
     """The cell's text; the two sides of ± apart, so that they stand in line."""
+    note = _small(cell.note)
     mean, sign, half = cell.text.partition(" ± ")
     if sign:
-        return f"<span>{escape(mean)}</span><span class=half>&nbsp;± {escape(half)}</span>"
-    return f"<strong>{escape(mean)}</strong>" if cell.strong else escape(mean)
+        return f"<span>{escape(mean)}</span><span class=half>&nbsp;± {escape(half)}</span>{note}"
+    return (f"<strong>{escape(mean)}</strong>" if cell.strong else escape(mean)) + note

@@ -3,14 +3,14 @@
 import re
 from html import escape
 
-from harness.report.document import Block, Code, Facts, Figure, Finding, Listing, Page, Table, Text
+from harness.report.document import Block, Cell, Code, Download, Facts, Figure, Finding, Listing, Page, Table, Text
 
 PICTURES = "figures"
 _ADDRESS = re.compile(r"https?://[^\s<>\"']*[^\s<>\"'.,;:!?)\]]")
 
 
 def write(page: Page) -> str:
-    parts = [f"# {plain(page.title)}", f"{plain(page.kicker)} · {plain(page.byline)} · [all values as CSV](table.csv)"]
+    parts = [f"# {plain(page.title)}", f"{plain(page.kicker)} · {plain(page.byline)}", f"**{plain(page.lead)}**"]
     for section in page.sections:
         parts += [f"## {plain(section.title)}", *map(_block, section.blocks)]
     return "\n\n".join(parts) + "\n"
@@ -43,6 +43,8 @@ def _block(block: Block) -> str:
             return _folded(title, content) if title else content
         case Facts(rows):
             return "\n".join(["| | |", "|---|---|", *(f"| {plain(name)} | {plain(value)} |" for name, value in rows)])
+        case Download():
+            return "[All values as CSV](table.csv)"
         case Table():
             return _table(block)
         case Figure():
@@ -56,13 +58,22 @@ def _folded(title: str, content: str) -> str:
 
 
 def _table(table: Table, folded: bool = True) -> str:
-    heads = [plain(c.name) + (f"<br><sub>{plain(c.note)}</sub>" if c.note else "") for c in table.columns]
+    heads = [plain(column.name) + _small(column.note) for column in table.columns]
     lines = [heads, ["---:" if column.numeric else "---" for column in table.columns]]
-    lines += [[f"**{plain(c.text)}**" if c.strong else plain(c.text) for c in row] for row in table.rows]
+    lines += [[_cell(cell) for cell in row] for row in table.rows]
     text = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     if table.folded and folded:
         return _folded(table.folded, text)
     return f"{plain(table.caption)}:\n\n{text}"
+
+
+def _cell(cell: Cell) -> str:
+    text = f"**{plain(cell.text)}**" if cell.strong else plain(cell.text)
+    return text + _small(cell.note)
+
+
+def _small(note: str) -> str:
+    return f"<br><sub>{plain(note)}</sub>" if note else ""
 
 
 def _figure(figure: Figure) -> str:

@@ -130,7 +130,7 @@ def _windows(points: Sequence[tuple[int, float]], width: int) -> dict[float, flo
 
 def along(results: Results, shown: Sequence[Measure]) -> list[Measure]:
     """Those of the diagnostics' measures that were taken at two steps of a run or more."""
-    found = {}
+    found: dict[str, Measure] = {}
     for measure in shown:
         steps = {step for run in results.runs for step, _ in run.along.get(measure.base, [])}
         if len(steps) > 1 and measure.base not in _LOSSES:
@@ -171,7 +171,7 @@ def with_interval(found: Estimate | None) -> str:
     if half == 0:
         return f"{written(found.mean)} ± 0"
     if half < 1e-6 * max(1.0, abs(found.mean)) or half >= 1e6:
-        return f"{written(found.mean)} ± {written(half)}"
+        return f"{written(found.mean)} ± {half:.0e}".replace("-", "−")
     decimals = digits_for(half)
     return f"{found.mean:.{decimals}f} ± {half:.{decimals}f}".replace("-", "−")
 
@@ -190,4 +190,4 @@ def _exponents(low: float, high: float) -> str:
 
 
 def probability(p: float | None) -> str:
-    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.2g}" if p < 0.1 else f"{p:.2f}"
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.3g}" if p < 0.1 else f"{p:.2f}"

@@ -2,10 +2,10 @@
 // Draws the charts and sorts the tables. The charts' colours are names that the style sheet sets, so that light, dark and
 // print need no other drawing.
 {
-  const specs = JSON.parse(document.getElementById("specs").textContent);
+  const { frame, panels } = JSON.parse(document.getElementById("specs").textContent);
   const options = { renderer: "svg", actions: false, tooltip: { theme: "custom" } };
   const drawings = [...document.querySelectorAll("[data-spec]")].map((element) =>
-    window.vegaEmbed(element, { ...specs[element.dataset.spec], width: "container" }, options),
+    window.vegaEmbed(element, { ...frame, ...panels[element.dataset.spec], width: "container" }, options),
   );
   Promise.all(drawings).then(
     () => (document.documentElement.dataset.drawn = drawings.length),

@@ -45,8 +45,8 @@ def _in_words(experiment: Experiment) -> str:
     seeds = ", ".join(map(str, experiment.seeds))
     return (
         f"{_count(len(experiment.variants), 'variant')} × {_count(len(experiment.seeds), 'seed')} ({seeds}), "
-        f"{_count(len(experiment.cells), 'run')}. The baseline, {experiment.baseline}, is a GPT of {shape}, at a context "
-        f"of {m.block_size} tokens"
+        f"{_count(len(experiment.cells), 'run')}. The baseline, {experiment.baseline}, is a GPT of {shape}, at a "
+        f"context of {m.block_size} tokens"
         + (f" ({size:,} parameters)" if size else "")
         + f", trained{start} on {cell.config.data.corpus} for {t.max_steps:,} steps of {t.batch_size} windows, "
         f"{tokens:,} tokens in all, by {cell.config.optimizer.name} with a peak learning rate of "
