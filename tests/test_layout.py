@@ -7,6 +7,7 @@ from tests.helpers import ROOT
 # Packages whose parts one file tests together, and why.
 TOGETHER = {
     "measure/theory": "a check is only a check if a change of any part is noticed: measure/test_theory.py changes each",
+    "harness/report": "its parts are steps on the way to one page: scripts/test_report.py reads it, and in a browser",
     "harness/gpu_report": "its parts are sections of one report: scripts/test_gpu_report.py runs it whole",
 }
 MODULES = sorted(

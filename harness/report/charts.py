@@ -63,7 +63,7 @@ def drawn(figure: Figure, dark: bool = False) -> Spec:
     panels = [
         panel.spec | {"title": {"text": panel.title, "subtitle": panel.note}, "width": 270} for panel in figure.panels
     ]
-    legend = {"orient": "top", "title": None, "symbolOpacity": 1, "offset": 0} if figure.legend else None
+    legend = {"orient": "bottom", "title": None, "symbolOpacity": 1, "symbolStrokeWidth": 0} if figure.legend else None
     shared = {"scale": {name: "shared" for name in ("color", "strokeDash", "shape")}}
     spec = {"concat": panels, "columns": columns, "resolve": shared, "spacing": 28} | frame()
     text = json.dumps(_with_legend(spec, legend))

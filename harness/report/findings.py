@@ -295,8 +295,8 @@ def _map(results: Results, column: str, meaning: str, panels: Sequence[Panel], e
     ]
     columns = [Column("head", numeric=False), *(Column(v) for v in variants)]
     table = Table(meaning, columns, rows, folded=f"{column} in figures")
-    scale = (f"{column}: {meaning}", written(ends[0]), written(ends[1]))
-    return Figure(f"heads_{column}", "The mean over seeds.", panels, False, scale, table=table)
+    scale = (f"{column}, the mean over seeds: {meaning}", written(ends[0]), written(ends[1]))
+    return Figure(f"heads_{column}", "", panels, False, scale, table=table)
 
 
 def _mean_of_heads(runs: Sequence[Run], column: str) -> dict[tuple[int, int], float]:

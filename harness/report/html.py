@@ -4,6 +4,7 @@ import base64
 import json
 import re
 from collections.abc import Sequence
+from functools import cache
 from html import escape
 from pathlib import Path
 
@@ -36,7 +37,6 @@ _LINK = re.compile(r"https?://[^\s<>\"']*[^\s<>\"'.,;:!?)\]]|(?<![\w/])arXiv:\d{
 
 def write(page: Page) -> str:
     specs: list[dict] = []
-    bundle = vl_convert.javascript_bundle()  # type: ignore[call-arg]  # which takes none, whatever its types say
     writer = _Writer(page.variants, specs)
     sections = "\n".join(writer.section(section) for section in page.sections)
     charts = json.dumps({"frame": frame(), "panels": specs}, ensure_ascii=False, allow_nan=False)
@@ -68,12 +68,18 @@ def write(page: Page) -> str:
 {sections}
 </main>
 <script type="application/json" id="specs">{_script(charts)}</script>
-<script>{_script(bundle)}</script>
+<script>{_script(_bundle())}</script>
 <script>
 {(HERE / "page.js").read_text(encoding="utf-8")}</script>
 </body>
 </html>
 """
+
+
+@cache
+def _bundle() -> str:
+    """Vega, Vega-Lite and what puts their charts into a page, as one script."""
+    return vl_convert.javascript_bundle()  # type: ignore[call-arg]  # which it does not need, whatever its types say
 
 
 def _script(text: str) -> str:
@@ -195,10 +201,11 @@ class _Writer:
             )
             self.specs.append(panel.spec)
         table = self.table(figure.table) if figure.table else ""
+        caption = f"<figcaption>{escape(figure.caption)}</figcaption>" if figure.caption else ""
         kind = "maps" if figure.scale else "one" if len(panels) == 1 else "several"
         return (
             f'<figure id="figure-{figure.name}">{legend}<div class="panels {kind}">{"".join(panels)}</div>'
-            f"<figcaption>{escape(figure.caption)}</figcaption>{table}</figure>"
+            f"{caption}{table}</figure>"
         )
 
     def finding(self, finding: Finding) -> str:

@@ -13,6 +13,7 @@ from harness.experiments.results import Results
 from harness.figures import number
 from measure.seeds import Difference, Estimate, difference, estimate, holm
 
+MOST_DECIMALS = 8
 MOST_POINTS = 120  # of a curve; neighbouring steps are averaged where more were logged
 _LOSSES = {
     "val_full/loss": ("validation loss, whole set", "nats a token; lower is better"),
@@ -158,7 +159,7 @@ def written(value: float | None) -> str:
 
 def digits_for(error: float) -> int:
     """Decimals in which a number with this error is written: two digits of the error."""
-    return max(0, min(8, 1 - math.floor(math.log10(error)))) if error > 0 else 4
+    return max(0, min(MOST_DECIMALS, 1 - math.floor(math.log10(error)))) if error > 0 else 4
 
 
 def with_interval(found: Estimate | None) -> str:
@@ -182,11 +183,9 @@ def interval(low: float | None, high: float | None) -> str:
     if high == low:
         return written(low)
     decimals = digits_for((high - low) / 2)
-    return f"{low:.{decimals}f} to {high:.{decimals}f}".replace("-", "−") if decimals < 8 else _exponents(low, high)
-
-
-def _exponents(low: float, high: float) -> str:
-    return f"{written(low)} to {written(high)}"
+    if decimals == MOST_DECIMALS or min(abs(low), abs(high)) < 10**-decimals:  # which would hide on which side of 0
+        return f"{written(low)} to {written(high)}"
+    return f"{low:.{decimals}f} to {high:.{decimals}f}".replace("-", "−")
 
 
 def probability(p: float | None) -> str:

@@ -1,0 +1,417 @@
+"""The page of an experiment, from made-up runs: what it says, in what form, and that it works in a browser."""
+
+import base64
+import csv
+import json
+import re
+import shlex
+import shutil
+import sys
+import time
+from html import unescape
+from pathlib import Path
+
+import pytest
+import yaml
+from scipy import stats
+
+from harness.errors import run_cli
+from harness.experiments.grid import load_experiment
+from harness.report import charts, markdown, numbers
+from measure.seeds import Estimate, estimate
+from scripts import report
+from tests.helpers import ROOT
+
+HOSTILE = """<script>alert("1")</script> & 'one' | `two` *three* </title>"""
+SEEDS = [1, 2, 3]
+KURTOSIS = {"softmax": [3.0, 4.0, 5.0], "softmax1": [1.0, 2.5, 2.0], "gate": [3.5, 4.0, 5.5]}  # by seed
+LOSS = {"softmax": [1.0, 1.1, 1.2], "softmax1": [1.01, 1.1, 1.23], "gate": [1.5, 1.61, 1.7]}
+VARIANTS = {"softmax": None, "softmax1": {"model": {"normalizer": "softmax1"}}, "gate": {"model": {"gate": "head"}}}
+CLAIM = {
+    "sentence": "A gate costs loss.",
+    "source": "Nobody (2025), arXiv:2505.06708, see https://example.org/a_b?c=1&d=2.",
+    "tested_at": "1B parameters",
+    "decides": {"val_full/loss": "gate > softmax + 0.1"},
+}
+
+
+def write_experiment(
+    folder: Path, variants=VARIANTS, seeds=SEEDS, claims=(CLAIM,), diagnostics=True, name="sinks", question="Which?"
+) -> Path:
+    """An experiment's file, its claims, and in folder/out/NAME what its runs would have written. → out/NAME"""
+    file = folder / f"{name}.yaml"
+    content = {
+        "question": question,
+        "base": str(ROOT / "configs/backcopy_softmax.yaml"),
+        "seeds": seeds,
+        "config": {"model": {"n_head": 2}, "training": {"max_steps": 200, "dtype": "float32"}},
+        "variants": variants,
+    }
+    if diagnostics:
+        content["diagnostics"] = {
+            "every": 100,
+            "activation_kurtosis": {"batches": 2},
+            "jacobian_energy": {"along": False},
+        }
+    (folder / "claims").mkdir()
+    file.write_text(yaml.safe_dump(content, sort_keys=False))
+    for i, claim in enumerate(claims):
+        text = yaml.safe_dump(claim | {"experiment": f"../{file.name}"})
+        (folder / "claims" / f"claim{i}.yaml").write_text(text)
+    out = folder / "out" / name
+    out.mkdir(parents=True)
+    machine = {"processor": "A processor", "cores": 2, "python": "3.11", "torch": "2.13", "platform": "Linux"}
+    facts = {
+        "file": str(file),
+        "commit": "abc1234-dirty",
+        "date": "2026-11-28",
+        "command": "python …",
+        "machine": machine,
+    }
+    (out / "experiment.json").write_text(json.dumps(facts))
+    for cell in load_experiment(file, folder / "out").cells:
+        write_run(cell, diagnostics)
+    return out
+
+
+def write_run(cell, diagnostics: bool) -> None:
+    names = list(LOSS)
+    variant = cell.variant if cell.variant in LOSS else names[sum(map(ord, cell.variant)) % 3]
+    loss, kurtosis = (of[variant][(cell.seed - 1) % 3] for of in (LOSS, KURTOSIS))
+    (cell.folder / "steps").mkdir(parents=True)
+    (cell.folder / "config.yaml").write_text("model: {vocab_size: 97}")
+    lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} for s in (0, 50, 100, 150, 200)]
+    lines[-1]["val_full/loss"] = loss
+    (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    if not diagnostics:
+        return
+    (cell.folder / "steps" / "100.pt").touch()
+    heads = [{"layer": 0, "head": head, "sink_rate": 0.25 * head} for head in (0, 1)]
+    first, last = (
+        {"step": s, "summary": {"avg kurtosis": kurtosis * s / 200, "sink_rate": 0.5}, "rows": [], "heads": heads}
+        for s in (100, 200)
+    )
+    jacobian = {"step": 200, "summary": {"cos_diag": 0.8}, "rows": [{"layer": 0, "head": 0, "cos_diag": None}]}
+    for path, entry in {
+        "activation_kurtosis": last,
+        "along/activation_kurtosis": first,
+        "jacobian_energy": jacobian,
+    }.items():
+        path = cell.folder / "diagnostics" / f"{path}.json"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(entry))
+
+
+def made(folder: Path) -> tuple[str, str]:
+    """The report's HTML, without Vega, and Markdown."""
+    report.main([str(folder)])
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    return re.sub(r"<script>.*?</script>", "", html, flags=re.DOTALL), (folder / "report.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def rows_of(html: str, caption: str) -> list[list[str]]:
+    """The texts of a table's cells, row by row, the head first."""
+    table = next(t for t in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL) if f"<caption>{caption}" in t)
+    rows = re.findall(r"<tr>(.*?)</tr>", table)
+    cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
+    return [[unescape(re.sub(r"<[^>]*>", "", cell)).replace("\xa0", " ") for cell in row] for row in cells]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return write_experiment(tmp_path_factory.mktemp("page"))
+
+
+@pytest.fixture(scope="module")
+def page(folder) -> tuple[str, str]:
+    return made(folder)
+
+
+# --- what it says -----------------------------------------------------------------------------------------------------
+
+
+def test_tables_have_the_seeds_statistics(page):
+    head, *rows = rows_of(page[0], "Mean ± half")
+    kurtosis = next(i for i, name in enumerate(head) if name.startswith("avg kurtosis"))
+    assert [row[kurtosis] for row in rows] == ["4.0 ± 2.5", "1.8 ± 1.9", "4.3 ± 2.6"]  # 2.5: 4.303 · 1 / √3
+    rows = [row for row in rows_of(page[0], "Paired differences") if row[1].startswith("avg kurtosis")]
+    found = [[a - b for a, b in zip(KURTOSIS[v], KURTOSIS["softmax"], strict=True)] for v in ("softmax1", "gate")]
+    least, most = sorted(float(stats.ttest_1samp(values, 0).pvalue) for values in found)
+    holm = sorted([2 * least, max(2 * least, most)])  # softmax1's p is the smaller one
+    assert [row[0] for row in rows] == ["softmax1", "gate"]
+    assert [row[2] for row in rows] == ["−2.167", "0.3333"]
+    assert [row[4] for row in rows] == [numbers.probability(p) for p in holm]
+
+
+def test_verdict_names_what_decides_it(page):
+    html, text = page
+    (row,) = rows_of(html, "What decides it")[1:]
+    assert row == [
+        "gate > softmax + 0.1val_full/loss",
+        "1.603",
+        "1.2",
+        "0.4033",
+        "0.389 to 0.418",
+        "< 0.0001",
+        "3",
+        row[7],
+        "held",
+    ]
+    assert "Of 1 published claim, 1 held." in unescape(html)
+    assert "Of 1 published claim, 1 held." in text
+    assert '<a href="https://arxiv.org/abs/2505.06708" rel="noreferrer">arXiv:2505.06708</a>' in html
+    assert '<a href="https://example.org/a_b?c=1&amp;d=2" rel="noreferrer">' in html
+
+
+def test_setup_in_words(page):
+    assert (
+        "3 variants × 3 seeds (1, 2, 3), 9 runs. The baseline, softmax, is a GPT of 1 layer of 2 heads, 64 wide, at a "
+        "context of 64 tokens (59,584 parameters), trained on data/backcopy for 200 steps of 32 windows, 409,600 "
+        "tokens in all, by adamw with a peak learning rate of 0.001, in float32."
+    ) in page[0]
+    rows = rows_of(page[0], "The variants")
+    assert rows[2] == ["softmax1", "model.normalizer softmax → softmax1"]
+
+
+def test_commands_are_those_of_the_runs(folder, page):
+    cells = load_experiment(folder.parent.parent / "sinks.yaml", folder.parent).cells
+    commands = [shlex.split(line) for line in unescape(page[0]).splitlines()]
+    for cell in cells:
+        assert ["python", "train.py", *cell.arguments] in commands
+
+
+def test_csv_holds_everything_and_is_one_click_away(folder, page):
+    (link,) = re.findall(r'download="sinks.csv" href="data:text/csv;charset=utf-8;base64,([^"]*)"', page[0])
+    text = (folder / "table.csv").read_text()
+    assert base64.b64decode(link).decode() == text
+    rows = list(csv.DictReader(text.splitlines()))
+    found = {
+        int(r["seed"]): float(r["value"]) for r in rows if (r["variant"], r["measure"]) == ("gate", "val_full/loss")
+    }
+    assert found == dict(zip(SEEDS, LOSS["gate"], strict=True))
+
+
+def test_markdown_has_two_pictures_and_the_same_tables(folder, page):
+    pictures = re.findall(r"!\[[^\]]+\]\(([^)]*)\)", page[1])
+    assert pictures == ["figures/differences.png", "figures/training.png"]
+    assert all((folder / picture).read_bytes().startswith(b"\x89PNG") for picture in pictures)
+    assert "| gate | 3 | 1.60 ± 0.25 | 4.3 ± 2.6 |" in page[1]
+    lines = page[1].splitlines()
+    for head, rule in zip(lines, lines[1:], strict=False):
+        if rule.startswith("|---"):
+            assert head.count("|") == rule.count("|")
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"seeds": [1]}, "one seed: nothing has an interval, and no difference is tested"),
+        ({"seeds": [1, 2]}, "two seeds: an interval is 12.7 standard errors to each side"),
+        ({"variants": {"softmax": None}, "claims": ()}, "There is one variant alone, and nothing to compare it with."),
+        ({"claims": ()}, "No published claim is tested here."),
+        ({"diagnostics": False}, "No diagnostic is run on the checkpoints."),
+        ({"variants": {f"v{i}": None for i in range(12)}, "claims": ()}, "12 variants × 3 seeds"),
+    ],
+    ids=["one seed", "two seeds", "one variant", "no claims", "no diagnostics", "twelve variants"],
+)
+def test_any_experiment_makes_a_page(tmp_path, options, said):
+    html, text = made(write_experiment(tmp_path, **options))
+    assert said in unescape(html)
+    assert markdown.plain(said) in text
+    for row in rows_of(html, "Mean ± half")[1:]:
+        assert ("±" in row[2]) == (options.get("seeds") != [1])
+
+
+def test_what_is_missing_is_said(tmp_path):
+    folder = write_experiment(tmp_path)
+    (folder / "gate_s2" / "metrics.jsonl").unlink()
+    (folder / "softmax1_s1" / "diagnostics" / "activation_kurtosis.json").unlink()
+    html, _ = made(folder)
+    assert "7 of 9 runs are finished and measured." in html
+    assert "gate_s2: not trained" in html
+    assert "softmax1_s1: activation_kurtosis was not measured" in html
+    assert "val_full/loss: gate &gt; softmax + 0.1: 2 of the 3 seeds that it needs" in html
+    rows = {row[0]: row for row in rows_of(html, "Mean ± half")}
+    assert rows["gate"][1:3] == ["2", "1.6 ± 1.3"]
+    assert rows["softmax1"][3].endswith("n = 2")
+
+
+def test_nothing_trained_yet(tmp_path):
+    folder = write_experiment(tmp_path)
+    for file in folder.rglob("metrics.jsonl"):
+        file.unlink()
+    html, _ = made(folder)
+    assert "0 of 9 runs are finished and measured." in html
+    assert (folder / "table.csv").read_text() == "variant,seed,measure,value\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no experiment.json in it; give a folder that scripts/run_experiment.py has made"),
+        ("{", "experiment.json cannot be read"),
+        ("[]", "it does not say which file the experiment is in"),
+        ('{"file": "experiments/gone.yaml"}', "there is no experiments/gone.yaml"),
+        ('{"file": "experiments/backcopy.yaml"}', "it is of the experiment backcopy"),
+    ],
+)
+def test_a_folder_of_something_else_is_one_line(tmp_path, monkeypatch, capsys, content, said):
+    if content is not None:
+        (tmp_path / "experiment.json").write_text(content)
+    monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
+    assert run_cli(report.main) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert said in error
+    assert not (tmp_path / "report.html").exists()
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "text"),
+    [
+        (None, "–"),
+        (estimate([0.5]), "0.5"),
+        (Estimate(3, 2.34567, 0.1, 2.34257, 2.34877), "2.3457 ± 0.0031"),
+        (Estimate(3, -1234.5, 9.0, -1330.5, -1138.5), "−1234 ± 96"),
+        (Estimate(3, 1.0, 1e-9, 1 - 1e-8, 1 + 1e-8), "1 ± 1e−08"),
+        (Estimate(3, 7.0, 0.0, 7.0, 7.0), "7 ± 0"),
+    ],
+)
+def test_mean_with_two_digits_of_its_error(found, text):
+    assert numbers.with_interval(found) == text
+
+
+def test_interval_shows_on_which_side_of_zero_it_ends():
+    assert numbers.interval(-0.0001572, 0.08129) == "−0.0001572 to 0.08129"
+    assert numbers.interval(0.02056, 0.1565) == "0.021 to 0.157"
+    assert numbers.interval(None, None) == "none"
+
+
+def test_markdown_shows_any_text_as_it_is():
+    assert markdown.plain("a_b*c|d `e` <f> & 1. g") == r"a\_b\*c\|d \`e\` &lt;f&gt; &amp; 1. g"
+    assert markdown.plain("# no\ntitle") == r"\# no title"
+    assert markdown.plain("see https://a.org/b_c.") == "see <https://a.org/b_c>."
+
+
+# --- in a browser -----------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium with a page open."""
+
+    def __init__(self, path: Path, profile: Path):
+        from selenium import webdriver
+
+        options = webdriver.ChromeOptions()
+        options.binary_location = shutil.which("chromium")
+        for word in (
+            "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
+            f"disable-component-update disable-sync user-data-dir={profile}"
+        ).split():
+            options.add_argument(f"--{word}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+        service = webdriver.chrome.service.Service(shutil.which("chromedriver"))
+        self.driver = webdriver.Chrome(options=options, service=service)
+        self.driver.get(path.as_uri())
+        end = time.monotonic() + 60
+        while not (drawn := self.js("return document.documentElement.dataset.drawn")) and time.monotonic() < end:
+            time.sleep(0.05)
+        self.drawn = drawn
+
+    def js(self, script: str, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def emulate(self, scheme: str = "light", media: str = "") -> None:
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
+
+    def color(self, selector: str, what: str) -> str:
+        """As #rrggbb."""
+        rgb = self.js(f"return getComputedStyle(document.querySelector({selector!r})).{what}")
+        return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", rgb)[:3])
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    """On the page of an experiment whose every text wants to be something else."""
+    pytest.importorskip("selenium", reason="the page is not tried in a browser: selenium is not installed")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("the page is not tried in a browser: there is no chromium with its chromedriver")
+    claim = CLAIM | {"sentence": HOSTILE, "source": HOSTILE, "tested_at": HOSTILE}
+    folder = tmp_path_factory.mktemp("browser")
+    out = write_experiment(folder, claims=[claim], question=HOSTILE, name="""a '&" <b>""")
+    made(out)
+    browser = Browser(out / "report.html", folder / "profile")
+    yield browser
+    browser.driver.quit()
+
+
+def test_charts_are_drawn_and_nothing_is_wrong(browser):
+    assert int(browser.drawn) == browser.js("return document.querySelectorAll('.chart').length") > 8
+    empty = "return [...document.querySelectorAll('.chart')].filter(c => !c.querySelector('svg .mark-symbol path,"
+    assert browser.js(empty + " svg .mark-rect path')).length") == 0
+    assert browser.driver.get_log("browser") == []
+
+
+def test_no_request_leaves_the_page(browser):
+    events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
+    assert asked
+    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
+
+
+def test_texts_are_shown_as_they_are(browser):
+    assert browser.js("return document.querySelector('h1').textContent") == HOSTILE
+    assert browser.js("return document.querySelector('.finding h3').textContent") == HOSTILE
+    assert browser.js("return document.title") == HOSTILE
+    assert HOSTILE in browser.js("return document.querySelector('.finding .facts').textContent")
+    assert "a '&\" <b>.yaml" in browser.js("return document.querySelector('#Commands').textContent")
+
+
+def test_tables_sort_by_click_and_by_key(browser):
+    from selenium.webdriver.common.keys import Keys
+
+    table = "document.querySelector('#Results table')"
+    (button,) = [b for b in browser.js(f"return {table}.querySelectorAll('th button')") if b.text == "avg kurtosis"]
+
+    def found() -> tuple[str, list[str]]:
+        head = browser.js("return arguments[0].closest('th').getAttribute('aria-sort')", button)
+        return head, browser.js(f"return [...{table}.tBodies[0].rows].map(r => r.cells[0].textContent)")
+
+    assert found()[0] == "none"
+    button.click()
+    assert found() == ("ascending", ["softmax1", "softmax", "gate"])
+    button.send_keys(Keys.ENTER)
+    assert found() == ("descending", ["gate", "softmax", "softmax1"])
+    assert browser.js(f"return {table}.querySelectorAll('[aria-sort=ascending], [aria-sort=descending]').length") == 1
+    assert browser.js("return getComputedStyle(arguments[0]).outlineStyle", button) == "solid"
+
+
+def test_light_dark_and_print(browser):
+    label, line = "#Curves .role-axis-label text", "#Curves .mark-line path"
+    for scheme, media, dark in (("dark", "", True), ("light", "", False), ("dark", "print", False)):
+        browser.emulate(scheme, media)
+        wanted = charts.colors(dark)
+        assert browser.color("html", "color") == wanted["ink"].lower()
+        assert browser.color(label, "fill") == wanted["muted"].lower()
+        assert browser.color(line, "stroke") == wanted["c0"].lower()
+    browser.js("window.dispatchEvent(new Event('beforeprint'))")
+    assert browser.js("return document.querySelectorAll('details:not([open])').length") == 0
+    browser.js("window.dispatchEvent(new Event('afterprint'))")
+    assert browser.js("return document.querySelectorAll('details[open]').length") == 0
+    browser.emulate()
+
+
+def test_a_phone_scrolls_in_tables_alone(browser):
+    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
+    assert browser.js(widths) == [390, 390, 390]
+    assert browser.js("const s = document.querySelector('#Results .scroll'); return s.scrollWidth > s.clientWidth")
+    too_wide = "return [...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > 390)"
+    assert browser.js(too_wide + ".length") == 0
