@@ -180,20 +180,22 @@ def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Seque
         "transform": [{"filter": "datum.dot"}],
     }
     hover = {"mark": {"type": "point", "clip": True, "opacity": 0, "size": 90}}
+    ends = {"y": y | {"field": "low", "title": None, "axis": ticks}, "y2": {"field": "high"}}
     layers = [
-        band
-        | {
-            "encoding": {"x": x, "y": y | {"field": "low", "title": None, "axis": ticks}, "y2": {"field": "high"}}
-            | _by_variant(variants, "color")
-        },
+        *([band | {"encoding": {"x": x} | ends | _by_variant(variants, "color")}] if _with_interval(rows) else []),
         line | {"encoding": {"x": x, "y": shown} | _by_variant(variants, "color", "strokeDash")},
         dot | {"encoding": {"x": x, "y": shown, "size": {"value": 34}} | _by_variant(variants, "color", "shape")},
         hover | {"encoding": {"x": x, "y": shown, "tooltip": tooltip}},
     ]
     if domain[0] <= 0 <= domain[1]:
-        layers.insert(1, zero_line)
-    ends = [f"{v} {written(points[-1].estimate.mean)}" for v, points in curves.items() if points]
-    return Panel(title, note, spec({"layer": layers}, rows, 210), f"{title} by step; at the end: {', '.join(ends)}.")
+        layers.insert(len(layers) - 3, zero_line)
+    last = [f"{v} {written(points[-1].estimate.mean)}" for v, points in curves.items() if points]
+    return Panel(title, note, spec({"layer": layers}, rows, 210), f"{title} by step; at the end: {', '.join(last)}.")
+
+
+def _with_interval(rows: Sequence[dict]) -> bool:
+    """Whether any has one: without, Vega warns of an axis that it cannot scale."""
+    return any("low" in row for row in rows)
 
 
 def _short(value: float) -> float:
@@ -267,10 +269,9 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
             "mark": {"type": "rule", "color": "var(--ink)", "strokeWidth": 1},
             "encoding": {"x": {"datum": 0, "type": "quantitative"}},
         },
-        {
-            "mark": {"type": "rule", "strokeWidth": 2},
-            "transform": [{"filter": "isValid(datum.low)"}],
-            "encoding": {"x": x | {"field": "low", "title": None}, "x2": {"field": "high"}, "y": right} | color,
+        {  # only for its axis, on the right
+            "mark": {"type": "point", "opacity": 0},
+            "encoding": {"x": x | {"field": "difference", "title": None}, "y": right},
         },
         {
             "mark": {"type": "point", "strokeWidth": 1.6, "opacity": 1, "size": 70},
@@ -286,6 +287,10 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
             | _by_variant(variants, "color", "shape"),
         },
     ]
+    if _with_interval(rows):
+        ends = {"x": x | {"field": "low", "title": None}, "x2": {"field": "high"}, "y": left} | color
+        mark = {"type": "rule", "strokeWidth": 2}
+        layers.insert(2, {"mark": mark, "transform": [{"filter": "isValid(datum.low)"}], "encoding": ends})
     content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}
     said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _ in found)
     return Panel(

@@ -38,7 +38,9 @@ from harness.report.numbers import (
     written,
 )
 from harness.report.setup import provenance, setup
+from measure.seeds import POWER
 
+POWER_NOTE = f"with a power of {POWER:g}"
 ROWS_OF_A_CURVE = 7  # in the table behind it
 MAPS = {
     "sink_rate": "share of sequences in which the head sinks into the first token",
@@ -58,7 +60,7 @@ def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
     sections = [
         Section("Setup", "Setup", setup(experiment)),
         Section("Verdicts", "Verdicts", _verdicts(verdicts)),
-        Section("Problems", "Problems", _problems(results)),
+        Section("Problems", "Problems", _problems(results, facts)),
         Section("Results", "Results", _table(results, shown)),
         Section("Differences", f"Differences to {experiment.baseline}", _differences(results, shown)),
         Section("Curves", "Training curves", _training(results)),
@@ -121,7 +123,7 @@ def _finding(verdict: Verdict) -> Finding:
     if verdict.comparisons:
         names = ("comparison", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
         columns = [Column(name, numeric=i > 0) for i, name in enumerate(names)]
-        columns.append(Column("outcome", numeric=False))
+        columns[-1:] = [Column("detectable", POWER_NOTE), Column("outcome", numeric=False)]
         rows = [_comparison(comparison) for comparison in verdict.comparisons]
         table = Table("What decides it", columns, rows)
     return Finding(verdict.outcome, claim.name, claim.sentence, verdict.sentence, facts, table, verdict.problems)
@@ -142,16 +144,20 @@ def _comparison(c: Comparison) -> list[Cell]:
     ]
 
 
-def _problems(results: Results) -> list[Block]:
+def _problems(results: Results, facts: dict) -> list[Block]:
     seeds, runs = len(results.experiment.seeds), results.runs
     lines = [f"{run.name}: {run.problem}" for run in runs if run.problem]
     if seeds == 1:
         lines.append("one seed: nothing has an interval, and no difference is tested")
     elif seeds == 2:
         lines.append("two seeds: an interval is 12.7 standard errors to each side, and little can be told from them")
+    if str(facts.get("commit")).endswith("-dirty"):
+        lines.append(f"the code had changes that commit {str(facts['commit']).removesuffix('-dirty')} does not have")
+    if facts.get("earlier"):
+        lines.append("it was run more than once, and not all by one commit, machine or day: see How it was made")
     whole = sum(run.problem is None for run in runs)
     text = f"{whole} of {len(runs)} runs are finished and measured."
-    return [Text(text), Listing(lines)] if lines else [Text(f"None. All {len(runs)} runs are finished and measured.")]
+    return [Text(text), Listing(lines)] if lines else [Text(f"None. {text}")]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -203,7 +209,8 @@ def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
     if not panels:
         return []
     columns = [Column("variant", numeric=False), Column("measure", numeric=False)]
-    columns += [Column(name) for name in ("difference", "95 % interval", "p (Holm)", "n", "detectable")]
+    columns += [Column(name) for name in ("difference", "95 % interval", "p (Holm)", "n")]
+    columns.append(Column("detectable", POWER_NOTE))
     table = Table("Paired differences", columns, rows, variants=True, folded="The differences in figures")
     caption = (
         f"Variant minus {experiment.baseline}, paired by seed, with the 95 % interval and p. A filled mark is a "
