@@ -23,14 +23,15 @@ FACTS = "experiment.json"
 
 
 def write_report(folder: Path) -> Path:
-    """Write report.html, report.md with figures/, and table.csv into an experiment's folder; the path of the first.
-    UserError where it holds no experiment."""
+    """Write report.html, report.md with figures/, and table.csv into an experiment's folder; the path of the first. To
+    be called in the repository's root. UserError where the folder holds no experiment."""
     facts = _facts(folder)
     file = ROOT / facts["file"]
     if not file.is_file():
         raise UserError(f"{folder / FACTS}: file: there is no {facts['file']}, the experiment that was run")
-    experiment = load_experiment(file, out=folder.resolve().parent)
-    if experiment.folder.name != folder.resolve().name:
+    folder = _as_given_to_runs(folder.resolve())
+    experiment = load_experiment(_as_given_to_runs(file), out=folder.parent)
+    if experiment.folder != folder:
         raise UserError(f"{folder}: it is of the experiment {experiment.name}, whose folder has that name: rename it")
     results = read_results(experiment)
     content = page(results, judge(results, load_claims(experiment)), facts)
@@ -45,6 +46,11 @@ def write_report(folder: Path) -> Path:
     write_text(folder / "report.md", markdown.write(content))
     write_text(folder / "report.html", html.write(content))
     return folder / "report.html"
+
+
+def _as_given_to_runs(path: Path) -> Path:
+    """Relative to the repository's root, where it lies in there: so the page's commands run on any machine."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
 def _facts(folder: Path) -> dict:

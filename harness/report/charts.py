@@ -145,7 +145,7 @@ def _by_variant(variants: Sequence[str], *channels: str) -> dict:
 def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Sequence[str], zero: bool = False) -> Panel:
     """A curve a variant, with the band of its 95 % intervals. The axis holds all means after the first tenth of the
     training; what lies beyond is cut off."""
-    rows = []
+    rows, domain = [], _domain([points for points in curves.values() if points], zero)
     for variant, points in curves.items():
         every = max(1, math.ceil((len(points) - 1) / DOTS))
         shift = variants.index(variant) * every // max(1, len(variants)) if every > len(variants) else 0
@@ -153,8 +153,8 @@ def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Seque
             row = {"variant": variant, "step": round(step, 1), "mean": _short(e.mean), "n": e.n}
             if e.low is not None and e.high is not None:
                 row |= {"low": _short(e.low), "high": _short(e.high)}
-            rows.append(row | ({"dot": 1} if (i - shift) % every == 0 else {}))
-    domain = _domain([points for points in curves.values() if points], zero)
+            seen = (i - shift) % every == 0 and domain[0] <= e.mean <= domain[1]
+            rows.append(row | ({"dot": 1} if seen else {}))
     y = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
     ticks = {"tickCount": 5, "format": "~g"}
     shown = y | {"field": "mean", "title": None, "axis": ticks}
@@ -176,7 +176,7 @@ def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Seque
     }
     line = {"mark": {"type": "line", "clip": True, "strokeWidth": 1.8, "interpolate": "linear"}}
     dot = {
-        "mark": {"type": "point", "clip": True, "filled": True, "opacity": 1},
+        "mark": {"type": "point", "filled": True, "opacity": 1},
         "transform": [{"filter": "datum.dot"}],
     }
     hover = {"mark": {"type": "point", "clip": True, "opacity": 0, "size": 90}}
@@ -261,7 +261,10 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
     right = y | {
         "axis": {"orient": "right", "ticks": False, "labelExpr": f"{json.dumps(notes)}[datum.value]", "grid": True}
     }
-    x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": {"zero": True}}
+    values = [0.0, *(value for _, d, _ in found for value in (d.mean, d.low, d.high) if value is not None)]
+    room = 0.05 * (max(values) - min(values)) or 1.0
+    scale = {"domain": [_short(min(values) - room), _short(max(values) + room)], "nice": False}
+    x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": scale}
     tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
     color = _by_variant(variants, "color")
     layers = [
@@ -288,7 +291,7 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         },
     ]
     if _with_interval(rows):
-        ends = {"x": x | {"field": "low", "title": None}, "x2": {"field": "high"}, "y": left} | color
+        ends = {"x": x | {"field": "low", "title": None}, "x2": {"field": "high"}, "y": y | {"axis": None}} | color
         mark = {"type": "rule", "strokeWidth": 2}
         layers.insert(2, {"mark": mark, "transform": [{"filter": "isValid(datum.low)"}], "encoding": ends})
     content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}

@@ -179,7 +179,7 @@ class _Writer:
             rows.append(f"\n<tr>{''.join(cells)}</tr>")
         content = (
             f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(table.caption)}"><table>'
-            f"<caption>{escape(table.caption)}</caption><thead><tr>{''.join(heads)}</tr></thead>"
+            f"<caption><span>{escape(table.caption)}</span></caption><thead><tr>{''.join(heads)}</tr></thead>"
             f"<tbody>{''.join(rows)}</tbody></table></div>"
         )
         return self.folded(table.folded, content) if table.folded else content

@@ -17,6 +17,7 @@ import vl_convert
 import yaml
 from scipy import stats
 
+import harness.report
 from harness.errors import run_cli
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers
@@ -115,10 +116,18 @@ def made(folder: Path) -> tuple[str, str]:
 
 def rows_of(html: str, caption: str) -> list[list[str]]:
     """The texts of a table's cells, row by row, the head first."""
-    table = next(t for t in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL) if f"<caption>{caption}" in t)
+    table = next(
+        t for t in re.findall(r"<table>.*?</table>", html, flags=re.DOTALL) if f"<caption><span>{caption}" in t
+    )
     rows = re.findall(r"<tr>(.*?)</tr>", table)
     cells = [re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", row) for row in rows]
     return [[unescape(re.sub(r"<[^>]*>", "", cell)).replace("\xa0", " ") for cell in row] for row in cells]
+
+
+@pytest.fixture(autouse=True)
+def in_the_root(monkeypatch) -> None:
+    """Where the script goes, and from where it comes back here."""
+    monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture
@@ -191,6 +200,16 @@ def test_commands_are_those_of_the_runs(folder, page):
     commands = [shlex.split(line) for line in lines if line.startswith("python train.py")]
     for cell in cells:
         assert ["python", "train.py", *cell.arguments] in commands
+
+
+def test_commands_of_an_experiment_in_the_repository_run_anywhere(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness.report, "ROOT", tmp_path)
+    folder = write_experiment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    text = harness.report.write_report(folder).with_suffix(".md").read_text()
+    assert "--run.out_dir out/sinks" in text
+    commands = re.search("python train.py.*?```", text, flags=re.DOTALL).group()
+    assert str(tmp_path) not in commands
 
 
 def test_csv_holds_everything_and_is_one_click_away(folder, page):
