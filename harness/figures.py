@@ -193,7 +193,9 @@ def _cell(value: str | int | float | list | None) -> str:
         return "–"
     if isinstance(value, list):
         return " ".join(map(str, value[:4])) + (f" … ({len(value)})" if len(value) > 4 else "")
-    if isinstance(value, float) and math.isfinite(value):
-        # four digits, but never an exponent where the integer itself is short enough to read
-        return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
-    return str(value)
+    return number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
+
+
+def number(value: float) -> str:
+    """In four digits, but never with an exponent where the integer itself is short enough to read."""
+    return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"
