@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,17 @@ def test_the_best_checkpoint_is_the_best_evaluation():
 
 
 @pytest.mark.slow
+def test_checkpoints_along_training_are_kept_and_a_run_goes_on_from_one():
+    whole = finished("whole", "--training.keep_interval", "9")
+    assert sorted(path.name for path in (whole.folder / "steps").iterdir()) == ["18.pt", "9.pt"]
+    Path("out/branch").mkdir()
+    shutil.copy(whole.folder / "steps" / "9.pt", "out/branch/ckpt.pt")
+    branch = finished("branch")
+    assert branch.metrics()[0]["step"] == 10
+    for key, tensor in whole.checkpoint()["model"].items():
+        assert torch.equal(tensor, branch.checkpoint()["model"][key]), key
+
+
 def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
     run = finished("run", "--training.max_steps", "6")
     torch.save(run.checkpoint("best.pt") | {"best_val_loss": math.inf, "step": 0}, run.folder / "best.pt")
