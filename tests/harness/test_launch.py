@@ -59,7 +59,8 @@ def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothin
     for words in ("preparing", "a sample:", "plot_metrics.py", "--training.max_steps", str(folder)):
         assert words in done.stdout
 
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(folder / "ckpt.pt"), "--prompt", "012", "--seed", "7"])
+    argv = ["sample.py", str(folder / "ckpt.pt"), "--prompt", "012", "--seed", "7", "--max_new_tokens", "9"]
+    monkeypatch.setattr(sys, "argv", argv)
     samples = [(run_cli(sample.main), *capsys.readouterr()) for _ in range(2)]
     status, printed, error = samples[0]
     assert not status, error
