@@ -23,6 +23,7 @@ from tests.helpers import (
     TrainingRun,
     assert_same_run,
     finished,
+    finished_on_two_ranks,
     killed,
     refused,
     run_on_two_ranks,
@@ -126,12 +127,10 @@ def test_two_ranks_train_as_one(normalizer, backward, feedback):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
     changes += ["--training.feedback", feedback]
     one = finished("one", *changes)
-    done = run_on_two_ranks("train.py", "config.yaml", "--run.name", "two", *changes)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(7))
+    two = finished_on_two_ranks("two", *changes)
+    assert [line["step"] for line in two.metrics()] == list(range(7))
     for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention_probabilities"):
-        ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
+        ours, theirs = ([line[key] for line in run.metrics() if key in line] for run in (one, two))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
