@@ -1,22 +1,26 @@
 """What every test has: GPT-2's tokenizer file, patience with slow machines, marks that skip, and a few fixtures."""
 
 import base64
+import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
 import os
 import shutil
 import tempfile
+from multiprocessing import forkserver
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import settings
 
+from harness import workers
 from harness.errors import UserError
 from harness.tokenizer import GPT2
 from scripts import fetch_smollm2
-from tests.helpers import ROOT, nanogpt_peer, run_python, squares_corpus
+from tests.helpers import CONTEXT, ROOT, nanogpt_peer, run_python, squares_corpus
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)
@@ -100,6 +104,15 @@ def skip_without_gpu(request) -> None:
 def nanogpt(tmp_path_factory):
     """A checkpoint as nanoGPT writes it, the same model of Hugging Face's in float64, and a corpus."""
     return nanogpt_peer(tmp_path_factory.mktemp("nanogpt"))
+
+
+@pytest.fixture
+def forked_workers(monkeypatch) -> None:
+    """The workers that a test starts are forked, as training runs are, from a process that has imported what they need.
+    That they start without one is what test_workers.py shows."""
+    with contextlib.chdir(ROOT):
+        forkserver.ensure_running()
+    monkeypatch.setattr(workers, "multiprocessing", SimpleNamespace(get_context=lambda _: CONTEXT))
 
 
 TRAINING = """

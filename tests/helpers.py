@@ -259,15 +259,18 @@ def read_json(path: str | Path) -> dict:
 # Each run is forked from a server that has imported train.py already: a start costs milliseconds where a fresh
 # interpreter takes seconds, and it can be killed like any other process.
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "tests.helpers"])  # AdamW imports the second, a run the third
+# AdamW imports the second, attention the third, a run the fourth.
+CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "kernels.cpu", "tests.helpers"])
 
 
-def _child(arguments, log, signal_at):
+def _child(arguments, log, signal_at, environment):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
     import train
-    from harness.errors import run_cli
+
+    os.environ.update(environment)
+    train.peak_flops = lambda *_: (1e12, "no measurement")  # a third of a run's time; test_device.py measures
 
     def log_metrics(tracker, step, metrics, log_metrics=train.Tracker.log):
         log_metrics(tracker, step, metrics)
@@ -285,10 +288,10 @@ class TrainingRun:
     that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
     """
 
-    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None):
-        self.folder, self.log = Path("out") / name, Path(f"{name}.log")
+    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, **environment: str):
+        self.folder, self.log = Path("out") / name, Path(f"{name}{environment.get('RANK', '')}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment))
         with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
             forkserver.ensure_running()
         self.process.start()
@@ -320,6 +323,16 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     run = TrainingRun(name, *arguments)
     assert run.wait() == 0, run.output()
     return run
+
+
+def finished_on_two_ranks(name: str, *arguments: str) -> TrainingRun:
+    """As two processes of torchrun, which keeps the store where they meet and tells them so by these variables."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    ranks = [TrainingRun(name, *arguments, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    for rank in ranks:
+        assert rank.wait() == 0, rank.output()
+    return ranks[0]
 
 
 def killed(name: str, *arguments: str, at: int) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from tests.helpers import (
     TrainingRun,
     assert_same_run,
     finished,
+    finished_on_two_ranks,
     killed,
     refused,
     run_on_two_ranks,
@@ -125,12 +127,10 @@ def test_two_ranks_train_as_one(normalizer, backward, feedback):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
     changes += ["--training.feedback", feedback]
     one = finished("one", *changes)
-    done = run_on_two_ranks("train.py", "config.yaml", "--run.name", "two", *changes)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(7))
+    two = finished_on_two_ranks("two", *changes)
+    assert [line["step"] for line in two.metrics()] == list(range(7))
     for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention_probabilities"):
-        ours, theirs = ([line[key] for line in run if key in line] for run in (one.metrics(), lines))
+        ours, theirs = ([line[key] for line in run.metrics() if key in line] for run in (one, two))
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
@@ -295,6 +295,17 @@ def test_the_best_checkpoint_is_the_best_evaluation():
 
 
 @pytest.mark.slow
+def test_checkpoints_along_training_are_kept_and_a_run_goes_on_from_one():
+    whole = finished("whole", "--training.keep_interval", "9")
+    assert sorted(path.name for path in (whole.folder / "steps").iterdir()) == ["18.pt", "9.pt"]
+    Path("out/branch").mkdir()
+    shutil.copy(whole.folder / "steps" / "9.pt", "out/branch/ckpt.pt")
+    branch = finished("branch")
+    assert branch.metrics()[0]["step"] == 10
+    for key, tensor in whole.checkpoint()["model"].items():
+        assert torch.equal(tensor, branch.checkpoint()["model"][key]), key
+
+
 def test_best_starts_anew_on_other_windows_and_where_it_is_behind():
     run = finished("run", "--training.max_steps", "6")
     torch.save(run.checkpoint("best.pt") | {"best_val_loss": math.inf, "step": 0}, run.folder / "best.pt")

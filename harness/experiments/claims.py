@@ -3,11 +3,13 @@
     sentence: softmax1 keeps the loss and removes the kurtosis of the activations.
     source: "Miller (2023), Attention Is Off By One: https://…"
     tested_at: nothing; the post has no experiment              # the scale at which its source tested it
-    experiment: ../stdlib.yaml                                  # relative to this file
+    experiment: ../normalizers.yaml                             # relative to this file
     seeds: 3                                                    # as many at least; the default
     decides:                                                    # measure → what has to be so, of variants' names
       perplexity/loss: softmax1 < softmax + 0.01
       activation_kurtosis/avg kurtosis: softmax1 < 0.5 * softmax
+    larger: {experiment: ../normalizers_gpu.yaml}               # a larger form that decides it too, by the same
+                                                                # comparisons or by its own `decides`
 
 A comparison is arithmetic on the variants' values of one seed: numbers, + − * / and abs(…), min(…), max(…), with one <
 or > between two sides. The difference of the sides is taken seed by seed and tested against 0, two-sided, at 5 % after
@@ -34,6 +36,7 @@ HELD, FAILED, OPEN = "held", "did not hold", "not decided"
 SEEDS = 3  # that a claim asks for where it does not say
 _FUNCTIONS: dict[str, Callable[..., float]] = {"abs": abs, "min": min, "max": max}
 _TEXTS = ("sentence", "source", "tested_at", "experiment")
+_LARGER = ("experiment", "decides")
 _ALLOWED = "one < or > between two sides of variants, numbers, + - * / and abs(…), min(…, …), max(…, …)"
 
 
@@ -108,11 +111,15 @@ def load_claims(experiment: Experiment) -> list[Claim]:
         content = read_yaml(path, "claim")
         if not isinstance(content, dict):
             raise UserError(f"{path}: a claim has the keys {', '.join(_TEXTS)}, decides and, if need be, seeds")
-        named = path.parent / _text(path, content, "experiment")
-        if not named.is_file():
-            raise UserError(f"{path}: experiment: there is no {named}")
-        if named.resolve() == experiment.path.resolve():
-            found.append(_claim(path, content, named, experiment))
+        larger = content.pop("larger", None)
+        if larger is not None and not (isinstance(larger, dict) and {"experiment"} <= {*larger} <= {*_LARGER}):
+            raise UserError(f"{path}: larger: a mapping of experiment and, if need be, decides, not {larger!r}")
+        for form in [content, content | larger] if larger else [content]:
+            named = path.parent / _text(path, form, "experiment")
+            if not named.is_file():
+                raise UserError(f"{path}: experiment: there is no {named}")
+            if named.resolve() == experiment.path.resolve():
+                found.append(_claim(path, form, named, experiment))
     return found
 
 

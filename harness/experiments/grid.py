@@ -128,7 +128,9 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
     """The experiment in a file, with its cells under out/NAME; of a claim's file, the experiment that decides it.
     UserError for every mistake in it, naming file and key."""
     content = read_yaml(path, "experiment")
-    if isinstance(content, dict) and isinstance(named := content.get("experiment"), str):
+    if isinstance(content, dict) and isinstance(named := content.get("experiment"), str):  # a claim's file
+        if not (path.parent / named).is_file():
+            raise UserError(f"{path}: experiment: there is no {path.parent / named}")
         return load_experiment(path.parent / named, out)
     if not isinstance(content, dict) or not _KEYS.issuperset(content):
         unknown = f", not {next(k for k in content if k not in _KEYS)!r}" if isinstance(content, dict) else ""

@@ -58,12 +58,12 @@ class Results:
     def values(self, measure: str, variant: str) -> dict[int, float]:
         """Seed → value, of the runs that have it. UserError for a measure that no run has."""
         name, _, where = measure.partition("@")
-        if where == "equal_time":
-            return self._at_equal_time(name, variant)
         if not any(name in (run.along if where else run.last) for run in self.runs):
             known = sorted({n for run in self.runs for n in (run.along if where else run.last)})
             near = [n for n in known if n.split("/")[0] == name.split("/")[0]]
             raise UserError(f"no run has a value of {measure}; there are {', '.join(near or known)[:400]}")
+        if where == "equal_time":
+            return self._at_equal_time(name, variant)
         found = {run.cell.seed: _at(run, name, where) for run in self.of(variant)}
         return {seed: value for seed, value in found.items() if value is not None}
 

@@ -57,7 +57,7 @@ OTHERS = [
     (2048, 2048, 32),
     (513, 513, 256),
 ]
-SMALL_MAIN, SMALL_OTHERS = [(70, 70, 32)], [(1, 1, 16), (9, 20, 24)]
+SMALL_MAIN, SMALL_OTHERS = [(33, 33, 16)], [(1, 1, 16), (9, 20, 24)]
 
 
 def run(task: Task, shapes: list[tuple[int, int, int]], dtypes: tuple[str, ...]) -> Iterator[dict]:

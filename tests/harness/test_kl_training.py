@@ -3,7 +3,6 @@ everything that a run promises as it was."""
 
 import dataclasses
 import hashlib
-import json
 import math
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from kernels.loss import IGNORED
 from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 from tests import helpers
-from tests.helpers import TrainingRun, assert_same_run, finished, killed, refused, run_on_two_ranks, tiny_gpt
+from tests.helpers import TrainingRun, assert_same_run, finished, finished_on_two_ranks, killed, refused, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -347,12 +346,9 @@ def test_the_penalty_is_the_same_for_any_number_of_micro_steps(base, how):
 @pytest.mark.slow
 def test_two_ranks_are_penalised_as_one(base):
     one = finished("one", *SHORT, *BARRIER)
-    how = ("config.yaml", "--run.name", "two", *SHORT, *BARRIER, "--training.micro_batch_size", "2")
-    done = run_on_two_ranks("train.py", *how)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
+    two = finished_on_two_ranks("two", *SHORT, *BARRIER, "--training.micro_batch_size", "2")
     names = (*KL_METRICS, "train/loss", "train/grad_norm", "val/loss")
-    for ours, theirs in zip(columns(one.metrics(), *names), columns(lines, *names), strict=True):
+    for ours, theirs in zip(columns(one.metrics(), *names), columns(two.metrics(), *names), strict=True):
         np.testing.assert_allclose(ours, theirs, **CLOSE)
 
 

@@ -5,14 +5,18 @@ import shlex
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from harness import launch
 from harness.config_files import load_config
+from harness.errors import run_cli
 from harness.launch import as_typed, next_steps
-from tests.helpers import ROOT, run_python
+from scripts import sample
+from tests.helpers import ROOT
 
 TINY = """
 model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
@@ -46,7 +50,7 @@ write_corpus({str(corpus)!r}, documents, from_name("bytes"), source="")
 
 
 @pytest.mark.slow
-def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothing(config):
+def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothing(config, monkeypatch, capsys):
     done = run_training("tiny.yaml", cwd=config.parent)  # a config is found from where the user stands
     assert done.returncode == 0, done.stderr
     folder = config.parent / "out" / "tiny"
@@ -55,11 +59,13 @@ def test_one_command_prepares_trains_samples_and_says_what_next_then_does_nothin
     for words in ("preparing", "a sample:", "plot_metrics.py", "--training.max_steps", str(folder)):
         assert words in done.stdout
 
-    sample = ("scripts/sample.py", folder / "ckpt.pt", "--prompt", "012", "--seed", "7", "--max_new_tokens", "9")
-    one, two = (run_python(*sample) for _ in range(2))
-    assert one.returncode == 0, one.stderr
-    assert one.stdout.startswith("012")
-    assert one.stdout == two.stdout
+    argv = ["sample.py", str(folder / "ckpt.pt"), "--prompt", "012", "--seed", "7", "--max_new_tokens", "9"]
+    monkeypatch.setattr(sys, "argv", argv)
+    samples = [(run_cli(sample.main), *capsys.readouterr()) for _ in range(2)]
+    status, printed, error = samples[0]
+    assert not status, error
+    assert printed.startswith("012")
+    assert samples[0] == samples[1]
 
     again = run_training(str(config))
     assert again.returncode == 0
@@ -110,31 +116,52 @@ def test_paths_on_the_command_line_are_relative_to_where_the_user_stands(tmp_pat
     assert as_typed(["config.yaml", "--data.corpus", "data"], clone) == ["config.yaml", "--data.corpus", "data"]
 
 
+@pytest.fixture
+def launched(monkeypatch):
+    """run_training.sh in this process, where the environment stands and from the repository's root."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["launch.py", str(ROOT), *map(str, arguments)])
+        return run_cli(launch.main)
+
+    monkeypatch.chdir(ROOT)
+    return run
+
+
 @pytest.mark.slow
+def test_without_a_config_it_is_the_default_one_and_a_mistake_passes_its_status_on():
+    done = run_training("--optimizer.lr", "x")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "error: command line: optimizer.lr takes a number ≥ 0, not 'x'"
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (("nowhere.yaml",), "error: no config file nowhere.yaml"),
-        (("/dev/null",), "error: /dev/null is no file, as a config has to be: it is read more than once"),
-        (("--optimizer.lr", "x"), "error: command line: optimizer.lr takes a number ≥ 0, not 'x'"),
+        (("nowhere.yaml",), "no config file nowhere.yaml"),
+        (("/dev/null",), "/dev/null is no file, as a config has to be: it is read more than once"),
         (
-            ("--data.corpus", "nowhere"),
-            "error: data.corpus: nowhere has neither a val.bin nor a prepare.py to make one",
+            ("configs/stdlib_softmax1.yaml", "--data.corpus", "nowhere"),
+            "data.corpus: nowhere has neither a val.bin nor a prepare.py to make one",
         ),
     ],
 )
-def test_mistakes_get_one_line_and_status_2(arguments, expected):
-    done = run_training(*arguments)
-    assert done.returncode == 2
-    assert done.stderr.splitlines()[-1] == expected
+def test_mistakes_get_one_line_and_status_2(arguments, expected, launched, capsys):
+    assert launched(*arguments) == 2
+    assert capsys.readouterr().err == f"error: {expected}\n"
 
 
 @pytest.mark.slow
-def test_help_and_print_config_need_no_corpus(config):
+def test_help_needs_no_config():
     shown = run_training("--help")
     assert shown.returncode == 0
     assert "--optimizer.warmup_steps" in shown.stdout
-    assert run_training(str(config), "--print_config").stdout.startswith("run:\n  name: tiny\n")
+
+
+def test_print_config_needs_no_corpus(config, launched, capsys):
+    with pytest.raises(SystemExit, match="0"):
+        launched(config, "--print_config")
+    assert capsys.readouterr().out.startswith("run:\n  name: tiny\n")
 
 
 def commands(config: Path, *changes: str, here: Path = ROOT) -> list[str]:

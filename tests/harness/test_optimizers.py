@@ -2,9 +2,7 @@
 
 import copy
 import itertools
-import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,9 +27,9 @@ from tests.helpers import (
     TODAY,
     assert_same_run,
     finished,
+    finished_on_two_ranks,
     killed,
     random_ids,
-    run_on_two_ranks,
     save_model,
     tiny_gpt,
     train_by_hand,
@@ -215,11 +213,8 @@ def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(name):
 @pytest.mark.usefixtures("training_folder")
 def test_two_ranks_train_as_one_with_muon():
     how = ("--optimizer.name", "muon", "--training.max_steps", "4")
-    one = finished("one", *how)
-    done = run_on_two_ranks(ROOT / "train.py", "config.yaml", "--run.name", "two", *how)
-    assert done.returncode == 0, done.stderr
-    lines = [json.loads(line) for line in Path("out/two/metrics.jsonl").read_text().splitlines()]
-    ours, theirs = ([line["train/loss"] for line in run[1:]] for run in (one.metrics(), lines))
+    one, two = finished("one", *how), finished_on_two_ranks("two", *how)
+    ours, theirs = ([line["train/loss"] for line in run.metrics()[1:]] for run in (one, two))
     # Sums in another order: a few roundings, which Muon's bfloat16 makes some 2^-8 of a step.
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)
 

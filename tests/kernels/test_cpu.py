@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,6 +72,14 @@ def anew(monkeypatch):
     cpu.load.cache_clear()
 
 
+@pytest.fixture
+def built_anew(anew, tmp_path):
+    """And with a source that has not been built, by flags that are quick: how fast the library is does not matter."""
+    anew.setattr(cpu, "SOURCE", Path(shutil.copy(cpu.SOURCE, tmp_path)))
+    anew.setattr(cpu, "FLAGS", tuple("-O0" if flag == "-O3" else flag for flag in cpu.FLAGS))
+    return anew
+
+
 # --- the choice and the build ---------------------------------------------------------------------------------------
 
 
@@ -101,12 +110,8 @@ def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
     assert cpu.load() is not None
 
 
-@pytest.mark.slow
-def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
-    source = tmp_path / "cpu.cpp"
-    shutil.copy(cpu.SOURCE, source)
-    anew.setattr(cpu, "SOURCE", source)
-    anew.delenv("CXX", raising=False)
+def test_a_library_that_cannot_be_opened_is_built_anew(built_anew):
+    built_anew.delenv("CXX", raising=False)
     cpu.build(["c++"]).write_bytes(b"no library")
     with pytest.warns(UserWarning, match="cpu.cpp"):
         assert cpu.load() is None
@@ -114,10 +119,9 @@ def test_a_library_that_cannot_be_opened_is_built_anew(anew, tmp_path):
     assert cpu.load() is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default
-def test_the_compiler_is_the_users(words, anew):
-    anew.setenv("CXX", words)
+def test_the_compiler_is_the_users(words, built_anew):
+    built_anew.setenv("CXX", words)
     assert cpu.load() is not None
 
 
@@ -153,17 +157,13 @@ def test_without_a_compiler_attention_runs_on_pytorchs_kernels(compiler, said, a
         pass
 
 
-@pytest.mark.slow
-def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(anew, tmp_path):
-    source = tmp_path / "cpu.cpp"
-    shutil.copy(cpu.SOURCE, source)
+def test_a_checkout_that_cannot_be_written_to_has_it_in_the_users_cache(built_anew, tmp_path):
     (tmp_path / "__pycache__").write_text("a file where the folder would be")
-    anew.setattr(cpu, "SOURCE", source)
-    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    built_anew.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     assert cpu.load() is not None
     assert [p.suffix for p in (tmp_path / "cache" / "offbyone").iterdir()] == [".so"]
     (tmp_path / "none").write_text("")
-    anew.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
+    built_anew.setenv("XDG_CACHE_HOME", str(tmp_path / "none"))
     cpu.load.cache_clear()
     with pytest.warns(UserWarning, match="no folder to keep it in"):
         assert cpu.load() is None
@@ -379,7 +379,7 @@ def test_nothing_is_read_or_written_beyond_the_tensors(tmp_path):
 import pathlib, torch
 from kernels import cpu
 cpu.SOURCE = pathlib.Path({str(tmp_path)!r}) / "cpu.cpp"
-cpu.FLAGS += ("-fsanitize=address",)
+cpu.FLAGS = (*cpu.FLAGS[1:], "-O1", "-fsanitize=address")  # the same accesses as by -O3, built in half the time
 assert cpu.load() is not None
 from model import attention
 for T, D in ((1, 5), (65, 20), (130, 80)):

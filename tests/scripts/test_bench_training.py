@@ -10,7 +10,7 @@ from scripts import bench_training
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("training_folder")
+@pytest.mark.usefixtures("training_folder", "forked_workers")
 def test_every_optimizer_is_a_row_with_its_share_of_the_step(monkeypatch):
     argv = ["bench_training.py", "config.yaml", "--optimizers", "--steps", "2", "--out", "found.json"]
     monkeypatch.setattr(sys, "argv", argv)

@@ -23,7 +23,7 @@ from harness.tokenizer import Bytes
 from model import NORMALIZERS
 from scripts import gpu_report
 from scripts.gpu_report import unused
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT
 
 
 def run_here(monkeypatch, *arguments) -> int:
@@ -38,7 +38,7 @@ def report_in(folder: Path) -> tuple[dict, str]:
 
 
 @pytest.fixture
-def without_processes(monkeypatch):
+def without_processes(monkeypatch, forked_workers):
     """Sections and the programs that they start run in this process, which has imported what they need; what one of its
     own adds has tests of its own. What the sections measure still has one each."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -126,17 +126,17 @@ def the_markdown_has_a_row_for_each_measurement(report, document):
 
 
 @pytest.mark.slow
-def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_path):
+def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_path, monkeypatch, capsys):
     (tmp_path / "val.bin").write_bytes(b"half a corpus")
     arguments = ("--cpu", "--out", tmp_path, "--corpus", tmp_path, "--sections", "training", "hardware")
-    done = run_python("scripts/gpu_report.py", *arguments, cwd=tmp_path)
-    assert done.returncode == 1, done.stderr
+    monkeypatch.chdir(tmp_path)
+    assert run_here(monkeypatch, *arguments) == 1
     report, document = report_in(tmp_path)
     trained, hardware = report["sections"]
     last = trained["error"].splitlines()[-1]
     assert "is not prepared (no train.bin)" in last
     assert last in document
-    assert last in done.stdout
+    assert last in capsys.readouterr().out
     assert hardware["error"] is None
     assert hardware["rows"]
 

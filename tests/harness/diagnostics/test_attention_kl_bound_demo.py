@@ -1,20 +1,24 @@
 """The demonstration of the KL bound: its known figures, without a checkpoint."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 from harness.diagnostics.attention_kl_bound_demo import draw_demo, float64, random_cases
-from tests.helpers import covered, run_python
+from harness.errors import run_cli
+from scripts import attention_kl_bound
+from tests.helpers import covered
 
 
-@pytest.mark.slow
-def test_the_demonstration_needs_no_checkpoint(tmp_path):
-    """As a user runs it; the known figures, and tightness down to τ = 1e-8."""
-    done = run_python("scripts/attention_kl_bound.py", "--demo", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert all(figure in done.stdout for figure in ("0.00128341443", "0.467833617", "0.326989004", "0.999989976"))
+def test_the_demonstration_needs_no_checkpoint(tmp_path, monkeypatch, capsys):
+    """The known figures, and tightness down to τ = 1e-8."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["attention_kl_bound.py", "--demo"])
+    assert not run_cli(attention_kl_bound.main)
+    printed = capsys.readouterr().out
+    assert all(figure in printed for figure in ("0.00128341443", "0.467833617", "0.326989004", "0.999989976"))
     found = json.loads((tmp_path / "out" / "attention_kl_bound" / "attention_kl_bound.json").read_text())
     assert found["rows"][1] == pytest.approx(
         {

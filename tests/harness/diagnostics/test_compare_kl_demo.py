@@ -1,13 +1,16 @@
 """The demonstration of the aggregates: its known figures, without a checkpoint."""
 
 import json
+import sys
 
 import pytest
 
 from harness.diagnostics import compare_kl_demo
 from harness.diagnostics.compare_kl_demo import demo_logits, draw_demo
+from harness.errors import run_cli
 from measure.predictions import DIVERGENCES, aggregates, divergences
-from tests.helpers import covered, run_python
+from scripts import compare_kl
+from tests.helpers import covered
 
 
 def test_the_demonstration_shows_that_the_mean_is_blind(tmp_path, monkeypatch, capsys):
@@ -42,8 +45,9 @@ def test_no_legend_of_its_picture_lies_on_a_title_or_a_curve():
     assert not covered(draw_demo(reverse, {name: aggregates(found) for name, found in values.items()}, 0.5))
 
 
-@pytest.mark.slow
-def test_a_bad_tau_of_the_demonstration_is_one_line(tmp_path):
-    done = run_python("scripts/compare_kl.py", "--tau", "-1", "--demo", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (2, "error: --tau -1: at least 0 and finite\n")
+def test_a_bad_tau_of_the_demonstration_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["compare_kl.py", "--tau", "-1", "--demo"])
+    assert run_cli(compare_kl.main) == 2
+    assert capsys.readouterr().err == "error: --tau -1: at least 0 and finite\n"
     assert not list(tmp_path.iterdir())

@@ -59,6 +59,18 @@ def claim(*comparisons: str, seeds: int = 3, **decides: str | list[str]) -> Clai
     return Claim(Path("c.yaml"), "It does.", "a paper", "1.3 B", Path("small.yaml"), seeds, asked)
 
 
+def test_a_claim_may_have_a_larger_form_decided_by_the_same_comparisons_or_by_its_own(small):
+    (small.path.parent / "large.yaml").touch()
+    large = replace(small, path=small.path.parent / "large.yaml")
+    write(small, CLAIM + "larger: {experiment: ../large.yaml}")
+    (here,), (there,) = load_claims(small), load_claims(large)
+    assert here.decides == there.decides
+    assert (here.experiment.name, there.experiment.name) == ("small.yaml", "large.yaml")
+    write(small, CLAIM + "larger: {experiment: ../large.yaml, decides: {val_full/loss: softmax1 < 2}}")
+    assert load_claims(large)[0].decides == {"val_full/loss": ["softmax1 < 2"]}
+    assert load_claims(small)[0].decides == here.decides
+
+
 def results(experiment: Experiment, softmax1: list[float | None], softmax: list = BASELINE, loss=()) -> Results:
     """Of three seeds each; `loss` is softmax1's, where softmax has 2."""
     made = []
@@ -105,6 +117,8 @@ def test_the_claims_beside_an_experiment_that_name_it_are_read(small):
         ("softmax1 < 0.5 * softmax", "[softmax1 < 1, 2]", "a comparison or a list of them, not ['softmax1 < 1', 2]"),
         ("softmax1 < 0.5 * softmax", "softmax1 < relu", "no variant relu; there are softmax, softmax1"),
         ("softmax1 < 0.5 * softmax", "1 < 2", "it names no variant; there are softmax, softmax1"),
+        ("tested_at", "larger: {decides: {a: a < 1}}\ntested_at", "larger: a mapping of experiment and"),
+        ("tested_at", "larger: {experiment: x.yaml}\ntested_at", "claims/x.yaml"),
         (CLAIM, "- a list", "a claim has the keys sentence, source"),
     ],
 )

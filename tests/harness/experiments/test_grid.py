@@ -134,3 +134,9 @@ def test_a_claims_file_stands_for_the_experiment_that_decides_it(tmp_path):
 )
 def test_every_mistake_is_one_line_that_names_the_file_and_the_place(tmp_path, changed, problem):
     assert re.search(problem, refusal(tmp_path, **changed))
+
+
+def test_two_variants_of_one_name_are_refused_with_their_line(tmp_path):
+    (tmp_path / "grid.yaml").write_text("question: Which\nvariants:\n  softmax:\n  softmax: {model: {n_layer: 2}}\n")
+    with pytest.raises(UserError, match=r"grid.yaml, line 4: not valid YAML: 'softmax' stands here twice"):
+        load_experiment(tmp_path / "grid.yaml")

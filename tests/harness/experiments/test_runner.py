@@ -105,6 +105,26 @@ def test_a_process_ended_by_a_signal_is_told_by_its_name(experiment, processes, 
     assert "c_s2: -c: ended by SIGKILL" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("visible", "names"), [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
+def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, monkeypatch, visible, names):
+    """PyTorch would not start here with these GPUs, so only the processes' environment is looked at."""
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(runner.torch.cuda, "get_device_name", lambda i: f"card {i}")
+    monkeypatch.setattr(runner, "prepare_corpora", lambda experiment: None)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    for name in processes:
+        keys = "CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP"
+        processes[name] = [f"import os, time; time.sleep(0.1); print([os.environ[key] for key in {keys}])"]
+    assert run_experiment(experiment, None, "") == 0
+    logs = [(experiment.folder / "logs" / f"{name}.log").read_text().splitlines()[-1] for name in processes]
+    assert set(logs) == {str([name, "grid"]) for name in names}
+    assert json.loads((experiment.folder / "experiment.json").read_text())["machine"]["gpus"] == "card 0, card 1"
+    with pytest.raises(UserError, match="--jobs 3: there are 2 GPUs"):
+        run_experiment(experiment, 3, "")
+
+
 def test_an_interruption_lets_the_running_cells_save_and_starts_no_others(experiment, processes, capsys, monkeypatch):
     saved = experiment.folder / "saved"
     waits = f"""

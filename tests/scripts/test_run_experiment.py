@@ -1,0 +1,80 @@
+"""The smallest experiment of experiments/, remade from nothing by real processes."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.errors import UserError
+from harness.experiments.grid import ROOT
+from scripts import run_experiment
+
+
+@pytest.fixture(scope="module")
+def remade(tmp_path_factory) -> Path:
+    """The folder of experiments/smallest.yaml."""
+    out = tmp_path_factory.mktemp("out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("WANDB_MODE", "disabled")
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.chdir(ROOT)
+        assert run_experiment.main(["experiments/smallest.yaml", "--out", str(out), "--jobs", "2"]) == 0
+    return out / "smallest"
+
+
+def again(remade: Path) -> int:
+    return run_experiment.main([str(ROOT / "experiments/smallest.yaml"), "--out", str(remade.parent)])
+
+
+@pytest.mark.slow
+def test_every_cell_is_an_ordinary_run_that_has_been_measured(remade):
+    for variant in ("softmax", "sigmoid"):
+        for seed in (1, 2, 3):
+            cell = remade / f"{variant}_s{seed}"
+            assert {"ckpt.pt", "best.pt", "config.yaml", "metrics.jsonl"} <= set(os.listdir(cell))
+            found = json.loads((cell / "diagnostics" / "activation_kurtosis.json").read_text())
+            assert (found["step"], found["config"]["normalizer"]) == (100, variant)
+    facts = json.loads((remade / "experiment.json").read_text())
+    assert facts["file"] == "experiments/smallest.yaml"
+
+
+@pytest.mark.slow
+def test_what_is_finished_is_passed_over_and_a_damaged_checkpoint_is_told_and_kept(remade, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    logs = {log.name: log.stat().st_size for log in (remade / "logs").iterdir()}
+    assert again(remade) == 0
+    checkpoint = remade / "softmax_s2" / "ckpt.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:5000])
+    assert again(remade) == 1
+    said = capsys.readouterr().out
+    assert f"softmax_s2: not run: {checkpoint}" in said
+    assert "1 of 6 cells are not done: softmax_s2" in said
+    assert checkpoint.read_bytes() == whole[:5000]
+    checkpoint.write_bytes(whole)
+    assert {log.name: log.stat().st_size for log in (remade / "logs").iterdir()} == logs
+
+
+def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # what it sets stays as it is
+    assert run_experiment.main(["experiments/smallest.yaml", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "to train: 6 of 6 cells, 1,228,800 tokens" in said  # 6 × 100 steps × 32 × 64
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["experiments/none.yaml"], "no experiment file experiments/none.yaml"),
+        (["experiments/smallest.yaml", "--jobs", "0"], "--jobs 0: at least 1"),
+        (["configs/stdlib_softmax.yaml"], "an experiment has the keys base, config, .*, not 'model'"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, problem, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError, match=problem):
+        run_experiment.main(arguments)
