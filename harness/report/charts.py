@@ -322,7 +322,12 @@ def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
     encoding = {
         "x": channel("x", x, **({"type": "log"} if log else {})),
         "y": channel("y", y),
-        "tooltip": [{"field": "variant"}, {"field": "seed"}, {"field": "x"}, {"field": "y"}],
+        "tooltip": [
+            {"field": "variant"},
+            {"field": "seed"},
+            {"field": "x", "title": x.label},
+            {"field": "y", "title": y.label},
+        ],
     } | _by_variant(variants, "color", "shape")
     mark = {"type": "point", "filled": True, "size": 75, "opacity": 0.9}
     text = f"{len(rows)} runs, {y.label} against {x.label}: one from {min(losses):.4g} to "

@@ -86,7 +86,7 @@ def _lead(verdicts: Sequence[Verdict]) -> str:
     counts = [(sum(v.outcome == outcome for v in verdicts), outcome) for outcome in (HELD, FAILED, OPEN)]
     said = ", ".join(f"{n} {'is ' * (n == 1) or 'are '}{o}" if o == OPEN else f"{n} {o}" for n, o in counts if n)
     n = len(verdicts)
-    return f"Of {n} published claim{'s' * (n != 1)}, {said}." if verdicts else "No published claim is tested here."
+    return f"Of {n} claim{'s' * (n != 1)}, {said}." if verdicts else "No claim is tested here."
 
 
 READING = (
@@ -123,7 +123,7 @@ def _finding(verdict: Verdict) -> Finding:
     if verdict.comparisons:
         names = ("comparison", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
         columns = [Column(name, numeric=i > 0) for i, name in enumerate(names)]
-        columns[-1:] = [Column("detectable", POWER_NOTE), Column("outcome", numeric=False)]
+        columns.append(Column("outcome", numeric=False))
         rows = [_comparison(comparison) for comparison in verdict.comparisons]
         table = Table("What decides it", columns, rows)
     return Finding(verdict.outcome, claim.name, claim.sentence, verdict.sentence, facts, table, verdict.problems)

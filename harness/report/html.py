@@ -63,6 +63,7 @@ def write(page: Page) -> str:
 <p class="byline">{escape(page.byline)}</p>
 <p class="lead">{escape(page.lead)}</p>
 <nav aria-label="Contents"><ul>{contents}</ul></nav>
+<noscript><p class="aside">The charts need JavaScript. Below each of them a table has its figures.</p></noscript>
 </header>
 <main id="main" tabindex="-1">
 {sections}

@@ -178,8 +178,8 @@ def test_verdict_names_what_decides_it(page):
         row[7],
         "held",
     ]
-    assert "Of 1 published claim, 1 held." in unescape(html)
-    assert "Of 1 published claim, 1 held." in text
+    assert "Of 1 claim, 1 held." in unescape(html)
+    assert "Of 1 claim, 1 held." in text
     assert '<a href="https://arxiv.org/abs/2505.06708" rel="noreferrer">arXiv:2505.06708</a>' in html
     assert '<a href="https://example.org/a_b?c=1&amp;d=2" rel="noreferrer">' in html
 
@@ -240,7 +240,7 @@ def test_markdown_has_two_pictures_and_the_same_tables(folder, page):
         ({"seeds": [1]}, "one seed: nothing has an interval, and no difference is tested"),
         ({"seeds": [1, 2]}, "two seeds: an interval is 12.7 standard errors to each side"),
         ({"variants": {"softmax": None}, "claims": ()}, "There is one variant alone, and nothing to compare it with."),
-        ({"claims": ()}, "No published claim is tested here."),
+        ({"claims": ()}, "No claim is tested here."),
         ({"diagnostics": False}, "No diagnostic is run on the checkpoints."),
         ({"variants": {f"v{i}": None for i in range(12)}, "claims": (), "seeds": [1, 2]}, "12 variants × 2 seeds"),
     ],
