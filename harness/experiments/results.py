@@ -133,7 +133,7 @@ def _read(experiment: Experiment, cell: Cell) -> Run:
             except (ValueError, KeyError, TypeError, AttributeError):
                 problems.append(f"{path} is no result of {measurement.name}: delete it and run the experiment again")
     run.heads = list(heads.values())
-    run.problem = "; ".join(problems) or None
+    run.problem = "; ".join(dict.fromkeys(problems)) or None
     return run
 
 
