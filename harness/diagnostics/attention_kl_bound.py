@@ -213,5 +213,10 @@ DIAGNOSTIC = Diagnostic(
     tables={"extremes": EXTREMES, "curve, in the JSON": CURVE},
     add_arguments=add_arguments,
     check_arguments=check_arguments,
+    headlines={
+        "remainder_share_forward": "of the KL, missed by ½τ²Var; 0: the quadratic model is exact",
+        "remainder_share_reverse": "of the KL, missed by ½τ²Var; 0: the quadratic model is exact",
+        "beyond_radius": "share of attention rows; 0: all within the series' radius",
+    },
     batches=2,
 )

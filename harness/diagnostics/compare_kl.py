@@ -207,4 +207,5 @@ DIAGNOSTIC = Diagnostic(
     add_arguments=add_arguments,
     check_arguments=check_arguments,
     takes_reference=True,
+    headlines={f"kl_reverse_{how}": "nats a position; lower: nearer to the reference" for how in AGGREGATES},
 )
