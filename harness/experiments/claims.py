@@ -5,23 +5,25 @@
     tested_at: nothing; the post has no experiment              # the scale at which its source tested it
     experiment: ../normalizers.yaml                             # relative to this file
     seeds: 3                                                    # as many at least; the default
+    given:                                                      # what has to be so for the claim to be testable
+      activation_kurtosis/avg kurtosis: softmax > 10            # (there are outliers to be removed); may be left out
     decides:                                                    # measure → what has to be so, of variants' names
       perplexity/loss: softmax1 < softmax + 0.01
-      activation_kurtosis/avg kurtosis: softmax1 < 0.5 * softmax
+      activation_kurtosis/avg kurtosis: softmax1 - 3 < 0.5 * (softmax - 3)
     larger: {experiment: ../normalizers_gpu.yaml}               # a larger form that decides it too, by the same
-                                                                # comparisons or by its own `decides`
+                                                                # comparisons or by its own `given` and `decides`
 
 A comparison is arithmetic on the variants' values of one seed: numbers, + − * / and abs(…), min(…), max(…), with one <
 or > between two sides. The difference of the sides is taken seed by seed and tested against 0, two-sided, at 5 % after
 Holm's correction over all comparisons of all claims of the experiment. One that is significant the way it was written
 *held*, the other way *did not hold*; any other is *not decided*. A claim held if all its comparisons did, and did not
-hold if one of them did not.
+hold if one of them did not; it is not decided where a comparison under `given` did not hold or is not decided itself.
 """
 
 import ast
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +38,7 @@ HELD, FAILED, OPEN = "held", "did not hold", "not decided"
 SEEDS = 3  # that a claim asks for where it does not say
 _FUNCTIONS: dict[str, Callable[..., float]] = {"abs": abs, "min": min, "max": max}
 _TEXTS = ("sentence", "source", "tested_at", "experiment")
-_LARGER = ("experiment", "decides")
+_LARGER = ("experiment", "given", "decides")
 _ALLOWED = "one < or > between two sides of variants, numbers, + - * / and abs(…), min(…, …), max(…, …)"
 
 
@@ -50,6 +52,8 @@ class Claim:
     seeds: int
     decides: dict[str, list[str]]
     """measure → comparisons"""
+    given: dict[str, list[str]] = field(default_factory=dict)
+    """the same, of what has to hold for the claim to be testable"""
 
     @property
     def name(self) -> str:
@@ -89,6 +93,8 @@ class Verdict:
     """made from the numbers"""
     problems: list[str]
     """in a line each: a measure that no run has, seeds without a value, too few seeds"""
+    premises: list[Comparison] = field(default_factory=list)
+    """what has to hold for the claim to be testable at all; else it is not decided"""
 
 
 class _Sides(NamedTuple):
@@ -113,7 +119,9 @@ def load_claims(experiment: Experiment) -> list[Claim]:
             raise UserError(f"{path}: a claim has the keys {', '.join(_TEXTS)}, decides and, if need be, seeds")
         larger = content.pop("larger", None)
         if larger is not None and not (isinstance(larger, dict) and {"experiment"} <= {*larger} <= {*_LARGER}):
-            raise UserError(f"{path}: larger: a mapping of experiment and, if need be, decides, not {larger!r}")
+            raise UserError(
+                f"{path}: larger: a mapping of experiment and, if need be, given and decides, not {larger!r}"
+            )
         for form in [content, content | larger] if larger else [content]:
             named = path.parent / _text(path, form, "experiment")
             if not named.is_file():
@@ -124,24 +132,30 @@ def load_claims(experiment: Experiment) -> list[Claim]:
 
 
 def _claim(path: Path, content: dict, experiment_path: Path, experiment: Experiment) -> Claim:
-    known = (*_TEXTS, "seeds", "decides")
+    known = (*_TEXTS, "seeds", "given", "decides")
     if unknown := [key for key in content if key not in known]:
         raise UserError(f"{path}: unknown key {unknown[0]!r}; a claim has {', '.join(known)}")
     sentence, source, tested_at, _ = (_text(path, content, key) for key in _TEXTS)
-    seeds, asked = content.get("seeds", SEEDS), content.get("decides")
+    seeds = content.get("seeds", SEEDS)
     if type(seeds) is not int or seeds < 2:
         raise UserError(f"{path}: seeds: {seeds!r} is no integer from 2 on; one seed decides nothing")
+    decides = _comparisons(path, "decides", content.get("decides"), experiment)
+    given = _comparisons(path, "given", content["given"], experiment) if "given" in content else {}
+    return Claim(path, sentence, source, tested_at, experiment_path, seeds, decides, given)
+
+
+def _comparisons(path: Path, key: str, asked: object, experiment: Experiment) -> dict[str, list[str]]:
     if not isinstance(asked, dict) or not asked:
-        raise UserError(f"{path}: decides: a mapping of measures to comparisons is expected, not {asked!r}")
-    decides = {}
+        raise UserError(f"{path}: {key}: a mapping of measures to comparisons is expected, not {asked!r}")
+    found = {}
     for measure, comparisons in asked.items():
         texts = comparisons if isinstance(comparisons, list) else [comparisons]
         if not isinstance(measure, str) or not texts or not all(isinstance(text, str) for text in texts):
-            raise UserError(f"{path}: decides: {measure!r}: a comparison or a list of them, not {comparisons!r}")
+            raise UserError(f"{path}: {key}: {measure!r}: a comparison or a list of them, not {comparisons!r}")
         for text in texts:
-            _parse(path, measure, text, experiment.variants)
-        decides[measure] = texts
-    return Claim(path, sentence, source, tested_at, experiment_path, seeds, decides)
+            _parse(path, f"{key}: {measure}", text, experiment.variants)
+        found[measure] = texts
+    return found
 
 
 def _text(path: Path, content: dict, key: str) -> str:
@@ -153,7 +167,7 @@ def _text(path: Path, content: dict, key: str) -> str:
 
 
 def _parse(path: Path, measure: str, text: str, variants: list[str]) -> _Sides:
-    where = f"{path}: decides: {measure}: {text!r}"
+    where = f"{path}: {measure}: {text!r}"
     text = " ".join(text.split())
     try:
         match ast.parse(text, mode="eval").body:
@@ -232,27 +246,28 @@ def judge(results: Results, claims: list[Claim]) -> list[Verdict]:
     """A verdict for each claim, in their order. Of a comparison that no seed has the values for there is a line in
     `problems` alone, and the claim is not decided unless another comparison fails. Holm's correction is over every
     comparison of two seeds or more, those of too few seeds for their claim among them."""
-    measured: list[list[_Measured]] = []
+    measured: list[tuple[list[_Measured], list[_Measured]]] = []  # of each claim: under `given`, under `decides`
     problems: list[list[str]] = []
     for claim in claims:
-        measured.append([])
         problems.append([])
-        for measure, texts in claim.decides.items():
-            for text in texts:
-                found = _measure(results, claim, measure, text, problems[-1])
-                measured[-1] += [found] if found else []
-    adjusted = iter(holm([m.difference.p for ms in measured for m in ms]))
-    return [
-        _verdict(claim, [_compare(results, claim, m, next(adjusted)) for m in ms], list(dict.fromkeys(lines)))
-        for claim, ms, lines in zip(claims, measured, problems, strict=True)
-    ]
+        both = (
+            [(measure, text) for measure, ts in part.items() for text in ts] for part in (claim.given, claim.decides)
+        )
+        given, decides = ([_measure(results, claim, *pair, problems[-1]) for pair in pairs] for pairs in both)
+        measured.append(([m for m in given if m], [m for m in decides if m]))
+    adjusted = iter(holm([m.difference.p for parts in measured for part in parts for m in part]))
+    verdicts = []
+    for claim, parts, lines in zip(claims, measured, problems, strict=True):
+        premises, comparisons = ([_compare(results, claim, m, next(adjusted)) for m in part] for part in parts)
+        verdicts.append(_verdict(claim, premises, comparisons, list(dict.fromkeys(lines))))
+    return verdicts
 
 
 def _measure(results: Results, claim: Claim, measure: str, text: str, problems: list[str]) -> _Measured | None:
     """None where no seed has all values. What is missing goes to `problems`."""
     sides = _parse(claim.path, measure, text, results.experiment.variants)
     try:
-        values = {variant: results.values(measure, variant) for variant in sides.variants}
+        values = {variant: results.values(measure, variant, sides.variants) for variant in sides.variants}
     except UserError as error:
         problems.append(str(error))
         return None
@@ -297,16 +312,25 @@ def _compare(results: Results, claim: Claim, m: _Measured, p: float | None) -> C
     return Comparison(m.measure, m.text, m.means, m.left, m.right, m.seeds, m.difference, p, outcome, sentence)
 
 
-def _verdict(claim: Claim, comparisons: list[Comparison], problems: list[str]) -> Verdict:
+def _verdict(claim: Claim, premises: list[Comparison], comparisons: list[Comparison], problems: list[str]) -> Verdict:
     outcomes = [comparison.outcome for comparison in comparisons]
     asked = sum(map(len, claim.decides.values()))
-    outcome = FAILED if FAILED in outcomes else HELD if outcomes == [HELD] * asked else OPEN
+    untestable = [premise for premise in premises if premise.outcome != HELD]
+    if untestable or len(premises) < sum(map(len, claim.given.values())):
+        outcome = OPEN
+    elif FAILED in outcomes:
+        outcome = FAILED
+    else:
+        outcome = HELD if outcomes == [HELD] * asked else OPEN
     decisive = ["i" + c.sentence[1:].removesuffix(".") for c in comparisons if c.outcome == outcome]
-    if len(comparisons) < asked and outcome == OPEN:
-        lacking = asked - len(comparisons)
-        decisive.append(f"{lacking} of its {asked} comparisons could not be made: no seed has the values")
+    if untestable:
+        lacking = "; ".join("i" + premise.sentence[1:].removesuffix(".") for premise in untestable)
+        decisive = [f"the claim is not testable here, since {lacking}"]
+    elif len(comparisons) < asked and outcome == OPEN:
+        missing = asked - len(comparisons)
+        decisive.append(f"{missing} of its {asked} comparisons could not be made: no seed has the values")
     sentence = f"{outcome.capitalize()}: {'; '.join(decisive)}."
-    return Verdict(claim, comparisons, outcome, sentence, problems)
+    return Verdict(claim, comparisons, outcome, sentence, problems, premises)
 
 
 # --- in words ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ ordinary run, and the diagnostics that are run on each.
 """
 
 import json
+import keyword
 import os
 import re
 from collections.abc import Iterator
@@ -33,6 +34,16 @@ from harness.errors import UserError
 ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"question", "base", "seeds", "variants", "config", "diagnostics", "prepare", "machine"}
 _REQUIRED = ("question", "base", "seeds", "variants")
+_OWN = (
+    "run.name",
+    "run.out_dir",
+    "run.seed",
+    "training.keep_interval",
+    "training.resume",
+    "training.overwrite",
+    "evaluation.only",
+)
+"""keys of a config that are the experiment's to set, or that would undo a cell"""
 _REFERENCES = ("training.init_from", "kl.reference")  # the keys of a config that may name another cell
 
 
@@ -60,6 +71,10 @@ class Cell:
     def checkpoint(self) -> Path:
         return self.folder / "ckpt.pt"
 
+    def of_same_seed(self, variant: str) -> Path:
+        """The folder of that variant's cell."""
+        return self.folder.parent / f"{variant}_s{self.seed}"
+
 
 @dataclass(frozen=True)
 class Measurement:
@@ -83,7 +98,7 @@ class Measurement:
         one for the last checkpoint, and one for those along training, if there are any."""
         if (self.variants and cell.variant not in self.variants) or cell.variant == self.reference:
             return
-        first = [str(cell.folder.parent / f"{self.reference}_s{cell.seed}" / "ckpt.pt")] if self.reference else []
+        first = [str(cell.of_same_seed(self.reference) / "ckpt.pt")] if self.reference else []
         folder = cell.folder / "diagnostics"
         kept = kept_checkpoints(cell.folder) if self.along else []
         steps = [path for path in kept if int(path.stem) < cell.config.training.max_steps]  # the end is ckpt.pt
@@ -95,7 +110,8 @@ class Measurement:
 
 def kept_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints along a run's training, in their order; see training.keep_interval."""
-    return sorted((folder / "steps").glob("*.pt"), key=lambda path: int(path.stem))
+    kept = [path for path in (folder / "steps").glob("*.pt") if path.stem.isascii() and path.stem.isdecimal()]
+    return sorted(kept, key=lambda path: int(path.stem))
 
 
 @dataclass(frozen=True)
@@ -138,12 +154,15 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
     if lacking := [key for key in _REQUIRED if not content.get(key)]:
         raise UserError(f"{path}: it lacks {', '.join(lacking)}")
     seeds, variants = content["seeds"], content["variants"]
+    for key in ("question", "base", "machine"):
+        if not isinstance(content.get(key, ""), str) or "\0" in content.get(key, ""):
+            raise UserError(f"{path}: {key}: a text is expected, not {content[key]!r}")
     if not isinstance(seeds, list) or not all(type(s) is int for s in seeds) or len(set(seeds)) < len(seeds):
-        raise UserError(f"{path}: seeds: {seeds!r} is no list of different integers")
+        raise UserError(f"{path}: seeds: {seeds!r} is no list of different integers, like [1, 2, 3]")
     if not isinstance(variants, dict):
         raise UserError(f"{path}: variants: a mapping of names to sections of a config, not {variants!r}")
     for name in variants:
-        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name):
+        if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII) or keyword.iskeyword(name):
             raise UserError(f"{path}: variants: {name!r}: a name is letters, digits and _, and begins with a letter")
         if len([other for other in variants if str(other).lower() == name.lower()]) > 1:
             raise UserError(f"{path}: variants: {name!r} and another one differ in their case alone")
@@ -156,7 +175,7 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
     ]
     return Experiment(
         path,
-        str(content["question"]),
+        content["question"],
         seeds,
         list(variants),
         _in_order(path, cells),
@@ -168,12 +187,18 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
 
 
 def _cell(path: Path, content: dict, folder: Path, every, variant: str, changes, seed: int, variants) -> Cell:
-    base = path.parent / os.path.expanduser(str(content["base"]))
+    base = path.parent / os.path.expanduser(content["base"])
+    if not base.is_file():
+        raise UserError(f"{path}: base: there is no {base}")
     arguments = [os.path.relpath(base, ROOT) if base.resolve().is_relative_to(ROOT) else str(base)]
     given: dict[str, Any] = {}
     for where, sections in (("config", content.get("config")), (f"variants: {variant}", changes)):
         for section, entries in _mapping(path, where, sections).items():
             for key, value in _mapping(path, f"{where}: {section}", entries).items():
+                if f"{section}.{key}" in _OWN:
+                    raise UserError(f"{path}: {where}: {section}.{key} is no choice of an experiment's: leave it out")
+                if not isinstance(value, str | int | float | None):
+                    raise UserError(f"{path}: {where}: {section}.{key}: {value!r} is no value of a config")
                 given[f"{section}.{key}"] = value
     needs = []
     for key in _REFERENCES:
@@ -184,8 +209,8 @@ def _cell(path: Path, content: dict, folder: Path, every, variant: str, changes,
         given["training.keep_interval"] = every
     given |= {"run.out_dir": folder, "run.name": f"{variant}_s{seed}", "run.seed": seed}
     for key, value in given.items():
-        text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
-        arguments += [f"--{key}", text]
+        text = str(value) if isinstance(value, str | Path) else json.dumps(value)
+        arguments += [f"--{key}={text}"] if text.startswith("--") else [f"--{key}", text]
     config = load_config([str(base), *arguments[1:]], f"{path}, variant {variant}")
     return Cell(variant, seed, arguments, config, tuple(needs))
 
@@ -226,15 +251,17 @@ def _measurements(path: Path, content: Any, variants: list[str]) -> tuple[list[M
             raise UserError(f"{where}: it " + ("takes no reference" if reference else "needs a reference: @VARIANT"))
         if reference is not None:
             reference = _variant(path, f"diagnostics: {name}: reference", reference, variants)
-        words = list(_words(options))
+        words = list(_words(where, options))
         _check_options(where, diagnostic, words)
         found.append(Measurement(diagnostic, words, reference, bool(every and along), tuple(chosen)))
     return found, every
 
 
-def _words(options: dict[str, Any]) -> Iterator[str]:
+def _words(where: str, options: dict[str, Any]) -> Iterator[str]:
     """The options as words of a command line: a list is several words, true is the bare option."""
     for key, value in options.items():
+        if not isinstance(key, str) or key in ("out", "help", "h", "wandb"):
+            raise UserError(f"{where}: {key!r} is no option to give here")
         yield f"--{key.replace('_', '-')}"
         if value is not True:
             yield from map(str, value if isinstance(value, list) else [value])

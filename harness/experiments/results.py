@@ -3,13 +3,14 @@
 A *measure* is a diagnostic's summary value, `activation_kurtosis/sink_rate`, or a metric of metrics.jsonl,
 `val_full/loss`, in both cases that of the end of training. Along training `@` follows: `val/loss@500` is the value at
 step 500, and `@min`, `@mean`, `@max` are over the steps measured. `val/loss@equal_time` is the value at the training
-time at which the fastest variant ends: train.py's own clock, without evaluations, at each variant's median speed.
+time at which the fastest of the variants compared ends: train.py's own clock, without evaluations, at each variant's
+median speed. A slower variant is then in the middle of its schedule, at a higher learning rate.
 """
 
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 from harness.curves import read_run
 from harness.errors import UserError
 from harness.experiments.grid import Cell, Experiment
+from harness.experiments.state import changed_keys, other_options
 
 Points = list[tuple[int, float]]  # (step, value), by step
 
@@ -55,20 +57,21 @@ class Results:
         own = [m.name + "/" for m in self.experiment.measurements]
         return sorted(names, key=lambda name: next((i for i, o in enumerate(own) if name.startswith(o)), len(own)))
 
-    def values(self, measure: str, variant: str) -> dict[int, float]:
-        """Seed → value, of the runs that have it. UserError for a measure that no run has."""
+    def values(self, measure: str, variant: str, compared: Sequence[str] = ()) -> dict[int, float]:
+        """Seed → value, of the runs that have it; `compared` are the variants that share the time of `@equal_time`, all
+        where there are none. UserError for a measure that no run has."""
         name, _, where = measure.partition("@")
         if not any(name in (run.along if where else run.last) for run in self.runs):
             known = sorted({n for run in self.runs for n in (run.along if where else run.last)})
             near = [n for n in known if n.split("/")[0] == name.split("/")[0]]
             raise UserError(f"no run has a value of {measure}; there are {', '.join(near or known)[:400]}")
         if where == "equal_time":
-            return self._at_equal_time(name, variant)
+            return self._at_equal_time(name, variant, compared or self.experiment.variants)
         found = {run.cell.seed: _at(run, name, where) for run in self.of(variant)}
         return {seed: value for seed, value in found.items() if value is not None}
 
-    def _at_equal_time(self, name: str, variant: str) -> dict[int, float]:
-        paces = {v: self.seconds_a_step(v) for v in self.experiment.variants}
+    def _at_equal_time(self, name: str, variant: str, compared: Sequence[str]) -> dict[int, float]:
+        paces = {v: self.seconds_a_step(v) for v in compared}
         ends = [pace * self.of(v)[0].cell.config.training.max_steps for v, pace in paces.items() if pace]
         pace, found = paces[variant], {}
         for run in self.of(variant) if pace else ():
@@ -96,7 +99,7 @@ def _at(run: Run, name: str, where: str) -> float | None:
     points = run.along.get(name, [])
     if where in _OVER:
         return _OVER[where]([value for _, value in points]) if points else None
-    if not where.isdigit():
+    if not (where.isascii() and where.isdecimal()):
         raise UserError(f"{name}@{where}: after @ stands a step, min, max, mean or equal_time")
     return next((value for step, value in points if step == int(where)), None)
 
@@ -108,27 +111,37 @@ def read_results(experiment: Experiment) -> Results:
 
 def _read(experiment: Experiment, cell: Cell) -> Run:
     run, problems = Run(cell), []
-    metrics = cell.folder / "metrics.jsonl"
+    metrics, end = cell.folder / "metrics.jsonl", cell.config.training.max_steps
     if not metrics.exists():
         run.problem = "not trained"
         return run
-    series = read_run(metrics)
+    try:
+        changed, series = changed_keys(cell), read_run(metrics)
+    except (UserError, OSError) as error:
+        run.problem = str(error)
+        return run
+    if changed:
+        run.problem = f"it was trained with another config: {', '.join(changed)}"
+        return run
     for name, (steps, values) in series.items():
         run.along[name] = [(int(s), float(v)) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
-    step, end = max(points[-1][0] for points in run.along.values() if points), cell.config.training.max_steps
+    step = max(int(steps[-1]) for steps, _ in series.values())
     if step < end:
         run.problem = f"trained to step {step} of {end}"
         return run
-    run.last = {name: points[-1][1] for name, points in run.along.items() if points}
+    run.last = {name: points[-1][1] for name, points in run.along.items() if points and points[-1][0] == end}
     heads: dict[tuple[int, int], dict] = {}
     for measurement in experiment.measurements:
-        for _, path in measurement.commands(cell):
+        for words, path in measurement.commands(cell):
+            if other_options(experiment, words, path):
+                problems.append(f"{measurement.name} was measured with other options: run the experiment again")
+                continue
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))
                 entries = content.get("checkpoints", [content])
                 for entry in entries:
                     _take(run, heads, measurement.name, entry, path.parent.name == "along")
-            except FileNotFoundError:
+            except (FileNotFoundError, IsADirectoryError):
                 problems.append(f"{measurement.name} was not measured")
             except (ValueError, KeyError, TypeError, AttributeError):
                 problems.append(f"{path} is no result of {measurement.name}: delete it and run the experiment again")

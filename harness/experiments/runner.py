@@ -4,6 +4,7 @@ several at a time, each in processes of its own. Whatever stops it, the same com
 
 import contextlib
 import datetime
+import fcntl
 import json
 import os
 import platform
@@ -16,97 +17,29 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import yaml
 from tqdm import tqdm
 
-from harness.checkpoint import read_checkpoint
 from harness.device import commit, processor_name
 from harness.errors import UserError
 from harness.experiments.grid import ROOT, Cell, Experiment
-from harness.files import make_folder, write_text
+from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_measure, trained
+from harness.files import NOT_OFFERED, make_folder, write_text
 from harness.launch import prepare
 
-# Keys that say where a run writes and who looks on: they make no other run of it.
-_FREE = ("run.name", "run.out_dir", "training.resume", "training.overwrite", "training.device", "training.compile")
-FINISHED, UNMEASURED, FAILED = "finished", "trained, but not all measured", "not trained"
+TRAINED, FINISHED, UNMEASURED, FAILED = "trained", "finished", "trained, but not all measured", "not trained"
 
 
 class Interrupted(Exception):
     """A signal has asked for an end; its number is the argument."""
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# What is there
-
-
-def trained(cell: Cell) -> bool:
-    """Whether the cell is trained to its end. UserError where its folder holds a run of another config, with the keys,
-    or a checkpoint that cannot be read."""
-    if changed := changed_keys(cell):
-        raise UserError(
-            f"{cell.folder} holds a run of another config: {', '.join(changed)}; remove that folder to train it anew, "
-            "or give the variant another name"
-        )
-    return cell.checkpoint.exists() and read_checkpoint(cell.checkpoint).get("step") == cell.config.training.max_steps
-
-
-def changed_keys(cell: Cell) -> list[str]:
-    """The keys in which the config.yaml of the run in the cell's folder differs from the cell's config: "key then →
-    now". What a run finds out by itself, as its vocabulary, is no difference."""
-    try:
-        then = yaml.safe_load((cell.folder / "config.yaml").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{cell.folder}/config.yaml cannot be read: {error}") from error
-    if not isinstance(then, dict):
-        raise UserError(f"{cell.folder}/config.yaml is no config of a run: remove that folder to train the cell anew")
-    changed = []
-    follows = cell.config.training.init_from != "scratch" or cell.config.training.feedback != "backprop"
-    for section, entries in cell.config.to_dict().items():
-        for name, now in entries.items():
-            key, before = f"{section}.{name}", (then.get(section) or {}).get(name)
-            if section == "tracking" or key in _FREE or before == now:
-                continue
-            if section == "model" and (now is None or (follows and key not in cell.config.sources)):
-                continue
-            changed.append(f"{key} {before} → {now}")
-    return changed
-
-
-def to_measure(experiment: Experiment, cell: Cell) -> list[tuple[list[str], Path]]:
-    """The diagnostics that have not been run on the cell's checkpoints as they are now, or with other options."""
-    record = _record(experiment)
-    found = [command for measurement in experiment.measurements for command in measurement.commands(cell)]
-    return [(words, path) for words, path in found if not path.exists() or record.get(str(path)) != _as_run(words)]
-
-
-def _as_run(words: list[str]) -> dict:
-    """What tells the result of a diagnostic from that of another command or of other checkpoints."""
-    checkpoints = [Path(word) for word in words[1 : words.index("--out")]]
-    changed = [checkpoint.stat().st_mtime_ns for checkpoint in checkpoints if checkpoint.exists()]
-    return {"command": shlex.join(words), "checkpoints": changed}
-
-
-def _record(experiment: Experiment) -> dict[str, dict]:
-    try:
-        return json.loads((experiment.folder / "measured.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):  # then everything is measured again, and nothing is lost
-        return {}
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Running
-
-
 class Job:
-    """One cell's processes, one after another: its training, then its diagnostics."""
+    """The processes of one cell, one after another: its training, or its diagnostics."""
 
-    def __init__(self, experiment: Experiment, cell: Cell, slot: int, threads: int, train: bool):
-        self.experiment, self.cell, self.started = experiment, cell, time.monotonic()
-        self.problems: list[str] = []
-        self.trained = not train
-        self._commands = self._plan(train)
+    def __init__(self, experiment: Experiment, cell: Cell, slot: int, threads: int, measures: bool):
+        self.experiment, self.cell, self.slot, self.measures = experiment, cell, slot, measures
+        self.started, self.problems = time.monotonic(), list[str]()
+        self._commands = self._plan()
         self._environment = os.environ | {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", experiment.name)}
         self._environment |= {"OMP_NUM_THREADS": str(threads)}
         if torch.cuda.device_count():
@@ -115,24 +48,27 @@ class Job:
         self._process: subprocess.Popen | None = None
         self._words: list[str] = []
         self._result: Path | None = None
+        self._log_start = 0
 
-    def _plan(self, train: bool) -> Iterator[tuple[list[str], Path | None]]:
-        if train:
+    def _plan(self) -> Iterator[tuple[list[str], Path | None]]:
+        if self.measures:
+            yield from to_measure(self.experiment, self.cell)
+        else:
             yield ["train.py", *self.cell.arguments], None
-        yield from to_measure(self.experiment, self.cell)  # known after the training
 
     def advance(self) -> bool:
         """Start the next process where none is running; False once there is none left."""
-        if self._process and self._process.poll() is None:
-            return True
-        if self._process and not self._ended(self._process.returncode):
-            return False
+        if self._process:
+            if self._process.poll() is None:
+                return True
+            self._ended(self._process.returncode)
         self._words, self._result = next(self._commands, ([], None))
         if not self._words:
             return False
         with open(self.log, "a", encoding="utf-8") as log:
             log.write(f"\n$ python {shlex.join(self._words)}\n")
             log.flush()
+            self._log_start = log.tell()
             self._process = subprocess.Popen(
                 [sys.executable, *self._words],
                 cwd=ROOT,
@@ -144,20 +80,19 @@ class Job:
             )
         return True
 
-    def _ended(self, status: int) -> bool:
-        """Take note of how a process ended; False where nothing can come after it."""
-        if status == 0 and self._result:
-            record = _record(self.experiment) | {str(self._result): _as_run(self._words)}
-            write_text(self.experiment.folder / "measured.json", json.dumps(record, indent=1))
+    def _ended(self, status: int) -> None:
+        """Take note of how a process ended."""
         if status:
             self.problems.append(f"{self._words[0]}: {self._last_words(status)}")
-        self.trained = self.trained or not status
-        return self.trained
+        elif self._result:
+            record = recorded(self.experiment) | {str(self._result): as_run(self._words)}
+            write_text(self.experiment.folder / "measured.json", json.dumps(record, indent=1))
 
     def _last_words(self, status: int) -> str:
-        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        said = [line for line in lines if line.strip()][-1].removeprefix("error: ")
-        return said if status > 0 else f"ended by {signal.Signals(-status).name}"
+        if status < 0:
+            return f"ended by {signal.Signals(-status).name}"
+        said = self.log.read_bytes()[self._log_start :].decode(errors="replace").splitlines()
+        return next((line for line in reversed(said) if line.strip()), f"status {status}").removeprefix("error: ")
 
     def stop(self, number: int) -> None:
         """Have the running process end; a training saves first."""
@@ -200,17 +135,24 @@ def run_experiment(experiment: Experiment, jobs: int | None, command: str) -> in
         more = f" (as do {', '.join(list(refused)[1:])})" if len(refused) > 1 else ""
         raise UserError(
             f"{experiment.folder}/{name} holds a run of another config than {experiment.path} says{more}: "
-            f"{', '.join(keys)}; remove that folder to train it anew, or give the variant another name"
+            f"{', '.join(keys)}; {ANEW}"
         )
     make_folder(experiment.folder / "logs")
-    prepare_corpora(experiment)
-    write_facts(experiment, command, jobs)
-    handlers = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        return Schedule(experiment, jobs).run()
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+    with open(experiment.folder / ".lock", "a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run_experiment.py is working in {experiment.folder}: wait for it") from None
+        except OSError as error:  # a file system without locks
+            if error.errno not in NOT_OFFERED:
+                raise
+        prepare_corpora(experiment)
+        handlers = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            return Schedule(experiment, jobs, command).run()
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
 
 
 def _interrupt(number, _frame) -> None:
@@ -218,16 +160,17 @@ def _interrupt(number, _frame) -> None:
 
 
 class Schedule:
-    """Which cells run when, and what is said of them."""
+    """Which cells run when, and what is said of them. A cell is trained once those that it starts from are; it is
+    measured once it and those that it is compared with are trained."""
 
-    def __init__(self, experiment: Experiment, jobs: int):
-        self.experiment, self.jobs = experiment, jobs
+    def __init__(self, experiment: Experiment, jobs: int, command: str = ""):
+        self.experiment, self.jobs, self.command = experiment, jobs, command
         self.threads = threads(jobs)
-        self.waiting, self.running = list(experiment.cells), dict[int, Job]()
-        self.state: dict[str, str] = {}  # cell → FINISHED, UNMEASURED or FAILED
-        self.seconds: dict[str, list[float]] = {}  # variant → of its cells that were run now
-        terminal = sys.stderr.isatty()
-        self.bar = tqdm(total=len(self.waiting), desc=experiment.name, unit="cell", disable=not terminal)
+        self.waiting = [(cell, measures) for cell in experiment.cells for measures in (False, True)]
+        self.running = dict[int, Job]()  # by slot
+        self.state: dict[str, str] = {}  # cell → TRAINED, or how it ended: FINISHED, UNMEASURED, FAILED
+        self.taken: dict[str, float] = {}  # cell → seconds, of what was run now
+        self.bar = tqdm(total=len(experiment.cells), desc=experiment.name, unit="cell", disable=not sys.stderr.isatty())
 
     def run(self) -> int:
         try:
@@ -244,66 +187,93 @@ class Schedule:
         except Interrupted as interruption:
             return self._stop(interruption.args[0])
         finally:
+            for job in self.running.values():  # there are some only where this ends by an error
+                job.stop(signal.SIGTERM)
             self.bar.close()
-        failed = [name for name, state in self.state.items() if state != FINISHED]
+        failed = [f"{cell.name}" for cell in self.experiment.cells if self.state[cell.name] != FINISHED]
         if failed:
-            logs = self.experiment.folder / "logs"
-            print(
-                f"{len(failed)} of {len(self.state)} cells are not done: {', '.join(failed)}; see {logs}/", flush=True
-            )
+            print(f"{len(failed)} of {len(self.state)} cells are not done: {', '.join(failed)}")
         return 1 if failed else 0
 
     def _next(self, slot: int) -> Job | None:
         """The job of the first waiting cell that has something to do and can do it now."""
-        for cell in list(self.waiting):
-            needs = [self.state.get(f"{variant}_s{cell.seed}") for variant in self._needs(cell)]
-            if None in needs:
+        for cell, measures in list(self.waiting):
+            needs = self._needs(cell) if measures else cell.needs
+            states = {variant: self.state.get(f"{variant}_s{cell.seed}") for variant in needs}
+            if None in states.values() or (measures and cell.name not in self.state):
                 continue
-            self.waiting.remove(cell)
+            self.waiting.remove((cell, measures))
+            if self.state.get(cell.name) == FAILED:
+                continue
+            if lacking := [variant for variant, state in states.items() if state == FAILED]:
+                problem = f"{'not measured' if measures else 'not run'}: {lacking[0]}_s{cell.seed} is not trained"
+                self._settle(cell, UNMEASURED if measures else FAILED, problem)
+                continue
             try:
-                if FAILED in needs:
-                    raise UserError(f"it needs {', '.join(self._needs(cell))}")
-                train = not trained(cell)
+                todo = to_measure(self.experiment, cell) if measures else not trained(cell)
             except UserError as error:
                 self._settle(cell, FAILED, f"not run: {' '.join(str(error).split())}")
                 continue
-            if train or to_measure(self.experiment, cell):
-                return Job(self.experiment, cell, slot, self.threads, train)
-            self._settle(cell, FINISHED, "")
+            if todo:
+                self._write_facts()
+                return Job(self.experiment, cell, slot, self.threads, measures)
+            self._end(cell, measures)
         return None
 
     def _needs(self, cell: Cell) -> set[str]:
-        compared = {m.reference for m in self.experiment.measurements if m.reference and list(m.commands(cell))}
-        return {*cell.needs, *compared}
+        """The variants that the cell is compared with."""
+        return {m.reference for m in self.experiment.measurements if m.reference and list(m.commands(cell))}
 
     def _done(self, job: Job) -> None:
-        taken = time.monotonic() - job.started
-        self.seconds.setdefault(job.cell.variant, []).append(taken)
-        state = FAILED if not job.trained else UNMEASURED if job.problems else FINISHED
-        self._settle(job.cell, state, "; ".join(job.problems) or f"trained and measured in {clock(taken)}")
+        name = job.cell.name
+        self.taken[name] = self.taken.get(name, 0.0) + time.monotonic() - job.started
+        if job.problems:
+            self._settle(job.cell, UNMEASURED if job.measures else FAILED, "; ".join(job.problems))
+        else:
+            self._end(job.cell, job.measures)
+
+    def _end(self, cell: Cell, measures: bool) -> None:
+        """A cell is trained, or measured too."""
+        if not measures:
+            self.state[cell.name] = TRAINED
+        else:
+            taken = self.taken.get(cell.name)
+            self._settle(cell, FINISHED, f"trained and measured in {clock(taken)}" if taken else "")
 
     def _settle(self, cell: Cell, state: str, what: str) -> None:
         self.state[cell.name] = state
         self.bar.update()
         if not what:
             return
-        done = f"{len(self.state)} of {len(self.experiment.cells)} cells"
+        done = f"{self._settled()} of {len(self.experiment.cells)} cells"
         tqdm.write(f"{cell.name}: {what}; {', '.join(filter(None, [done, self._left()]))}", file=sys.stdout)
         sys.stdout.flush()
 
+    def _settled(self) -> int:
+        return sum(state != TRAINED for state in self.state.values())
+
+    def _write_facts(self) -> None:
+        """Once, before anything is run."""
+        if self.command:
+            write_facts(self.experiment, self.command, self.jobs)
+            self.command = ""
+
     def _left(self) -> str:
-        """The time left, from what cells have taken so far: those of the same variant or, for want of them, all."""
-        every = [seconds for found in self.seconds.values() for seconds in found]
+        """The time left, from what settled cells have taken: those of the same variant or, for want of them, all."""
+        by_variant: dict[str, list[float]] = {}
+        for cell in self.experiment.cells:
+            if cell.name in self.taken and self.state.get(cell.name) in (FINISHED, UNMEASURED):
+                by_variant.setdefault(cell.variant, []).append(self.taken[cell.name])
+        every = [seconds for found in by_variant.values() for seconds in found]
         if not every:
             return ""
-        now, jobs = time.monotonic(), self.running.values()
-
-        def expected(cell: Cell) -> float:
-            own = self.seconds.get(cell.variant, every)
-            return sum(own) / len(own)
-
-        left = sum(expected(cell) for cell in self.waiting)
-        left += sum(max(0.0, expected(job.cell) - (now - job.started)) for job in jobs)
+        now, left = time.monotonic(), 0.0
+        since = {job.cell.name: now - job.started for job in self.running.values()}
+        for cell in self.experiment.cells:
+            if self.state.get(cell.name) in (None, TRAINED):
+                own = by_variant.get(cell.variant, every)
+                so_far = self.taken.get(cell.name, 0.0) + since.get(cell.name, 0.0)
+                left += max(0.0, sum(own) / len(own) - so_far)
         return f"{clock(left / self.jobs)} left"
 
     def _stop(self, number: int) -> int:
@@ -317,7 +287,8 @@ class Schedule:
         except Interrupted:
             for job in self.running.values():
                 job.stop(signal.SIGKILL)
-        print(f"stopped with {len(self.state)} of {len(self.experiment.cells)} cells: the same command continues")
+        self.running.clear()
+        print(f"stopped with {self._settled()} of {len(self.experiment.cells)} cells: the same command continues")
         return 128 + number
 
 
@@ -362,9 +333,11 @@ def write_facts(experiment: Experiment, command: str, jobs: int) -> None:
         "machine": machine,
     }
     earlier: list[dict] = []
-    with contextlib.suppress(OSError, ValueError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
         before = json.loads(path.read_text(encoding="utf-8"))
         earlier = before.pop("earlier", [])
-        if before != facts and before not in earlier:
+        before["machine"]["jobs"] = jobs  # how many at a time makes no other result
+        another = any(before.get(key) != facts[key] for key in ("commit", "date", "machine"))
+        if another and before not in earlier:
             earlier.append(before)
     write_text(path, json.dumps(facts | {"earlier": earlier}, indent=1, ensure_ascii=False))

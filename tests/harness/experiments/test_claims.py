@@ -315,3 +315,25 @@ def test_identical_runs_do_not_differ_by_their_rounding(small):
     assert 0.1 + 0.2 > 0.3
     assert (found.outcome, found.comparisons[0].p, found.comparisons[0].difference.mean) == (OPEN, 1.0, 0.0)
     assert "(3 seeds), no difference, the interval 0 to 0 holds 0." in found.sentence
+
+
+@pytest.mark.parametrize(("bound", "outcome"), [("softmax > 3", HELD), ("softmax > 5", OPEN), ("softmax > 4.2", OPEN)])
+def test_a_claim_is_decided_only_where_its_premise_holds(small, bound, outcome):
+    """softmax1 is a tenth of softmax; softmax is 4.0, 4.2 and 4.4."""
+    found = results(small, [0.1 * value for value in BASELINE])
+    asked = replace(claim("softmax1 < 0.5 * softmax"), given={KURTOSIS: [bound]})
+    (verdict,) = judge(found, [asked])
+    assert verdict.outcome == outcome
+    assert [premise.text for premise in verdict.premises] == [bound]
+    assert verdict.comparisons[0].outcome == HELD
+    assert ("Not decided: the claim is not testable here, since in avg kurtosis" in verdict.sentence) == (
+        outcome == OPEN
+    )
+
+
+def test_a_premise_that_no_run_has_a_value_for_leaves_the_claim_open(small):
+    found = results(small, [0.1 * value for value in BASELINE])
+    asked = replace(claim("softmax1 < 0.5 * softmax"), given={LOSS: ["softmax > 1"]})
+    (verdict,) = judge(found, [asked])
+    assert verdict.outcome == OPEN
+    assert any("no run has a value of val_full/loss" in problem for problem in verdict.problems)

@@ -78,7 +78,7 @@ def test_diagnostics_are_commands_on_the_last_checkpoint_and_on_those_along_trai
     softmax, tuned = found.cells[0], found.cells[2]
     for cell in (softmax, tuned):
         (cell.folder / "steps").mkdir(parents=True)
-        for step in (200, 100, 300):
+        for step in ("200", "100", "300", "notes"):
             (cell.folder / "steps" / f"{step}.pt").touch()
 
     def commands(cell) -> dict[str, list[str]]:
@@ -91,7 +91,8 @@ def test_diagnostics_are_commands_on_the_last_checkpoint_and_on_those_along_trai
     out, steps = str(softmax.folder / "diagnostics"), softmax.folder / "steps"
     assert of_softmax["quantization.json"][:2] == ["scripts/quantization.py", str(softmax.checkpoint)]
     assert of_softmax["quantization.json"][2:] == ["--out", out, "--schemes", "W8*", "A8*"]
-    assert of_softmax["along/perplexity.json"][1:3] == [str(steps / "100.pt"), str(steps / "200.pt")]  # 300 is ckpt.pt
+    along = of_softmax["along/perplexity.json"]
+    assert along[1 : along.index("--out")] == [str(steps / "100.pt"), str(steps / "200.pt")]  # 300 is ckpt.pt
     assert of_tuned["compare_kl.json"][1:3] == [str(softmax.checkpoint), str(tuned.checkpoint)]
 
 
@@ -128,6 +129,15 @@ def test_a_claims_file_stands_for_the_experiment_that_decides_it(tmp_path):
         ({"diagnostics": {"perplexity": {"reference": "@softmax"}}}, "perplexity: it takes no reference"),
         ({"diagnostics": {"perplexity": {"variants": ["b"]}}}, "variants: there is no b"),
         ({"diagnostics": {"every": 0}}, "diagnostics: every: 0 is no positive number of steps"),
+        ({"diagnostics": {"perplexity": {"out": "/tmp"}}}, "perplexity: 'out' is no option to give here"),
+        ({"diagnostics": {"perplexity": {1: 2}}}, "perplexity: 1 is no option to give here"),
+        ({"variants": {"a": {"run": {"seed": 3}}}}, "variants: a: run.seed is no choice of an experiment's"),
+        ({"config": {"training": {"overwrite": True}}}, "config: training.overwrite is no choice"),
+        ({"variants": {"a": {"model": {"n_layer": [1]}}}}, r"model.n_layer: \[1\] is no value of a config"),
+        ({"variants": {"a": {"optimizer": {"lr": "--x"}}}}, "variant a: optimizer.lr takes .*, not '--x'"),
+        ({"variants": {"lambda": None}}, "'lambda': a name is letters"),
+        ({"question": ["?"]}, r"question: a text is expected, not \['\?'\]"),
+        ({"base": "nowhere.yaml"}, "base: there is no .*nowhere.yaml"),
         ({"prepare": ["rm", "-r", "data"]}, r"prepare: a list that begins with data/CORPUS/prepare.py"),
     ],
     ids=lambda value: json.dumps(value)[:40] if isinstance(value, dict) else "",

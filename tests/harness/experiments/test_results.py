@@ -8,6 +8,7 @@ import yaml
 from harness.errors import UserError
 from harness.experiments.grid import Experiment, load_experiment
 from harness.experiments.results import read_results
+from harness.experiments.state import as_run
 from tests.helpers import ROOT
 
 TOKENS = 4 * 8  # of a step
@@ -26,8 +27,9 @@ def write_cell(cell, rate: float, sink: float, last: int = 40) -> None:
     """Losses fall by 0.1 a step from 10; the sink rate is `sink` at the end and a tenth of it at step 20."""
     cell.folder.mkdir(parents=True)
     lines = [{"step": 0, "val/loss": 10.0}]
-    for step in range(10, last + 1, 10):
-        lines.append({"step": step, "train/tokens_per_second": rate, "val/loss": 10 - step / 10})
+    for step in range(10, last + 1, 10):  # the first ten steps were slower
+        pace = rate / 9 if step == 10 else rate
+        lines.append({"step": step, "train/tokens_per_second": pace, "val/loss": 10 - step / 10})
     lines[-1]["val_full/loss"] = cell.seed + rate
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (cell.folder / "steps").mkdir()
@@ -94,3 +96,26 @@ def test_an_unknown_measure_is_told_with_those_that_there_are(written):
         results.values("val_full/los", "slow")
     with pytest.raises(UserError, match="after @ stands a step, min, max, mean or equal_time"):
         results.values("val/loss@end", "slow")
+
+
+def test_at_equal_time_only_the_variants_compared_count(written):
+    assert read_results(written).values("val/loss@equal_time", "slow", ["slow"]) == pytest.approx({1: 6, 2: 6})
+
+
+def test_a_cell_of_another_config_a_broken_curve_and_other_options_have_no_values(written):
+    changed, broken, empty, other = written.cells
+    config = changed.config.to_dict()
+    config["optimizer"]["lr"] = 0.5
+    (changed.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    (broken.folder / "metrics.jsonl").write_text('{"step": 10, "val/loss"\n{"step": 20}\n')
+    (empty.folder / "metrics.jsonl").write_text("")
+    words, path = next(written.measurements[0].commands(other))
+    record = {str(path): as_run([*words, "--seed", "2"])}
+    (written.folder / "measured.json").write_text(json.dumps(record))
+    results = read_results(written)
+    problems = [str(run.problem) for run in results.runs]
+    assert problems[0] == "it was trained with another config: optimizer.lr 0.5 → 0.001"
+    assert "metrics.jsonl:1: not JSON" in problems[1]
+    assert "no metrics in it yet" in problems[2]
+    assert problems[3] == "activation_kurtosis was measured with other options: run the experiment again"
+    assert results.values("val_full/loss", "slow") == {}

@@ -13,7 +13,7 @@ import yaml
 from harness.errors import UserError
 from harness.experiments import runner
 from harness.experiments.grid import Experiment, load_experiment
-from harness.experiments.runner import Job, Schedule, changed_keys, clock, run_experiment, to_measure
+from harness.experiments.runner import Job, Schedule, clock, run_experiment
 from tests.helpers import ROOT
 
 VARIANTS = {
@@ -40,10 +40,14 @@ def processes(monkeypatch, experiment):
     scripts = {cell.name: ["import time; time.sleep(0.15)"] for cell in experiment.cells}
     monkeypatch.setattr(runner, "trained", lambda cell: False)
 
-    def plan(self, train):
-        for number, script in enumerate(scripts[self.cell.name]):
-            yield ["-c", script, "--out"], None if number == 0 else self.experiment.folder / "perplexity.json"
+    def commands(experiment, cell):
+        return [(["-c", s, "--out"], experiment.folder / "perplexity.json") for s in scripts[cell.name][1:]]
 
+    def plan(job):
+        first = [(["-c", scripts[job.cell.name][0]], None)]
+        yield from commands(job.experiment, job.cell) if job.measures else first
+
+    monkeypatch.setattr(runner, "to_measure", commands)
     monkeypatch.setattr(Job, "_plan", plan)
     return scripts
 
@@ -81,7 +85,7 @@ def test_a_failed_cell_is_told_with_its_last_line_and_takes_along_only_those_tha
     assert Schedule(experiment, jobs=2).run() == 1
     said = capsys.readouterr().out
     assert "a_s1: -c: the disk is full; " in said
-    assert "b_s1: not run: it needs a; " in said
+    assert "b_s1: not run: a_s1 is not trained; " in said
     assert said.count("trained and measured in") == 4
     assert "2 of 6 cells are not done: a_s1, b_s1" in said.replace("b_s1, a_s1", "a_s1, b_s1")
     assert "more" in (experiment.folder / "logs" / "a_s1.log").read_text()
@@ -105,6 +109,45 @@ def test_a_process_ended_by_a_signal_is_told_by_its_name(experiment, processes, 
     assert "c_s2: -c: ended by SIGKILL" in capsys.readouterr().out
 
 
+def test_a_cell_may_be_compared_with_one_that_starts_from_it_and_is_trained_whatever_that_one_does(
+    experiment, processes, capsys, monkeypatch
+):
+    monkeypatch.setattr(Schedule, "_needs", lambda self, cell: {"b"} if cell.variant == "a" else set())
+    for name in processes:
+        processes[name] = [noting(experiment, name)]
+    processes["a_s1"] = ["pass", noting(experiment, "measured")]
+    processes["b_s2"] = ["import sys; sys.exit('no')"]
+    assert Schedule(experiment, jobs=2).run() == 1
+    found = spans(experiment, {**processes, "measured": []})
+    assert found["measured"][0] > found["b_s1"][1]
+    said = capsys.readouterr().out
+    assert "b_s2: -c: no; " in said
+    assert "a_s2: not measured: b_s2 is not trained; " in said
+    assert "2 of 6 cells are not done: a_s2, b_s2" in said
+
+
+def test_whatever_ends_the_schedule_leaves_no_process_behind(experiment, processes, monkeypatch):
+    lives = experiment.folder / "lives"
+    processes["a_s1"] = ["pass", "pass"]
+    processes["a_s2"] = [f"import time; time.sleep(3); open({str(lives)!r}, 'w')"]
+
+    def break_down(path, text):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(runner, "write_text", break_down)
+    schedule = Schedule(experiment, jobs=2)
+    with pytest.raises(ZeroDivisionError):
+        schedule.run()
+    assert sorted(job._process.wait() for job in schedule.running.values()) == [-signal.SIGTERM, 0]
+    assert not lives.exists()
+
+
+def test_a_second_runner_in_the_same_folder_is_refused(experiment, processes, monkeypatch):
+    monkeypatch.setattr(runner, "prepare_corpora", lambda experiment: run_experiment(experiment, 1, ""))
+    with pytest.raises(UserError, match=r"another run_experiment.py is working in .*grid: wait for it"):
+        run_experiment(experiment, 1, "")
+
+
 @pytest.mark.parametrize(("visible", "names"), [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
 def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, monkeypatch, visible, names):
     """PyTorch would not start here with these GPUs, so only the processes' environment is looked at."""
@@ -117,7 +160,7 @@ def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, mo
     for name in processes:
         keys = "CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP"
         processes[name] = [f"import os, time; time.sleep(0.1); print([os.environ[key] for key in {keys}])"]
-    assert run_experiment(experiment, None, "") == 0
+    assert run_experiment(experiment, None, "the command") == 0
     logs = [(experiment.folder / "logs" / f"{name}.log").read_text().splitlines()[-1] for name in processes]
     assert set(logs) == {str([name, "grid"]) for name in names}
     assert json.loads((experiment.folder / "experiment.json").read_text())["machine"]["gpus"] == "card 0, card 1"
@@ -151,55 +194,6 @@ time.sleep(60)
     assert sorted(path.stem for path in (experiment.folder / "logs").iterdir()) == ["a_s1"]
     assert "stopped with 0 of 6 cells: the same command continues" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGINT) == handler
-
-
-def write_config(cell, **changed) -> None:
-    """As train.py writes it: with what the run finds out by itself."""
-    config = cell.config.to_dict()
-    config["model"] |= {"vocab_size": 97}
-    config["training"] |= {"device": "cuda", "resume": "must"}
-    for key, value in changed.items():
-        section, _, name = key.partition("__")
-        config[section][name] = value
-    cell.folder.mkdir(parents=True, exist_ok=True)
-    (cell.folder / "config.yaml").write_text(yaml.safe_dump(config))
-
-
-def test_a_cell_of_another_config_is_refused_with_the_keys_and_nothing_is_run(experiment):
-    first, *others = experiment.cells
-    for cell in others:
-        write_config(cell)
-        assert changed_keys(cell) == []
-    write_config(first, training__max_steps=7, optimizer__lr=0.5, tracking__log_interval=3)
-    assert changed_keys(first) == ["optimizer.lr 0.5 → 0.001", "training.max_steps 7 → 1000"]
-    with pytest.raises(UserError, match=r"a_s1 holds a run of another config.*: optimizer.lr 0.5 → 0.001, training"):
-        run_experiment(experiment, 1, "")
-    assert not list((experiment.folder / "logs").iterdir())
-
-
-def test_a_fine_tuned_cell_may_take_over_what_its_config_leaves_open(experiment):
-    tuned = next(cell for cell in experiment.cells if cell.variant == "b")
-    write_config(tuned, model__sigmoid_bias=-4.0)
-    assert changed_keys(tuned) == []
-    write_config(tuned, model__n_layer=3)  # the base's file sets it
-    assert changed_keys(tuned) == ["model.n_layer 3 → 1"]
-
-
-def test_only_what_is_not_measured_yet_or_with_other_options_or_checkpoints_is_measured(experiment):
-    cell = experiment.cells[0]
-    ((words, path),) = to_measure(experiment, cell)
-    (cell.folder / "diagnostics").mkdir(parents=True)
-    cell.checkpoint.write_text("a")
-    path.write_text("{}")
-    record = experiment.folder / "measured.json"
-    record.write_text(json.dumps({str(path): runner._as_run(words)}))
-    assert to_measure(experiment, cell) == []
-    os.utime(cell.checkpoint, (1, 1))
-    assert to_measure(experiment, cell) == [(words, path)]
-    record.write_text(json.dumps({str(path): runner._as_run([*words, "--seed", "2"])}))
-    assert to_measure(experiment, cell) == [(words, path)]
-    record.write_text("torn")
-    assert to_measure(experiment, cell) == [(words, path)]
 
 
 def test_time_is_shown_in_hours_minutes_and_seconds():
