@@ -213,7 +213,7 @@ class AttentionStatistics:
         self.all, self.visible, self.late = SequenceStatistics(), SequenceStatistics(), SequenceStatistics()
         self.sequences = 0
         self._sums: dict[str, Tensor] = {}  # over the sequences
-        self._of_queries: dict[str, Tensor] = {}  # over the queries of all sequences: of triggers, and of the others
+        self._of_queries: dict[str, Tensor] = {}  # over the trigger queries of all sequences, and over the others
         self._max_score, self._value_norms = torch.tensor(-math.inf, dtype=torch.float64), torch.zeros(2, 1)
 
     @torch.no_grad()
@@ -232,25 +232,22 @@ class AttentionStatistics:
         device = "cpu" if q.device.type == "mps" else q.device  # MPS has no float64
         parameters = {name: x.to(device) if torch.is_tensor(x) else x for name, x in parameters.items()}
         for b, (q_1, k_1) in enumerate(zip(q.split(1), k.split(1), strict=True)):
-            first, row_mass = self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
+            masses = self._update_sequence(q_1.to(device), k_1.to(device), normalizer, parameters)
             if is_trigger is not None:
                 late = torch.arange(q.size(2), device=device) >= EARLY
                 for kind, queries in (("trigger", is_trigger[b]), ("ordinary", ~is_trigger[b])):
                     chosen = queries.to(device) & late  # (T,)
-                    figures = {"first_token": first, "row_mass": row_mass, "queries": torch.ones_like(first)}
-                    for name, figure in figures.items():
-                        key = f"{name}_{kind}"
-                        self._of_queries[key] = self._of_queries.get(key, 0) + figure[:, chosen].sum(-1)
+                    counted = torch.cat((masses, torch.ones_like(masses[:1])))
+                    self._of_queries[kind] = self._of_queries.get(kind, 0) + counted[..., chosen].sum(-1)  # (4, H)
         if v is not None:
             norms = repeat_heads(float64(v), q.size(1)).norm(dim=-1)  # (B, H, T)
             first, others = norms[..., :1].mean(-1).sum(0), norms[..., 1:].mean(-1).sum(0)
             self._value_norms = self._value_norms.to(norms) + torch.stack((first, others))
         return self
 
-    def _update_sequence(
-        self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]
-    ) -> tuple[Tensor, Tensor]:
-        """What each query of the sequence, whose batch size is 1, gives to the first key, and to all: (H, T) each."""
+    def _update_sequence(self, q: Tensor, k: Tensor, normalizer: str, parameters: dict[str, Any]) -> Tensor:
+        """What each query of the sequence, whose batch size is 1, gives to the first key, that over its row mass, and
+        the row mass, which it gives to all: (3, H, T)."""
         _, H, T, D = q.shape
         blocks, queries = [], []
         for start in range(0, T, QUERIES):
@@ -277,7 +274,8 @@ class AttentionStatistics:
             null_mass = torch.full_like(null_mass, math.nan)  # it has no such slot, though its rows may not sum to 1
         row_mass = torch.where(rows.nonfinite > 0, math.nan, rows.count * rows.mean)
         figures = {"row_mass": row_mass.mean(-1), "null_mass": null_mass.mean(-1), "entropy": entropy.mean(-1)}
-        for suffix, mass in (("", first), ("_over_row_mass", torch.where(row_mass == 0, 0.0, first / row_mass))):
+        over_row_mass = torch.where(row_mass == 0, 0.0, first / row_mass)
+        for suffix, mass in (("", first), ("_over_row_mass", over_row_mass)):
             figures |= {
                 f"sink_rate{suffix}": _exceeds(mass.mean(-1), SINK),
                 f"first_mass{suffix}": mass.mean(-1),
@@ -292,7 +290,7 @@ class AttentionStatistics:
         if (n := T - EARLY) > 0:
             late = RowMoments(*(field[:, EARLY:].reshape(1, -1) for field in rows)).pooled()
             self.late.add_sequences(late.with_zeros(H * n * (n - 1) // 2))
-        return first, row_mass
+        return torch.stack((first, over_row_mass, row_mass))
 
     @property
     def figures(self) -> dict[str, Tensor]:
@@ -307,15 +305,15 @@ class AttentionStatistics:
         …_over_row_mass: the same of what a query gives to the first key over its row mass; 0 where it gives nothing.
         max_score: the largest visible scaled score q·k/√D.
         value_drain: ‖v₀‖ over ‖v_j‖, j ≥ 1, of the head's values, each averaged.
-        first_token_…, row_mass_…, of trigger and of ordinary queries, where there are triggers: what a query gives to
-        the first key and to all, averaged over these queries of all sequences, without the `EARLY` ones.
+        first_token_…, first_token_…_over_row_mass, row_mass_…, of trigger and of ordinary queries, where there are
+        triggers: what a query gives to the first key, raw and over its row mass, and to all, averaged over these
+        queries of all sequences, without the `EARLY` ones.
         """
         first, others = self._value_norms
         means = {name: total / self.sequences for name, total in self._sums.items()}
-        for key, total in self._of_queries.items():
-            name, _, kind = key.rpartition("_")
-            if name != "queries":
-                means[key] = total / self._of_queries[f"queries_{kind}"]
+        for kind, (*totals, queries) in self._of_queries.items():
+            names = (f"first_token_{kind}", f"first_token_{kind}_over_row_mass", f"row_mass_{kind}")
+            means |= {name: total / queries for name, total in zip(names, totals, strict=True)}
         return means | {"max_score": self._max_score, "value_drain": (first / others).expand(self._max_score.shape)}
 
     @property

@@ -150,6 +150,8 @@ HEADS = {
     "first_token_trigger": "on a corpus with triggers, whose meta.json names them (data/backcopy): what their queries "
     f"give to the first key, averaged over those of all sequences from position {EARLY} on",
     "first_token_ordinary": "the same of all other queries: where there is nothing to copy, a head sinks",
+    "first_token_trigger_over_row_mass": "first_token_trigger of each query's weights over their sum",
+    "first_token_ordinary_over_row_mass": "and of all other queries",
     "row_mass_trigger": "what these trigger queries give to keys",
     "row_mass_ordinary": "and what the others give",
 }

@@ -53,7 +53,8 @@ HINGE = {
 READING = (
     "How to read it: rmse far above the mean, or max far above p95, says that a few positions carry the divergence: "
     "look at the worst ones. A coherent shift moves all four alike; a model caught in a loop, say, shows in rmse, p95 "
-    "and max long before the mean."
+    "and max long before the mean. The summary's …_over_mean, of the two KLs, are rmse, p95 and max over the mean: how "
+    "far outliers stand out of it, however large it is; without a value where the mean is 0."
 )
 
 
@@ -127,7 +128,10 @@ def measure(other: Subject) -> Result:
         tables["hinge"] = hinge(rows, args.tau)
         notes.append(hinge_sentence(rows, args.tau))
     summary = {"positions": per_position[0].numel()} | ({} if args.tau is None else {"tau": args.tau})
-    summary |= {f"{row['divergence']}_{how}": row[how] for row in rows[:2] for how in AGGREGATES}  # for --wandb
+    for row in rows[:2]:  # for --wandb
+        name, mean = row["divergence"], row["mean"]
+        summary |= {f"{name}_{how}": row[how] for how in AGGREGATES}
+        summary |= {f"{name}_{how}_over_mean": row[how] / mean if mean else None for how in AGGREGATES if how != "mean"}
     return Result(rows, summary, notes, tables)
 
 

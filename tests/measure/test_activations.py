@@ -16,7 +16,7 @@ from measure import activations as activations_module
 from measure.activations import Activations, AttentionStatistics, TensorStatistics
 from measure.moments import Moments, RowMoments
 from measure.probe import TENSORS, kind_of
-from model import GPT
+from model import GPT, attention_rows
 from tests.helpers import every_normalizer, shakespeares_nanogpt, tiny_gpt
 
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
@@ -208,7 +208,12 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
     }
     for kind, chosen in (("trigger", is_trigger.numpy()), ("ordinary", ~is_trigger.numpy())):
         late = np.moveaxis(P, 1, 0)[:, chosen & (np.arange(11) >= 8)]  # (H, queries of both sequences, keys)
-        expected |= {f"first_token_{kind}": late[..., 0].mean(-1), f"row_mass_{kind}": late[..., :11].sum(-1).mean(-1)}
+        first, mass = late[..., 0], late[..., :11].sum(-1)
+        expected |= {
+            f"first_token_{kind}": first.mean(-1),
+            f"first_token_{kind}_over_row_mass": (first / mass).mean(-1),
+            f"row_mass_{kind}": mass.mean(-1),
+        }
     for suffix, first in (("", P[..., 0]), ("_over_row_mass", P[..., 0] / P[..., :11].sum(-1))):
         expected |= {
             f"sink_rate{suffix}": (first.mean(-1) > 0.3).mean(0),
@@ -219,6 +224,29 @@ def test_attention_statistics_are_those_of_the_whole_matrix(monkeypatch, null_lo
     assert found.figures.keys() == expected.keys()
     for name, figure in found.figures.items():
         np.testing.assert_allclose(figure, expected[name], rtol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("normalizer", ["softmax", "softmax1", "relu"])
+def test_what_triggers_and_other_queries_give_to_the_first_key_over_their_row_mass(normalizer):
+    """From a plain loop. ReLU leaves rows without mass: such a query gives nothing to the first key, and counts."""
+    q, k = 2 * heavy_tailed(3, 2, 14, 4, seed=4), heavy_tailed(3, 2, 14, 4, seed=5)
+    q[1, 0, 9:] = 0
+    is_trigger = torch.arange(42).view(3, 14) % 4 == 0
+    figures = AttentionStatistics().update(q, k, normalizer=normalizer, is_trigger=is_trigger).figures
+    P, without_mass = attention_rows(q, k, normalizer=normalizer)[0], 0
+    for head in range(2):
+        shares: dict[bool, list[float]] = {True: [], False: []}
+        for b in range(3):
+            for i in range(8, 14):
+                row = P[b, head, i, : i + 1].tolist()
+                shares[is_trigger[b, i].item()].append(row[0] / sum(row) if sum(row) else 0.0)
+                without_mass += sum(row) == 0
+        for kind, chosen in (("trigger", shares[True]), ("ordinary", shares[False])):
+            over = figures[f"first_token_{kind}_over_row_mass"][head].item()
+            assert over == pytest.approx(sum(chosen) / len(chosen), rel=1e-12)
+            raw = figures[f"first_token_{kind}"][head].item()
+            assert (over == pytest.approx(raw, rel=1e-12)) is (normalizer == "softmax")
+    assert (without_mass > 0) is (normalizer == "relu")
 
 
 def test_sink_rate_and_row_mass_by_hand():

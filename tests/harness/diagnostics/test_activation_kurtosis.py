@@ -73,6 +73,19 @@ def test_what_has_no_value_is_null_and_a_cross_in_the_picture(corpus):
     assert "attention weights" in labels
 
 
+def test_where_the_corpus_has_triggers_every_table_has_the_figures_of_their_queries(corpus):
+    meta = read_json(corpus / "meta.json")
+    (corpus / "meta.json").write_text(json.dumps(meta | {"triggers": list(range(0, V, 2))}))
+    result = measured_result(probed_gpt("softmax1"), corpus)
+    for kind in ("trigger", "ordinary"):
+        raw, over = f"first_token_{kind}", f"first_token_{kind}_over_row_mass"
+        heads, layers = result.tables["heads"], result.tables["layers"]
+        assert all(head[over] > head[raw] > 0 for head in heads)  # the null slot takes its share of a row
+        means = [np.mean([head[over] for head in heads if head["layer"] == layer]) for layer in range(LAYERS)]
+        assert [layer[over] for layer in layers] == pytest.approx(means)
+        assert result.summary[over] == pytest.approx(np.mean(means))
+
+
 def test_nothing_is_found_in_a_gaussian_model(corpus):
     """Of a seed with which none of the 8 channels lies far above the median by chance."""
     result = measured(tiny_gpt(4, std=0.1, block_size=T, vocab_size=V), corpus)

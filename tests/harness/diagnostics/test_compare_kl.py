@@ -121,6 +121,10 @@ def test_against_a_plain_computation(folder, models, capsys):
         assert {how: row[how] for how in functions} == pytest.approx(
             {h: f(values) for h, f in functions.items()}, **near
         )
+    for name in ("kl_forward", "kl_reverse"):
+        for how in ("rmse", "p95", "max"):
+            over = functions[how](expected[name]) / expected[name].mean()
+            assert found["summary"][f"{name}_{how}_over_mean"] == pytest.approx(over, rel=1e-4)
     for row in found["by_position"]:
         values = expected[row["divergence"]][:, row["position"]]
         assert {how: row[how] for how in functions} == pytest.approx(
@@ -166,6 +170,9 @@ def test_a_model_is_where_it_is_and_several_are_compared_with_one(folder, models
     found = compare(folder, "base", "near", "base", options=("--tau", "0"))["checkpoints"]
     assert [entry["checkpoint"] for entry in found] == [str(folder / name / "ckpt.pt") for name in ("near", "base")]
     assert all(row[how] == 0 for row in found[1]["rows"] for how in ("mean", "rmse", "p95", "max"))
+    assert all(found[1]["summary"][f"kl_{d}_max"] == 0 for d in ("forward", "reverse"))
+    over = [f"kl_{d}_{how}_over_mean" for d in ("forward", "reverse") for how in ("rmse", "p95", "max")]
+    assert [found[1]["summary"][name] for name in over] == [None] * 6  # over a mean of 0
     assert any("no aggregate fires" in note for note in found[1]["notes"])
     assert any("all four aggregates fire" in note for note in found[0]["notes"])
 
