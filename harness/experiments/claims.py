@@ -21,7 +21,7 @@ hold if one of them did not.
 import ast
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -89,6 +89,8 @@ class Verdict:
     """made from the numbers"""
     problems: list[str]
     """in a line each: a measure that no run has, seeds without a value, too few seeds"""
+    premises: list[Comparison] = field(default_factory=list)
+    """what has to hold for the claim to be testable at all; else it is not decided"""
 
 
 class _Sides(NamedTuple):

@@ -56,7 +56,8 @@ BAND = (
 
 def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
     experiment = results.experiment
-    shown = measures(results, [verdict.claim for verdict in verdicts])
+    asked = [name for v in verdicts for name in (*(premise.measure for premise in v.premises), *v.claim.decides)]
+    shown = measures(results, asked)
     sections = [
         Section("Setup", "Setup", setup(experiment)),
         Section("Verdicts", "Verdicts", _verdicts(verdicts)),
@@ -120,19 +121,21 @@ def _finding(verdict: Verdict) -> Finding:
     claim = verdict.claim
     facts = [("source", claim.source), ("tested at", claim.tested_at)]
     table = None
-    if verdict.comparisons:
-        names = ("comparison", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
-        columns = [Column(name, numeric=i > 0) for i, name in enumerate(names)]
-        columns.append(Column("outcome", numeric=False))
-        rows = [_comparison(comparison) for comparison in verdict.comparisons]
+    if verdict.premises or verdict.comparisons:
+        columns = [Column("comparison", numeric=False), Column("outcome", numeric=False)]
+        columns += [Column("left"), Column("right"), Column("difference", "left − right")]
+        columns += [Column(name) for name in ("95 % interval", "p (Holm)", "n")] + [Column("detectable", POWER_NOTE)]
+        rows = [_comparison(premise, "given ") for premise in verdict.premises]
+        rows += [_comparison(comparison) for comparison in verdict.comparisons]
         table = Table("What decides it", columns, rows)
     return Finding(verdict.outcome, claim.name, claim.sentence, verdict.sentence, facts, table, verdict.problems)
 
 
-def _comparison(c: Comparison) -> list[Cell]:
+def _comparison(c: Comparison, before: str = "") -> list[Cell]:
     d = c.difference
     return [
-        Cell(c.text, c.measure),
+        Cell(before + c.text, c.measure),
+        Cell(c.outcome, strong=c.outcome != OPEN),
         Cell(written(c.left), key=c.left),
         Cell(written(c.right), key=c.right),
         Cell(written(d.mean), key=d.mean),
@@ -140,7 +143,6 @@ def _comparison(c: Comparison) -> list[Cell]:
         Cell(probability(c.p), key=c.p),
         Cell(str(d.n), key=d.n),
         Cell(written(d.detectable), key=d.detectable),
-        Cell(c.outcome, strong=c.outcome != OPEN),
     ]
 
 

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from harness.comparison import headlines
 from harness.errors import UserError
-from harness.experiments.claims import Claim
 from harness.experiments.results import Results
 from harness.figures import number
 from measure.seeds import Difference, Estimate, difference, estimate, holm
@@ -52,14 +51,13 @@ class Paired(NamedTuple):
     """after Holm's correction over the variants"""
 
 
-def measures(results: Results, claims: Sequence[Claim]) -> list[Measure]:
-    """Those of the page's tables: the losses, the diagnostics' headlines, what claims are decided by."""
+def measures(results: Results, asked: Sequence[str]) -> list[Measure]:
+    """Those of the page's tables: the losses, the diagnostics' headlines, what claims ask for."""
     there = results.measures()
     diagnostics = [measurement.diagnostic for measurement in results.experiment.measurements]
     own = {diagnostic.name for diagnostic in diagnostics}
     notes = headlines([name for name in there if name.partition("/")[0] in own], diagnostics)
     full = [name for name in ("val_full/loss",) if name in there] or [name for name in ("val/loss",) if name in there]
-    asked = [name for claim in claims for name in claim.decides]
     found = [
         m for name in dict.fromkeys([*full, *notes, *asked]) if (m := _measure(name, notes)) and _there(results, m)
     ]

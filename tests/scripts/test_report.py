@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import replace
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -19,6 +20,7 @@ from scipy import stats
 
 import harness.report
 from harness.errors import run_cli
+from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers
 from measure.seeds import Estimate, estimate
@@ -169,19 +171,34 @@ def test_verdict_names_what_decides_it(page):
     (row,) = rows_of(html, "What decides it")[1:]
     assert row == [
         "gate > softmax + 0.1val_full/loss",
+        "held",
         "1.603",
         "1.2",
         "0.4033",
         "0.389 to 0.418",
         "< 0.0001",
         "3",
-        row[7],
-        "held",
+        row[8],
     ]
     assert "Of 1 claim, 1 held." in unescape(html)
     assert "Of 1 claim, 1 held." in text
     assert '<a href="https://arxiv.org/abs/2505.06708" rel="noreferrer">arXiv:2505.06708</a>' in html
     assert '<a href="https://example.org/a_b?c=1&amp;d=2" rel="noreferrer">' in html
+
+
+def test_premises_are_shown_and_measured(quick, tmp_path, monkeypatch):
+    """What has to hold for a claim to be testable stands first, and its measure is among the results."""
+
+    def with_a_premise(*arguments) -> list[Verdict]:
+        (verdict,) = judge(*arguments)
+        (decided,) = verdict.comparisons
+        return [replace(verdict, premises=[replace(decided, measure="val/loss@50", text="softmax > 2")])]
+
+    monkeypatch.setattr(harness.report, "judge", with_a_premise)
+    html, _ = made(write_experiment(tmp_path))
+    rows = rows_of(html, "What decides it")[1:]
+    assert [row[0] for row in rows] == ["given softmax > 2val/loss@50", "gate > softmax + 0.1val_full/loss"]
+    assert any(name.startswith("validation loss, step 50") for name in rows_of(html, "Mean ± half")[0])
 
 
 def test_setup_in_words(page):
@@ -362,6 +379,10 @@ class Browser:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
 
+    def resize(self, width: int, mobile: bool = False) -> None:
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1 + mobile, "mobile": mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
     def color(self, selector: str, what: str) -> str:
         """As #rrggbb."""
         rgb = self.js(f"return getComputedStyle(document.querySelector({selector!r})).{what}")
@@ -440,11 +461,17 @@ def test_light_dark_and_print(browser):
     browser.emulate()
 
 
+def test_what_decides_a_claim_fits_a_window(browser):
+    browser.resize(1200)
+    assert browser.js("const s = document.querySelector('.finding .scroll'); return s.scrollWidth - s.clientWidth") == 0
+
+
 def test_a_phone_scrolls_in_tables_alone(browser):
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.resize(390, mobile=True)
     widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
     assert browser.js(widths) == [390, 390, 390]
     assert browser.js("const s = document.querySelector('#Results .scroll'); return s.scrollWidth > s.clientWidth")
     too_wide = "return [...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > 390)"
     assert browser.js(too_wide + ".length") == 0
+    outcome = "document.querySelector('.finding tbody td').getBoundingClientRect()"
+    assert browser.js(f"return {outcome}.right") < 390
