@@ -156,13 +156,13 @@ def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Seque
             seen = (i - shift) % every == 0 and domain[0] <= e.mean <= domain[1]
             rows.append(row | ({"dot": 1} if seen else {}))
     y = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
-    ticks = {"tickCount": 5, "format": "~g"}
+    ticks = {"tickCount": 5, "format": _format(domain)}
     shown = y | {"field": "mean", "title": None, "axis": ticks}
     x = {
         "field": "step",
         "type": "quantitative",
         "title": "step",
-        "axis": {"grid": False, "tickCount": 5, "format": "~s"},
+        "axis": {"grid": False, "tickCount": 5, "tickMinStep": 1, "format": ",d"},
     }
     numbers = [{"field": name, "type": "quantitative"} for name in ("step", "mean", "low", "high", "n")]
     tooltip = [{"field": "variant", "type": "nominal"}, *numbers]
@@ -200,6 +200,12 @@ def _with_interval(rows: Sequence[dict]) -> bool:
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
+
+
+def _format(values: Sequence[float]) -> str:
+    """Of an axis' labels: digits rather than powers of ten where they are short enough to read. With no number of
+    digits Vega takes as few as tell the ticks apart, and 20 becomes 2e+1."""
+    return ",d" if 1e4 <= max(abs(value) for value in values) < 1e9 else ".4~g"
 
 
 def _domain(curves: list[list[Point]], zero: bool) -> list[float]:
@@ -264,7 +270,8 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
     values = [0.0, *(value for _, d, _ in found for value in (d.mean, d.low, d.high) if value is not None)]
     room = 0.05 * (max(values) - min(values)) or 1.0
     scale = {"domain": [_short(min(values) - room), _short(max(values) + room)], "nice": False}
-    x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": scale}
+    axis = {"tickCount": 4, "format": _format(scale["domain"]), "grid": False}
+    x = {"type": "quantitative", "axis": axis, "scale": scale}
     tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
     color = _by_variant(variants, "color")
     layers = [
@@ -316,7 +323,7 @@ def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
 
     def channel(field: str, measure: Measure, **scale) -> dict:
         title = ", ".join(filter(None, (measure.label, measure.note.partition(";")[0])))
-        axis = {"tickCount": 5, "format": "~g"}
+        axis = {"tickCount": 5, "format": _format([row[field] for row in rows])}
         return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": {"zero": False} | scale}
 
     encoding = {

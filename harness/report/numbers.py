@@ -176,15 +176,9 @@ def with_interval(found: Estimate | None) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return "none"
-    if high == low:
-        return written(low)
-    decimals = digits_for((high - low) / 2)
-    if decimals == MOST_DECIMALS or min(abs(low), abs(high)) < 10**-decimals:  # which would hide on which side of 0
-        return f"{written(low)} to {written(high)}"
-    return f"{low:.{decimals}f} to {high:.{decimals}f}".replace("-", "−")
+    """In the digits of the sentences that claims.py makes."""
+    return "none" if low is None or high is None else f"{written(low)} to {written(high)}"
 
 
 def probability(p: float | None) -> str:
-    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.3g}" if p < 0.1 else f"{p:.2f}"
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.3g}"

@@ -23,6 +23,7 @@ from harness.errors import run_cli
 from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers
+from harness.report.document import Figure
 from measure.seeds import Estimate, estimate
 from scripts import report
 from tests.helpers import ROOT
@@ -175,11 +176,12 @@ def test_verdict_names_what_decides_it(page):
         "1.603",
         "1.2",
         "0.4033",
-        "0.389 to 0.418",
+        "0.389 to 0.4177",
         "< 0.0001",
         "3",
         row[8],
     ]
+    assert f"larger by {row[4]} (95 % interval {row[5]}, Holm-adjusted p {row[6]})" in unescape(html)
     assert "Of 1 claim, 1 held." in unescape(html)
     assert "Of 1 claim, 1 held." in text
     assert '<a href="https://arxiv.org/abs/2505.06708" rel="noreferrer">arXiv:2505.06708</a>' in html
@@ -333,10 +335,21 @@ def test_mean_with_two_digits_of_its_error(found, text):
     assert numbers.with_interval(found) == text
 
 
-def test_interval_shows_on_which_side_of_zero_it_ends():
-    assert numbers.interval(-0.0001572, 0.08129) == "−0.0001572 to 0.08129"
-    assert numbers.interval(0.02056, 0.1565) == "0.021 to 0.157"
-    assert numbers.interval(None, None) == "none"
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ((0, 20, 40), ["0", "10", "20", "30", "40"]),  # and not 1e+1
+        ((0, 20_000, 40_000), ["0", "10,000", "20,000", "30,000", "40,000"]),
+        ((0, 2e-5, 4e-5), ["0", "0.00001", "0.00002", "0.00003", "0.00004"]),
+    ],
+)
+def test_axes_are_labelled_in_digits(sizes, shown):
+    points = [numbers.Point(500.0 * i, estimate([size])) for i, size in enumerate(sizes)]
+    panel = charts.lines("kurtosis", "", {"softmax": points}, ["softmax"], zero=True)
+    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("along", "", [panel], legend=False))))
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert [label for label in labels if label in shown][-5:] == shown
+    assert {"0", "200", "1,000"} <= {*labels}  # steps, and not 0k
 
 
 def test_markdown_shows_any_text_as_it_is():
