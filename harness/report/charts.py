@@ -253,9 +253,10 @@ def along_training(results: Results, shown: Sequence[Measure]) -> list[Panel]:
 
 
 def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[str]) -> Panel:
-    """A mark a variant at its mean difference to the baseline, filled where that is significant, with its interval."""
+    """A mark a variant at its mean difference to the baseline, filled where that is significant, with its interval,
+    and below it a tick a seed: two groups of seeds would not be seen in a mean."""
     rows, notes = [], {}
-    for variant, d, p in found:
+    for variant, d, p, _ in found:
         row = {"variant": variant, "difference": _short(d.mean), "n": d.n, "p": probability(p)}
         if d.low is not None and d.high is not None:
             row |= {"low": _short(d.low), "high": _short(d.high)}
@@ -267,7 +268,13 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
     right = y | {
         "axis": {"orient": "right", "ticks": False, "labelExpr": f"{json.dumps(notes)}[datum.value]", "grid": True}
     }
-    values = [0.0, *(value for _, d, _ in found for value in (d.mean, d.low, d.high) if value is not None)]
+    seeds = [
+        {"variant": variant, "seed": seed, "difference": _short(value)}
+        for variant, _, _, by_seed in found
+        for seed, value in by_seed.items()
+    ]
+    values = [0.0, *(row["difference"] for row in seeds)]
+    values += [value for _, d, _, _ in found for value in (d.mean, d.low, d.high) if value is not None]
     room = 0.05 * (max(values) - min(values)) or 1.0
     scale = {"domain": [_short(min(values) - room), _short(max(values) + room)], "nice": False}
     axis = {"tickCount": 4, "format": _format(scale["domain"]), "grid": False}
@@ -282,6 +289,16 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         {  # only for its axis, on the right
             "mark": {"type": "point", "opacity": 0},
             "encoding": {"x": x | {"field": "difference", "title": None}, "y": right},
+        },
+        {
+            "data": {"values": seeds},
+            "mark": {"type": "tick", "size": 6, "thickness": 1.5, "opacity": 0.6, "yOffset": 9},
+            "encoding": {
+                "x": x | {"field": "difference", "title": None},
+                "y": y | {"axis": None},
+                "tooltip": [{"field": name} for name in ("variant", "seed", "difference")],
+            }
+            | color,
         },
         {
             "mark": {"type": "point", "strokeWidth": 1.6, "opacity": 1, "size": 70},
@@ -302,7 +319,7 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         mark = {"type": "rule", "strokeWidth": 2}
         layers.insert(2, {"mark": mark, "transform": [{"filter": "isValid(datum.low)"}], "encoding": ends})
     content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}
-    said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _ in found)
+    said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _, _ in found)
     return Panel(
         measure.label, measure.note, spec(content, rows, 26 * len(order)), f"{measure.label}, differences: {said}."
     )

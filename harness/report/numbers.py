@@ -43,12 +43,20 @@ class Measure:
         return f"{self.label} ({script})" if slash and self.base not in _LOSSES else self.label
 
 
+_OF_TRAINING = (
+    Measure("activation_kurtosis/val/residual_stream", "kurtosis of the residual stream", "excess kurtosis"),
+    Measure("activation_max_abs/val/residual_stream", "largest |x| of the residual stream", ""),
+    Measure("sink_rate/val", "sink rate", "share of heads and sequences"),
+)
+
+
 class Paired(NamedTuple):
     variant: str
     difference: Difference
     """variant − baseline, of the seeds that have both"""
     p: float | None
     """after Holm's correction over the variants"""
+    by_seed: dict[int, float]
 
 
 def measures(results: Results, asked: Sequence[str]) -> list[Measure]:
@@ -89,10 +97,10 @@ def paired(results: Results, measure: str) -> list[Paired]:
     found = []
     for variant in results.experiment.variants[1:]:
         values = results.values(measure, variant)
-        if pairs := [values[seed] - baseline[seed] for seed in baseline if seed in values]:
-            found.append((variant, difference(pairs)))
-    adjusted = holm([d.p for _, d in found])
-    return [Paired(variant, d, p) for (variant, d), p in zip(found, adjusted, strict=True)]
+        if by_seed := {seed: values[seed] - baseline[seed] for seed in baseline if seed in values}:
+            found.append((variant, difference(list(by_seed.values())), by_seed))
+    adjusted = holm([d.p for _, d, _ in found])
+    return [Paired(variant, d, p, by_seed) for (variant, d, by_seed), p in zip(found, adjusted, strict=True)]
 
 
 class Point(NamedTuple):
@@ -128,14 +136,18 @@ def _windows(points: Sequence[tuple[int, float]], width: int) -> dict[float, flo
 
 
 def along(results: Results, shown: Sequence[Measure]) -> list[Measure]:
-    """Those of the diagnostics' measures that were taken at two steps of a run or more."""
+    """Those of the diagnostics' measures that were taken at two steps of a run or more; where there are none, the
+    training's own of sinks and outliers."""
     found: dict[str, Measure] = {}
     for measure in shown:
-        steps = {step for run in results.runs for step, _ in run.along.get(measure.base, [])}
-        if len(steps) > 1 and measure.base not in _LOSSES:
+        if _at_steps(results, measure.base) and measure.base not in _LOSSES:
             label = measure.label.partition(", ")[0] if "@" in measure.name else measure.label
             found.setdefault(measure.base, Measure(measure.base, label, measure.note))
-    return list(found.values())
+    return list(found.values()) or [measure for measure in _OF_TRAINING if _at_steps(results, measure.name)]
+
+
+def _at_steps(results: Results, name: str) -> bool:
+    return len({step for run in results.runs for step, _ in run.along.get(name, [])}) > 1
 
 
 def long_form(results: Results, shown: Sequence[Measure]) -> Iterator[tuple[str, int, str, float]]:

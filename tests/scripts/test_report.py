@@ -24,7 +24,7 @@ from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers
 from harness.report.document import Figure
-from measure.seeds import Estimate, estimate
+from measure.seeds import Estimate, difference, estimate
 from scripts import report
 from tests.helpers import ROOT
 
@@ -86,7 +86,8 @@ def write_run(cell, diagnostics: bool) -> None:
     loss, kurtosis = (of[variant][(cell.seed - 1) % 3] for of in (LOSS, KURTOSIS))
     (cell.folder / "steps").mkdir(parents=True)
     (cell.folder / "config.yaml").write_text("model: {vocab_size: 97}")
-    lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} for s in (0, 50, 100, 150, 200)]
+    speed = {"train/tokens_per_second": 32 * 64 / (2 if variant == "gate" else 0.5), "sink_rate/val": 0.25}
+    lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} | speed for s in (0, 50, 100, 150, 200)]
     lines[-1]["val_full/loss"] = loss
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if not diagnostics:
@@ -201,6 +202,60 @@ def test_premises_are_shown_and_measured(quick, tmp_path, monkeypatch):
     rows = rows_of(html, "What decides it")[1:]
     assert [row[0] for row in rows] == ["given softmax > 2val/loss@50", "gate > softmax + 0.1val_full/loss"]
     assert any(name.startswith("validation loss, step 50") for name in rows_of(html, "Mean ± half")[0])
+
+
+def test_what_is_significant_stands_out(page):
+    table = page[0].partition("<caption><span>Paired differences")[2].partition("</table>")[0]
+    found = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]:
+        p = re.findall(r"<td.*?</td>", row)[3]
+        text = unescape(re.sub("<[^>]*>", "", p))
+        found.setdefault("<strong>" in p, []).append(0.0 if text.startswith("<") else float(text))
+    assert max(found[True]) < 0.05 <= min(found[False])
+    assert '<td class="short"><strong>held</strong>' in page[0]
+
+
+def test_a_difference_is_filled_where_significant_and_every_seed_has_a_tick():
+    values = {"a": [0.4, 0.5, 0.6, 0.7], "b": [0.0, 0.0, 0.0, 0.0, 1.0]}  # the last is beyond the interval
+    found = [
+        numbers.Paired(v, difference(own), p, dict(enumerate(own, 1)))
+        for (v, own), p in zip(values.items(), (0.01, 0.8), strict=True)
+    ]
+    panel = charts.differences(numbers.Measure("loss", "loss", ""), found, ["baseline", "a", "b"])
+    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("differences", "", [panel], legend=False))))
+    group = r'role-mark[^>]*aria-roledescription="{}[^>]*>(.*?)</g>'
+    points = [re.findall('fill="([^"]*)"', g) for g in re.findall(group.format("symbol mark container"), svg)]
+    assert [charts.PALETTE[1], charts.LIGHT["paper"]] in points
+    ticks = [g.count("<path") for g in re.findall(group.format("rect mark container"), svg)]
+    assert ticks == [9]
+    assert panel.spec["layer"][1]["encoding"]["x"]["scale"]["domain"][1] > 1
+
+
+def test_values_at_equal_time_are_explained(quick, tmp_path, page):
+    claim = CLAIM | {"decides": {"val/loss@equal_time": "gate > softmax"}}
+    html, _ = made(write_experiment(tmp_path, claims=[claim]))
+    rows = rows_of(html, "Mean ± half")
+    assert [row[-1] for row in rows] == ["seconds a stepof training, median over all runs", "0.5", "0.5", "2"]
+    assert "A slower variant is then in the middle of its schedule" in html
+    assert "seconds a step" not in page[0]
+    assert "at equal time" not in page[0]
+
+
+def test_where_no_diagnostic_is_along_training_its_own_metrics_are(quick, tmp_path, page):
+    html, _ = made(write_experiment(tmp_path, diagnostics=False))
+    assert [row[1] for row in rows_of(html, "Along training")[1:]] == ["0.25 ± 0"] * 5
+    assert "sink rate, step 0" not in page[0]
+    assert "avg kurtosis, step 100" in page[0]
+
+
+def test_earlier_runs_are_said(quick, tmp_path):
+    folder = write_experiment(tmp_path)
+    facts = json.loads((folder / "experiment.json").read_text())
+    earlier = {"commit": "def5678", "date": facts["date"], "machine": facts["machine"] | {"processor": "Another"}}
+    (folder / "experiment.json").write_text(json.dumps(facts | {"earlier": [earlier]}))
+    html, _ = made(folder)
+    assert "<li>it was run more than once, and not all by one commit, machine or day" in html
+    assert "<dt>an earlier run (1)</dt><dd>commit def5678; processor Another</dd>" in html
 
 
 def test_setup_in_words(page):
