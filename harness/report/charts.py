@@ -273,12 +273,12 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         for variant, _, _, by_seed in found
         for seed, value in by_seed.items()
     ]
-    values = [0.0, *(row["difference"] for row in seeds)]
+    values = [0.0, *(value for *_, by_seed in found for value in by_seed.values())]
     values += [value for _, d, _, _ in found for value in (d.mean, d.low, d.high) if value is not None]
     room = 0.05 * (max(values) - min(values)) or 1.0
-    scale = {"domain": [_short(min(values) - room), _short(max(values) + room)], "nice": False}
-    axis = {"tickCount": 4, "format": _format(scale["domain"]), "grid": False}
-    x = {"type": "quantitative", "axis": axis, "scale": scale}
+    domain = [_short(min(values) - room), _short(max(values) + room)]
+    axis = {"tickCount": 4, "format": _format(domain), "grid": False}
+    x = {"type": "quantitative", "axis": axis, "scale": {"domain": domain, "nice": False}}
     tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
     color = _by_variant(variants, "color")
     layers = [
@@ -338,14 +338,14 @@ def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
     values, losses = [row[2] for row in found], [row[3] for row in found]
     log = min(values) > 0 and max(values) > 30 * min(values)
 
-    def channel(field: str, measure: Measure, **scale) -> dict:
+    def channel(field: str, measure: Measure, shown: Sequence[float], **scale) -> dict:
         title = ", ".join(filter(None, (measure.label, measure.note.partition(";")[0])))
-        axis = {"tickCount": 5, "format": _format([row[field] for row in rows])}
+        axis = {"tickCount": 5, "format": _format(shown)}
         return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": {"zero": False} | scale}
 
     encoding = {
-        "x": channel("x", x, **({"type": "log"} if log else {})),
-        "y": channel("y", y),
+        "x": channel("x", x, values, **({"type": "log"} if log else {})),
+        "y": channel("y", y, losses),
         "tooltip": [
             {"field": "variant"},
             {"field": "seed"},
