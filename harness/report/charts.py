@@ -156,13 +156,13 @@ def lines(title: str, note: str, curves: dict[str, list[Point]], variants: Seque
             seen = (i - shift) % every == 0 and domain[0] <= e.mean <= domain[1]
             rows.append(row | ({"dot": 1} if seen else {}))
     y = {"type": "quantitative", "scale": {"domain": domain, "zero": False, "nice": False}}
-    ticks = {"tickCount": 5, "format": "~g"}
+    ticks = {"tickCount": 5, "format": _format(domain)}
     shown = y | {"field": "mean", "title": None, "axis": ticks}
     x = {
         "field": "step",
         "type": "quantitative",
         "title": "step",
-        "axis": {"grid": False, "tickCount": 5, "format": "~s"},
+        "axis": {"grid": False, "tickCount": 5, "tickMinStep": 1, "format": ",d"},
     }
     numbers = [{"field": name, "type": "quantitative"} for name in ("step", "mean", "low", "high", "n")]
     tooltip = [{"field": "variant", "type": "nominal"}, *numbers]
@@ -200,6 +200,12 @@ def _with_interval(rows: Sequence[dict]) -> bool:
 
 def _short(value: float) -> float:
     return float(f"{value:.6g}")
+
+
+def _format(values: Sequence[float]) -> str:
+    """Of an axis' labels: digits rather than powers of ten where they are short enough to read. With no number of
+    digits Vega takes as few as tell the ticks apart, and 20 becomes 2e+1."""
+    return ",d" if 1e4 <= max(abs(value) for value in values) < 1e9 else ".4~g"
 
 
 def _domain(curves: list[list[Point]], zero: bool) -> list[float]:
@@ -247,9 +253,10 @@ def along_training(results: Results, shown: Sequence[Measure]) -> list[Panel]:
 
 
 def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[str]) -> Panel:
-    """A mark a variant at its mean difference to the baseline, filled where that is significant, with its interval."""
+    """A mark a variant at its mean difference to the baseline, filled where that is significant, with its interval,
+    and below it a tick a seed: two groups of seeds would not be seen in a mean."""
     rows, notes = [], {}
-    for variant, d, p in found:
+    for variant, d, p, _ in found:
         row = {"variant": variant, "difference": _short(d.mean), "n": d.n, "p": probability(p)}
         if d.low is not None and d.high is not None:
             row |= {"low": _short(d.low), "high": _short(d.high)}
@@ -261,10 +268,17 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
     right = y | {
         "axis": {"orient": "right", "ticks": False, "labelExpr": f"{json.dumps(notes)}[datum.value]", "grid": True}
     }
-    values = [0.0, *(value for _, d, _ in found for value in (d.mean, d.low, d.high) if value is not None)]
+    seeds = [
+        {"variant": variant, "seed": seed, "difference": _short(value)}
+        for variant, _, _, by_seed in found
+        for seed, value in by_seed.items()
+    ]
+    values = [0.0, *(value for *_, by_seed in found for value in by_seed.values())]
+    values += [value for _, d, _, _ in found for value in (d.mean, d.low, d.high) if value is not None]
     room = 0.05 * (max(values) - min(values)) or 1.0
-    scale = {"domain": [_short(min(values) - room), _short(max(values) + room)], "nice": False}
-    x = {"type": "quantitative", "axis": {"tickCount": 4, "format": "~g", "grid": False}, "scale": scale}
+    domain = [_short(min(values) - room), _short(max(values) + room)]
+    axis = {"tickCount": 4, "format": _format(domain), "grid": False}
+    x = {"type": "quantitative", "axis": axis, "scale": {"domain": domain, "nice": False}}
     tooltip = [{"field": name} for name in ("variant", "difference", "low", "high", "p", "n")]
     color = _by_variant(variants, "color")
     layers = [
@@ -275,6 +289,16 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         {  # only for its axis, on the right
             "mark": {"type": "point", "opacity": 0},
             "encoding": {"x": x | {"field": "difference", "title": None}, "y": right},
+        },
+        {
+            "data": {"values": seeds},
+            "mark": {"type": "tick", "size": 6, "thickness": 1.5, "opacity": 0.6, "yOffset": 9},
+            "encoding": {
+                "x": x | {"field": "difference", "title": None},
+                "y": y | {"axis": None},
+                "tooltip": [{"field": name} for name in ("variant", "seed", "difference")],
+            }
+            | color,
         },
         {
             "mark": {"type": "point", "strokeWidth": 1.6, "opacity": 1, "size": 70},
@@ -295,7 +319,7 @@ def differences(measure: Measure, found: Sequence[Paired], variants: Sequence[st
         mark = {"type": "rule", "strokeWidth": 2}
         layers.insert(2, {"mark": mark, "transform": [{"filter": "isValid(datum.low)"}], "encoding": ends})
     content = {"layer": layers, "resolve": {"axis": {"y": "independent"}, "scale": {"y": "independent"}}}
-    said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _ in found)
+    said = "; ".join(f"{v} {written(d.mean)} ({notes[v]})" for v, d, _, _ in found)
     return Panel(
         measure.label, measure.note, spec(content, rows, 26 * len(order)), f"{measure.label}, differences: {said}."
     )
@@ -314,14 +338,14 @@ def scatter(results: Results, x: Measure, y: Measure) -> Panel | None:
     values, losses = [row[2] for row in found], [row[3] for row in found]
     log = min(values) > 0 and max(values) > 30 * min(values)
 
-    def channel(field: str, measure: Measure, **scale) -> dict:
+    def channel(field: str, measure: Measure, shown: Sequence[float], **scale) -> dict:
         title = ", ".join(filter(None, (measure.label, measure.note.partition(";")[0])))
-        axis = {"tickCount": 5, "format": "~g"}
+        axis = {"tickCount": 5, "format": _format(shown)}
         return {"field": field, "type": "quantitative", "title": title, "axis": axis, "scale": {"zero": False} | scale}
 
     encoding = {
-        "x": channel("x", x, **({"type": "log"} if log else {})),
-        "y": channel("y", y),
+        "x": channel("x", x, values, **({"type": "log"} if log else {})),
+        "y": channel("y", y, losses),
         "tooltip": [
             {"field": "variant"},
             {"field": "seed"},

@@ -56,7 +56,9 @@ BAND = (
 
 def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
     experiment = results.experiment
-    shown = measures(results, [verdict.claim for verdict in verdicts])
+    asked = [name for v in verdicts for name in (*(premise.measure for premise in v.premises), *v.claim.decides)]
+    shown = measures(results, asked)
+    reading = [*READING, *([AT_EQUAL_TIME] if _timed(shown) else [])]
     sections = [
         Section("Setup", "Setup", setup(experiment)),
         Section("Verdicts", "Verdicts", _verdicts(verdicts)),
@@ -68,7 +70,7 @@ def page(results: Results, verdicts: Sequence[Verdict], facts: dict) -> Page:
         Section("Heads", "Head by head", _heads(results)),
         Section("Trade-off", "Loss and outliers", _scatter(results, shown)),
         Section("Commands", "How it was made", provenance(experiment, facts)),
-        Section("Reading", "How to read it", [Text(text) for text in READING]),
+        Section("Reading", "How to read it", [Text(text) for text in reading]),
     ]
     byline = [str(facts.get("date") or ""), f"commit {facts['commit']}" if facts.get("commit") else ""]
     byline.append((facts.get("machine") or {}).get("processor") or "")
@@ -90,8 +92,9 @@ def _lead(verdicts: Sequence[Verdict]) -> str:
 
 
 READING = (
-    "Every run is an ordinary run of train.py. A seed fixes its initial weights and its batches, so that runs of one "
-    "seed meet the same batches under every variant, and differences are taken seed by seed.",
+    "Every run is an ordinary run of train.py. A seed fixes the batches, and the initial weights of variants that have "
+    "the same parameters: runs of one seed meet the same batches under every variant, and differences are taken seed "
+    "by seed.",
     "A mean ± x is the mean over seeds with half the width of its 95 % interval, by Student’s t with n − 1 degrees of "
     "freedom. The interval tells where the mean over all seeds may lie, not how far single runs scatter. One seed "
     "gives no interval. With two or three seeds an interval is wide, and it rests on the spread being Gaussian.",
@@ -103,6 +106,11 @@ READING = (
     "smaller than that.",
     "A claim held if all its comparisons are significant the way they were claimed; it did not hold if one is "
     "significant the other way; otherwise it is not decided. What was found holds at this size, on this corpus.",
+)
+AT_EQUAL_TIME = (
+    "A value at equal time of training is that at the training time at which the fastest of the variants compared "
+    "ends, by the median seconds a step. A slower variant is then in the middle of its schedule, at a higher learning "
+    "rate than at its end."
 )
 
 
@@ -120,19 +128,21 @@ def _finding(verdict: Verdict) -> Finding:
     claim = verdict.claim
     facts = [("source", claim.source), ("tested at", claim.tested_at)]
     table = None
-    if verdict.comparisons:
-        names = ("comparison", "left", "right", "difference", "95 % interval", "p (Holm)", "n", "detectable")
-        columns = [Column(name, numeric=i > 0) for i, name in enumerate(names)]
-        columns.append(Column("outcome", numeric=False))
-        rows = [_comparison(comparison) for comparison in verdict.comparisons]
+    if verdict.premises or verdict.comparisons:
+        columns = [Column("comparison", numeric=False), Column("outcome", numeric=False)]
+        columns += [Column("left"), Column("right"), Column("difference", "left − right")]
+        columns += [Column(name) for name in ("95 % interval", "p (Holm)", "n")] + [Column("detectable", POWER_NOTE)]
+        rows = [_comparison(premise, "given ") for premise in verdict.premises]
+        rows += [_comparison(comparison) for comparison in verdict.comparisons]
         table = Table("What decides it", columns, rows)
     return Finding(verdict.outcome, claim.name, claim.sentence, verdict.sentence, facts, table, verdict.problems)
 
 
-def _comparison(c: Comparison) -> list[Cell]:
+def _comparison(c: Comparison, before: str = "") -> list[Cell]:
     d = c.difference
     return [
-        Cell(c.text, c.measure),
+        Cell(before + c.text, c.measure),
+        Cell(c.outcome, strong=c.outcome != OPEN),
         Cell(written(c.left), key=c.left),
         Cell(written(c.right), key=c.right),
         Cell(written(d.mean), key=d.mean),
@@ -140,7 +150,6 @@ def _comparison(c: Comparison) -> list[Cell]:
         Cell(probability(c.p), key=c.p),
         Cell(str(d.n), key=d.n),
         Cell(written(d.detectable), key=d.detectable),
-        Cell(c.outcome, strong=c.outcome != OPEN),
     ]
 
 
@@ -170,14 +179,21 @@ def _table(results: Results, shown: Sequence[Measure]) -> list[Block]:
         return [none, Download(_csv(results, shown), f"{results.experiment.name}.csv")]
     columns = [Column("variant", numeric=False), Column("n", "seeds")]
     columns += [Column(measure.label, measure.note) for measure in shown]
+    timed = _timed(shown)
+    columns += [Column("seconds a step", "of training, median over all runs")] * timed
     rows = []
     for variant in results.experiment.variants:
         found = [over_seeds(results, measure.name, variant) for measure in shown]
         n = max((e.n for e in found if e), default=0)
         cells = [Cell(with_interval(e), _fewer(e, n), key=e.mean if e else None) for e in found]
-        rows.append([Cell(variant), Cell(str(n), key=n), *cells])
+        pace = results.seconds_a_step(variant)
+        rows.append([Cell(variant), Cell(str(n), key=n), *cells, *[Cell(written(pace), key=pace)] * timed])
     table = Table("Mean ± half of the 95 % interval over seeds, at the end of training", columns, rows, variants=True)
     return [table, Download(_csv(results, shown), f"{results.experiment.name}.csv")]
+
+
+def _timed(shown: Sequence[Measure]) -> bool:
+    return any(measure.name.endswith("@equal_time") for measure in shown)
 
 
 def _fewer(found, n: int) -> str:
@@ -204,7 +220,7 @@ def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
                 Cell(str(d.n), key=d.n),
                 Cell(written(d.detectable), key=d.detectable),
             ]
-            for variant, d, p in found
+            for variant, d, p, _ in found
         ]
     if not panels:
         return []
@@ -214,7 +230,8 @@ def _differences(results: Results, shown: Sequence[Measure]) -> list[Block]:
     table = Table("Paired differences", columns, rows, variants=True, folded="The differences in figures")
     caption = (
         f"Variant minus {experiment.baseline}, paired by seed, with the 95 % interval and p. A filled mark is a "
-        "difference that is significant at 5 % after Holm’s correction over the variants."
+        "difference that is significant at 5 % after Holm’s correction over the variants. The ticks below it are the "
+        "seeds’ own."
     )
     return [Figure("differences", caption, panels, legend=False, picture=True, table=table)]
 

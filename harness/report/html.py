@@ -224,7 +224,8 @@ class _Writer:
 
 
 def _small(note: str) -> str:
-    return f"<small>{escape(note)}</small>" if note else ""
+    """Small print, which may be broken after a diagnostic's name."""
+    return f"<small>{escape(note).replace('/', '/<wbr>')}</small>" if note else ""
 
 
 def _key(cell: Cell) -> str:

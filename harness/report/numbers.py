@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 from harness.comparison import headlines
 from harness.errors import UserError
-from harness.experiments.claims import Claim
 from harness.experiments.results import Results
 from harness.figures import number
 from measure.seeds import Difference, Estimate, difference, estimate, holm
@@ -44,22 +43,29 @@ class Measure:
         return f"{self.label} ({script})" if slash and self.base not in _LOSSES else self.label
 
 
+_OF_TRAINING = (
+    Measure("activation_kurtosis/val/residual_stream", "kurtosis of the residual stream", "excess kurtosis"),
+    Measure("activation_max_abs/val/residual_stream", "largest |x| of the residual stream", ""),
+    Measure("sink_rate/val", "sink rate", "share of heads and sequences"),
+)
+
+
 class Paired(NamedTuple):
     variant: str
     difference: Difference
     """variant − baseline, of the seeds that have both"""
     p: float | None
     """after Holm's correction over the variants"""
+    by_seed: dict[int, float]
 
 
-def measures(results: Results, claims: Sequence[Claim]) -> list[Measure]:
-    """Those of the page's tables: the losses, the diagnostics' headlines, what claims are decided by."""
+def measures(results: Results, asked: Sequence[str]) -> list[Measure]:
+    """Those of the page's tables: the losses, the diagnostics' headlines, what claims ask for."""
     there = results.measures()
     diagnostics = [measurement.diagnostic for measurement in results.experiment.measurements]
     own = {diagnostic.name for diagnostic in diagnostics}
     notes = headlines([name for name in there if name.partition("/")[0] in own], diagnostics)
     full = [name for name in ("val_full/loss",) if name in there] or [name for name in ("val/loss",) if name in there]
-    asked = [name for claim in claims for name in claim.decides]
     found = [
         m for name in dict.fromkeys([*full, *notes, *asked]) if (m := _measure(name, notes)) and _there(results, m)
     ]
@@ -91,10 +97,10 @@ def paired(results: Results, measure: str) -> list[Paired]:
     found = []
     for variant in results.experiment.variants[1:]:
         values = results.values(measure, variant)
-        if pairs := [values[seed] - baseline[seed] for seed in baseline if seed in values]:
-            found.append((variant, difference(pairs)))
-    adjusted = holm([d.p for _, d in found])
-    return [Paired(variant, d, p) for (variant, d), p in zip(found, adjusted, strict=True)]
+        if by_seed := {seed: values[seed] - baseline[seed] for seed in baseline if seed in values}:
+            found.append((variant, difference(list(by_seed.values())), by_seed))
+    adjusted = holm([d.p for _, d, _ in found])
+    return [Paired(variant, d, p, by_seed) for (variant, d, by_seed), p in zip(found, adjusted, strict=True)]
 
 
 class Point(NamedTuple):
@@ -130,14 +136,18 @@ def _windows(points: Sequence[tuple[int, float]], width: int) -> dict[float, flo
 
 
 def along(results: Results, shown: Sequence[Measure]) -> list[Measure]:
-    """Those of the diagnostics' measures that were taken at two steps of a run or more."""
+    """Those of the diagnostics' measures that were taken at two steps of a run or more; where there are none, the
+    training's own of sinks and outliers."""
     found: dict[str, Measure] = {}
     for measure in shown:
-        steps = {step for run in results.runs for step, _ in run.along.get(measure.base, [])}
-        if len(steps) > 1 and measure.base not in _LOSSES:
+        if _at_steps(results, measure.base) and measure.base not in _LOSSES:
             label = measure.label.partition(", ")[0] if "@" in measure.name else measure.label
             found.setdefault(measure.base, Measure(measure.base, label, measure.note))
-    return list(found.values())
+    return list(found.values()) or [measure for measure in _OF_TRAINING if _at_steps(results, measure.name)]
+
+
+def _at_steps(results: Results, name: str) -> bool:
+    return len({step for run in results.runs for step, _ in run.along.get(name, [])}) > 1
 
 
 def long_form(results: Results, shown: Sequence[Measure]) -> Iterator[tuple[str, int, str, float]]:
@@ -178,15 +188,9 @@ def with_interval(found: Estimate | None) -> str:
 
 
 def interval(low: float | None, high: float | None) -> str:
-    if low is None or high is None:
-        return "none"
-    if high == low:
-        return written(low)
-    decimals = digits_for((high - low) / 2)
-    if decimals == MOST_DECIMALS or min(abs(low), abs(high)) < 10**-decimals:  # which would hide on which side of 0
-        return f"{written(low)} to {written(high)}"
-    return f"{low:.{decimals}f} to {high:.{decimals}f}".replace("-", "−")
+    """In the digits of the sentences that claims.py makes."""
+    return "none" if low is None or high is None else f"{written(low)} to {written(high)}"
 
 
 def probability(p: float | None) -> str:
-    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.3g}" if p < 0.1 else f"{p:.2f}"
+    return "–" if p is None else "< 0.0001" if p < 1e-4 else f"{p:.3g}"

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import replace
 from html import unescape
 from itertools import pairwise
 from pathlib import Path
@@ -19,9 +20,11 @@ from scipy import stats
 
 import harness.report
 from harness.errors import run_cli
+from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers
-from measure.seeds import Estimate, estimate
+from harness.report.document import Figure
+from measure.seeds import Estimate, difference, estimate
 from scripts import report
 from tests.helpers import ROOT
 
@@ -83,7 +86,8 @@ def write_run(cell, diagnostics: bool) -> None:
     loss, kurtosis = (of[variant][(cell.seed - 1) % 3] for of in (LOSS, KURTOSIS))
     (cell.folder / "steps").mkdir(parents=True)
     (cell.folder / "config.yaml").write_text("model: {vocab_size: 97}")
-    lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} for s in (0, 50, 100, 150, 200)]
+    speed = {"train/tokens_per_second": 32 * 64 / (2 if variant == "gate" else 0.5), "sink_rate/val": 0.25}
+    lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} | speed for s in (0, 50, 100, 150, 200)]
     lines[-1]["val_full/loss"] = loss
     (cell.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     if not diagnostics:
@@ -169,19 +173,89 @@ def test_verdict_names_what_decides_it(page):
     (row,) = rows_of(html, "What decides it")[1:]
     assert row == [
         "gate > softmax + 0.1val_full/loss",
+        "held",
         "1.603",
         "1.2",
         "0.4033",
-        "0.389 to 0.418",
+        "0.389 to 0.4177",
         "< 0.0001",
         "3",
-        row[7],
-        "held",
+        row[8],
     ]
+    assert f"larger by {row[4]} (95 % interval {row[5]}, Holm-adjusted p {row[6]})" in unescape(html)
     assert "Of 1 claim, 1 held." in unescape(html)
     assert "Of 1 claim, 1 held." in text
     assert '<a href="https://arxiv.org/abs/2505.06708" rel="noreferrer">arXiv:2505.06708</a>' in html
     assert '<a href="https://example.org/a_b?c=1&amp;d=2" rel="noreferrer">' in html
+
+
+def test_premises_are_shown_and_measured(quick, tmp_path, monkeypatch):
+    """What has to hold for a claim to be testable stands first, and its measure is among the results."""
+
+    def with_a_premise(*arguments) -> list[Verdict]:
+        (verdict,) = judge(*arguments)
+        (decided,) = verdict.comparisons
+        return [replace(verdict, premises=[replace(decided, measure="val/loss@50", text="softmax > 2")])]
+
+    monkeypatch.setattr(harness.report, "judge", with_a_premise)
+    html, _ = made(write_experiment(tmp_path))
+    rows = rows_of(html, "What decides it")[1:]
+    assert [row[0] for row in rows] == ["given softmax > 2val/loss@50", "gate > softmax + 0.1val_full/loss"]
+    assert any(name.startswith("validation loss, step 50") for name in rows_of(html, "Mean ± half")[0])
+
+
+def test_what_is_significant_stands_out(page):
+    table = page[0].partition("<caption><span>Paired differences")[2].partition("</table>")[0]
+    found = {}
+    for row in re.findall(r"<tr>(.*?)</tr>", table)[1:]:
+        p = re.findall(r"<td.*?</td>", row)[3]
+        text = unescape(re.sub("<[^>]*>", "", p))
+        found.setdefault("<strong>" in p, []).append(0.0 if text.startswith("<") else float(text))
+    assert max(found[True]) < 0.05 <= min(found[False])
+    assert '<td class="short"><strong>held</strong>' in page[0]
+
+
+def test_a_difference_is_filled_where_significant_and_every_seed_has_a_tick():
+    values = {"a": [0.4, 0.5, 0.6, 0.7], "b": [0.0, 0.0, 0.0, 0.0, 1.0]}  # the last is beyond the interval
+    found = [
+        numbers.Paired(v, difference(own), p, dict(enumerate(own, 1)))
+        for (v, own), p in zip(values.items(), (0.01, 0.8), strict=True)
+    ]
+    panel = charts.differences(numbers.Measure("loss", "loss", ""), found, ["baseline", "a", "b"])
+    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("differences", "", [panel], legend=False))))
+    group = r'role-mark[^>]*aria-roledescription="{}[^>]*>(.*?)</g>'
+    points = [re.findall('fill="([^"]*)"', g) for g in re.findall(group.format("symbol mark container"), svg)]
+    assert [charts.PALETTE[1], charts.LIGHT["paper"]] in points
+    ticks = [g.count("<path") for g in re.findall(group.format("rect mark container"), svg)]
+    assert ticks == [9]
+    assert panel.spec["layer"][1]["encoding"]["x"]["scale"]["domain"][1] > 1
+
+
+def test_values_at_equal_time_are_explained(quick, tmp_path, page):
+    claim = CLAIM | {"decides": {"val/loss@equal_time": "gate > softmax"}}
+    html, _ = made(write_experiment(tmp_path, claims=[claim]))
+    rows = rows_of(html, "Mean ± half")
+    assert [row[-1] for row in rows] == ["seconds a stepof training, median over all runs", "0.5", "0.5", "2"]
+    assert "A slower variant is then in the middle of its schedule" in html
+    assert "seconds a step" not in page[0]
+    assert "at equal time" not in page[0]
+
+
+def test_where_no_diagnostic_is_along_training_its_own_metrics_are(quick, tmp_path, page):
+    html, _ = made(write_experiment(tmp_path, diagnostics=False))
+    assert [row[1] for row in rows_of(html, "Along training")[1:]] == ["0.25 ± 0"] * 5
+    assert "sink rate, step 0" not in page[0]
+    assert "avg kurtosis, step 100" in page[0]
+
+
+def test_earlier_runs_are_said(quick, tmp_path):
+    folder = write_experiment(tmp_path)
+    facts = json.loads((folder / "experiment.json").read_text())
+    earlier = {"commit": "def5678", "date": facts["date"], "machine": facts["machine"] | {"processor": "Another"}}
+    (folder / "experiment.json").write_text(json.dumps(facts | {"earlier": [earlier]}))
+    html, _ = made(folder)
+    assert "<li>it was run more than once, and not all by one commit, machine or day" in html
+    assert "<dt>an earlier run (1)</dt><dd>commit def5678; processor Another</dd>" in html
 
 
 def test_setup_in_words(page):
@@ -316,10 +390,21 @@ def test_mean_with_two_digits_of_its_error(found, text):
     assert numbers.with_interval(found) == text
 
 
-def test_interval_shows_on_which_side_of_zero_it_ends():
-    assert numbers.interval(-0.0001572, 0.08129) == "−0.0001572 to 0.08129"
-    assert numbers.interval(0.02056, 0.1565) == "0.021 to 0.157"
-    assert numbers.interval(None, None) == "none"
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ((0, 20, 40), ["0", "10", "20", "30", "40"]),  # and not 1e+1
+        ((0, 20_000, 40_000), ["0", "10,000", "20,000", "30,000", "40,000"]),
+        ((0, 2e-5, 4e-5), ["0", "0.00001", "0.00002", "0.00003", "0.00004"]),
+    ],
+)
+def test_axes_are_labelled_in_digits(sizes, shown):
+    points = [numbers.Point(500.0 * i, estimate([size])) for i, size in enumerate(sizes)]
+    panel = charts.lines("kurtosis", "", {"softmax": points}, ["softmax"], zero=True)
+    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("along", "", [panel], legend=False))))
+    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
+    assert [label for label in labels if label in shown][-5:] == shown
+    assert {"0", "200", "1,000"} <= {*labels}  # steps, and not 0k
 
 
 def test_markdown_shows_any_text_as_it_is():
@@ -361,6 +446,10 @@ class Browser:
     def emulate(self, scheme: str = "light", media: str = "") -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
+
+    def resize(self, width: int, mobile: bool = False) -> None:
+        size = {"width": width, "height": 844, "deviceScaleFactor": 1 + mobile, "mobile": mobile}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
 
     def color(self, selector: str, what: str) -> str:
         """As #rrggbb."""
@@ -440,11 +529,17 @@ def test_light_dark_and_print(browser):
     browser.emulate()
 
 
+def test_what_decides_a_claim_fits_a_window(browser):
+    browser.resize(1200)
+    assert browser.js("const s = document.querySelector('.finding .scroll'); return s.scrollWidth - s.clientWidth") == 0
+
+
 def test_a_phone_scrolls_in_tables_alone(browser):
-    size = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    browser.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    browser.resize(390, mobile=True)
     widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
     assert browser.js(widths) == [390, 390, 390]
     assert browser.js("const s = document.querySelector('#Results .scroll'); return s.scrollWidth > s.clientWidth")
     too_wide = "return [...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > 390)"
     assert browser.js(too_wide + ".length") == 0
+    outcome = "document.querySelector('.finding tbody td').getBoundingClientRect()"
+    assert browser.js(f"return {outcome}.right") < 390
