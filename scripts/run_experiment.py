@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from harness.errors import UserError, run_cli
+from harness.experiments.claims import load_claims
 from harness.experiments.estimate import STEPS, estimate
 from harness.experiments.grid import ROOT, Experiment, load_experiment
 from harness.experiments.runner import clock, prepare_corpora, run_experiment, threads, trained
@@ -40,8 +41,11 @@ def main(argv: list[str] | None = None) -> int:
         args.out = here / args.out
     os.chdir(ROOT)  # the paths in configs are relative to it
     experiment = load_experiment(path, args.out)
+    for claim in load_claims(experiment):  # its mistakes are told before hours of training
+        few = f", which needs {claim.seeds} seeds and gets {len(experiment.seeds)}"
+        print(f"it decides the claim {claim.name}{few if len(experiment.seeds) < claim.seeds else ''}")
     if args.dry_run:
-        return dry_run(experiment, args.jobs or 1)
+        return dry_run(experiment, args.jobs or max(1, torch.cuda.device_count()))
     command = shlex.join(["python", "scripts/run_experiment.py", *(sys.argv[1:] if argv is None else argv)])
     status = run_experiment(experiment, args.jobs, command)
     print(f"python scripts/report.py {shlex.quote(str(experiment.folder))}    # the page")
@@ -55,7 +59,8 @@ def dry_run(experiment: Experiment, jobs: int) -> int:
     rows = []
     for cell, row in zip(experiment.cells, estimate(experiment), strict=True):
         rows.append(row | {"time": clock(row["seconds"]), "trained": "yes" if trained(cell) else "no"})
-    print_table(rows, ["cell", "steps", "tokens", "flops", "time", "trained"])
+    shown = [row | {"tokens": f"{row['tokens']:,}", "FLOPs": f"{row['flops']:.3g}"} for row in rows]
+    print_table(shown, ["cell", "steps", "tokens", "FLOPs", "time", "trained"])
     waiting = [row for row in rows if row["trained"] == "no"]
     flops, seconds = (sum(row[key] for row in waiting) for key in ("flops", "seconds"))
     tokens = sum(row["tokens"] for row in waiting)

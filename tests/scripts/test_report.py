@@ -85,7 +85,7 @@ def write_run(cell, diagnostics: bool) -> None:
     variant = cell.variant if cell.variant in LOSS else names[sum(map(ord, cell.variant)) % 3]
     loss, kurtosis = (of[variant][(cell.seed - 1) % 3] for of in (LOSS, KURTOSIS))
     (cell.folder / "steps").mkdir(parents=True)
-    (cell.folder / "config.yaml").write_text("model: {vocab_size: 97}")
+    (cell.folder / "config.yaml").write_text(cell.config.to_yaml().replace("vocab_size: null", "vocab_size: 97"))
     speed = {"train/tokens_per_second": 32 * 64 / (2 if variant == "gate" else 0.5), "sink_rate/val": 0.25}
     lines = [{"step": s, "val/loss": loss + (200 - s) / 50, "train/loss": loss} | speed for s in (0, 50, 100, 150, 200)]
     lines[-1]["val_full/loss"] = loss

@@ -15,31 +15,39 @@ from harness.experiments.results import read_results
 from harness.report.numbers import long_form
 from scripts import run_experiment
 
-
-@pytest.fixture(scope="module")
-def remade(tmp_path_factory) -> Path:
-    """The folder of experiments/smallest.yaml."""
-    out = tmp_path_factory.mktemp("out")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("WANDB_MODE", "disabled")
-        patch.setenv("OMP_NUM_THREADS", "1")
-        patch.chdir(ROOT)
-        assert run_experiment.main(["experiments/smallest.yaml", "--out", str(out), "--jobs", "2"]) == 0
-    return out / "smallest"
-
-
 # Another vector width and another number of threads sum float32 in another order: measured on the processor of the
 # committed table, its values then change by 1e-5 of themselves at most. Another seed changes most by some percent.
 ROUNDING = 1e-3
 OF_THE_CLOCK = ("train/tokens_per_second", "train/mfu")
 
 
-def again(remade: Path) -> int:
-    return run_experiment.main([str(ROOT / "experiments/smallest.yaml"), "--out", str(remade.parent)])
-
-
 @pytest.mark.slow
-def test_every_cell_is_an_ordinary_run_that_has_been_measured(remade):
+def test_the_smallest_experiment_comes_out_again(tmp_path, monkeypatch, capsys):
+    """One test, since making it takes a minute: workers that share the tests of a file would each make it."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    command = ["experiments/smallest.yaml", "--out", str(tmp_path), "--jobs", "2"]
+    assert run_experiment.main(command) == 0
+    remade = tmp_path / "smallest"
+    every_cell_is_an_ordinary_run_that_has_been_measured(remade)
+    table_and_verdict_are_the_committed_ones(remade)
+
+    logs = {log.name: log.stat().st_size for log in (remade / "logs").iterdir()}
+    assert run_experiment.main(command) == 0  # finished: passed over
+    checkpoint = remade / "softmax_s2" / "ckpt.pt"
+    whole = checkpoint.read_bytes()
+    checkpoint.write_bytes(whole[:5000])
+    capsys.readouterr()
+    assert run_experiment.main(command) == 1  # damaged: told, and kept
+    said = capsys.readouterr().out
+    assert f"softmax_s2: not run: {checkpoint}" in said
+    assert "1 of 6 cells are not done: softmax_s2" in said
+    assert checkpoint.read_bytes() == whole[:5000]
+    assert {log.name: log.stat().st_size for log in (remade / "logs").iterdir()} == logs
+
+
+def every_cell_is_an_ordinary_run_that_has_been_measured(remade: Path) -> None:
     for variant in ("softmax", "sigmoid"):
         for seed in (1, 2, 3):
             cell = remade / f"{variant}_s{seed}"
@@ -50,9 +58,7 @@ def test_every_cell_is_an_ordinary_run_that_has_been_measured(remade):
     assert facts["file"] == "experiments/smallest.yaml"
 
 
-@pytest.mark.slow
-def test_the_committed_table_and_verdict_come_out_again(remade, monkeypatch):
-    monkeypatch.chdir(ROOT)
+def table_and_verdict_are_the_committed_ones(remade: Path) -> None:
     results = read_results(load_experiment(Path("experiments/smallest.yaml"), remade.parent))
     found = {row[:3]: row[3] for row in long_form(results, []) if row[2] not in OF_THE_CLOCK}
     with open("experiments/results/smallest/table.csv", newline="") as file:
@@ -64,28 +70,12 @@ def test_the_committed_table_and_verdict_come_out_again(remade, monkeypatch):
     assert "**Held:**" in Path("experiments/results/smallest/report.md").read_text()
 
 
-@pytest.mark.slow
-def test_what_is_finished_is_passed_over_and_a_damaged_checkpoint_is_told_and_kept(remade, monkeypatch, capsys):
-    monkeypatch.chdir(ROOT)
-    logs = {log.name: log.stat().st_size for log in (remade / "logs").iterdir()}
-    assert again(remade) == 0
-    checkpoint = remade / "softmax_s2" / "ckpt.pt"
-    whole = checkpoint.read_bytes()
-    checkpoint.write_bytes(whole[:5000])
-    assert again(remade) == 1
-    said = capsys.readouterr().out
-    assert f"softmax_s2: not run: {checkpoint}" in said
-    assert "1 of 6 cells are not done: softmax_s2" in said
-    assert checkpoint.read_bytes() == whole[:5000]
-    checkpoint.write_bytes(whole)
-    assert {log.name: log.stat().st_size for log in (remade / "logs").iterdir()} == logs
-
-
 def test_a_dry_run_trains_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # what it sets stays as it is
     assert run_experiment.main(["experiments/smallest.yaml", "--out", str(tmp_path / "out"), "--dry-run"]) == 0
     said = capsys.readouterr().out
+    assert "it decides the claim smallest_sink\n" in said
     assert "to train: 6 of 6 cells, 1,228,800 tokens" in said  # 6 × 100 steps × 32 × 64
     assert not (tmp_path / "out").exists()
 

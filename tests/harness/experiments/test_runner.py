@@ -126,6 +126,15 @@ def test_a_cell_may_be_compared_with_one_that_starts_from_it_and_is_trained_what
     assert "2 of 6 cells are not done: a_s2, b_s2" in said
 
 
+def test_a_cell_waits_for_those_that_its_diagnostics_compare_it_with(tmp_path):
+    grid = {"question": "?", "base": str(ROOT / "configs" / "backcopy_softmax.yaml"), "seeds": [1]}
+    grid |= {"variants": VARIANTS, "diagnostics": {"compare_kl": {"reference": "@b", "variants": ["a"]}}}
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
+    experiment = load_experiment(tmp_path / "grid.yaml", tmp_path)
+    schedule = Schedule(experiment, jobs=1)
+    assert {cell.variant: schedule._needs(cell) for cell in experiment.cells} == {"a": {"b"}, "b": set(), "c": set()}
+
+
 def test_whatever_ends_the_schedule_leaves_no_process_behind(experiment, processes, monkeypatch):
     lives = experiment.folder / "lives"
     processes["a_s1"] = ["pass", "pass"]
