@@ -275,6 +275,8 @@ def _check_options(where: str, diagnostic: Diagnostic, words: list[str]) -> None
     def refuse(message: str):
         raise UserError(f"{where}: {message}")
 
+    # argparse's own error prints the usage and ends the process. The parser is made elsewhere, so that no subclass can
+    # bring another one.
     parser.error = refuse  # type: ignore[method-assign, assignment]
     checkpoints = ["reference.pt", "ckpt.pt"] if diagnostic.takes_reference else ["ckpt.pt"]
     arguments = parser.parse_args([*checkpoints, *words])

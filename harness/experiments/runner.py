@@ -37,7 +37,7 @@ class Job:
     """The processes of one cell, one after another: its training, or its diagnostics."""
 
     def __init__(self, experiment: Experiment, cell: Cell, slot: int, threads: int, measures: bool):
-        self.experiment, self.cell, self.slot, self.measures = experiment, cell, slot, measures
+        self.experiment, self.cell, self.measures = experiment, cell, measures
         self.started, self.problems = time.monotonic(), list[str]()
         self._commands = self._plan()
         self._environment = os.environ | {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", experiment.name)}
@@ -190,7 +190,7 @@ class Schedule:
             for job in self.running.values():  # there are some only where this ends by an error
                 job.stop(signal.SIGTERM)
             self.bar.close()
-        failed = [f"{cell.name}" for cell in self.experiment.cells if self.state[cell.name] != FINISHED]
+        failed = [cell.name for cell in self.experiment.cells if self.state[cell.name] != FINISHED]
         if failed:
             print(f"{len(failed)} of {len(self.state)} cells are not done: {', '.join(failed)}")
         return 1 if failed else 0
@@ -238,7 +238,7 @@ class Schedule:
             self.state[cell.name] = TRAINED
         else:
             taken = self.taken.get(cell.name)
-            self._settle(cell, FINISHED, f"trained and measured in {clock(taken)}" if taken else "")
+            self._settle(cell, FINISHED, f"done in {clock(taken)}" if taken else "")
 
     def _settle(self, cell: Cell, state: str, what: str) -> None:
         self.state[cell.name] = state

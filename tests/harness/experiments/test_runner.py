@@ -16,22 +16,6 @@ from harness.experiments.grid import Experiment, load_experiment
 from harness.experiments.runner import Job, Schedule, clock, run_experiment
 from tests.helpers import ROOT
 
-VARIANTS = {
-    "a": None,
-    "b": {"training": {"init_from": "@a"}},
-    "c": {"model": {"normalizer": "softmax1"}},
-}
-
-
-@pytest.fixture
-def experiment(tmp_path) -> Experiment:
-    grid = {"question": "?", "base": str(ROOT / "configs" / "backcopy_softmax.yaml"), "seeds": [1, 2]}
-    grid |= {"variants": VARIANTS, "diagnostics": {"perplexity": {"batches": 1}}}
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
-    found = load_experiment(tmp_path / "grid.yaml", tmp_path)
-    (found.folder / "logs").mkdir(parents=True)
-    return found
-
 
 @pytest.fixture
 def processes(monkeypatch, experiment):
@@ -86,7 +70,7 @@ def test_a_failed_cell_is_told_with_its_last_line_and_takes_along_only_those_tha
     said = capsys.readouterr().out
     assert "a_s1: -c: the disk is full; " in said
     assert "b_s1: not run: a_s1 is not trained; " in said
-    assert said.count("trained and measured in") == 4
+    assert said.count("done in") == 4
     assert "2 of 6 cells are not done: a_s1, b_s1" in said.replace("b_s1, a_s1", "a_s1, b_s1")
     assert "more" in (experiment.folder / "logs" / "a_s1.log").read_text()
 
@@ -100,7 +84,7 @@ def test_a_diagnostic_that_fails_on_one_cell_leaves_its_other_diagnostics_and_ce
     assert done.exists()
     said = capsys.readouterr().out
     assert "a_s1: -c: no attention to measure" in said
-    assert said.count("trained and measured in") == 5
+    assert said.count("done in") == 5
 
 
 def test_a_process_ended_by_a_signal_is_told_by_its_name(experiment, processes, capsys):
@@ -128,7 +112,10 @@ def test_a_cell_may_be_compared_with_one_that_starts_from_it_and_is_trained_what
 
 def test_a_cell_waits_for_those_that_its_diagnostics_compare_it_with(tmp_path):
     grid = {"question": "?", "base": str(ROOT / "configs" / "backcopy_softmax.yaml"), "seeds": [1]}
-    grid |= {"variants": VARIANTS, "diagnostics": {"compare_kl": {"reference": "@b", "variants": ["a"]}}}
+    grid |= {
+        "variants": {"a": None, "b": {"training": {"init_from": "@a"}}, "c": None},
+        "diagnostics": {"compare_kl": {"reference": "@b", "variants": ["a"]}},
+    }
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
     experiment = load_experiment(tmp_path / "grid.yaml", tmp_path)
     schedule = Schedule(experiment, jobs=1)

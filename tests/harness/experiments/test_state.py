@@ -7,22 +7,8 @@ import pytest
 import yaml
 
 from harness.errors import UserError
-from harness.experiments.grid import Experiment, load_experiment
 from harness.experiments.runner import run_experiment
 from harness.experiments.state import as_run, changed_keys, other_options, to_measure, trained
-from tests.helpers import ROOT
-
-VARIANTS = {"a": None, "b": {"training": {"init_from": "@a"}}}
-
-
-@pytest.fixture
-def experiment(tmp_path) -> Experiment:
-    grid = {"question": "?", "base": str(ROOT / "configs" / "backcopy_softmax.yaml"), "seeds": [1, 2]}
-    grid |= {"variants": VARIANTS, "diagnostics": {"perplexity": {"batches": 1}}}
-    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid, sort_keys=False))
-    found = load_experiment(tmp_path / "grid.yaml", tmp_path)
-    (found.folder / "logs").mkdir(parents=True)
-    return found
 
 
 def write_config(cell, **changed) -> None:
