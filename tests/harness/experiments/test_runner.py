@@ -20,7 +20,7 @@ from tests.helpers import ROOT
 @pytest.fixture
 def processes(monkeypatch, experiment):
     """What each cell's processes do: a list of scripts, by the cell's name; unless told otherwise, nothing, for long
-    enough that two run at once. `processes.order` has (cell, begin, end)."""
+    enough that two run at once."""
     scripts = {cell.name: ["import time; time.sleep(0.15)"] for cell in experiment.cells}
     monkeypatch.setattr(runner, "trained", lambda cell: False)
 
@@ -37,7 +37,7 @@ def processes(monkeypatch, experiment):
 
 
 def spans(experiment: Experiment, processes: dict) -> dict[str, tuple[float, float]]:
-    """Have every process note when it began and ended; read after the run."""
+    """Cell → when its process began and ended, of those that were `noting` it."""
     return {
         name: tuple(map(float, (experiment.folder / name).read_text().split()))
         for name in processes
