@@ -126,6 +126,16 @@ class TrainingConfig:
     """steps between writes of ckpt.pt; the last step always writes"""
     keep_interval: PositiveInt | None = None
     """steps between checkpoints that are kept, in steps/, for diagnostics along training; null: none"""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """what several ranks do with the model: ddp, each has a copy; fsdp, each has a share of every parameter"""
+    checkpoint_activations: bool = False
+    """keep each block's input alone and compute the block again in the backward pass: less memory, a third more work"""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """a gradient that is not finite: stop; or skip that step, up to nonfinite_limit of them in a row"""
+    nonfinite_limit: PositiveInt = 10
+    """on_nonfinite skip: the steps in a row that may be skipped; one more stops the run"""
+    deterministic: bool = False
+    """PyTorch's deterministic algorithms alone: on a GPU too, the same run gives the same bits"""
 
 
 @dataclass

@@ -33,7 +33,8 @@ from model import GPT, NORMALIZERS, GPTConfig
 # Of a corpus and a reference the content is compared.
 _HOW = re.compile(
     r"(evaluation|tracking)\..*|data\.corpus|kl\.reference|"
-    r"training\.(max_steps|checkpoint_interval|keep_interval|micro_batch_size|device|compile)"
+    r"training\.(max_steps|checkpoint_interval|keep_interval|micro_batch_size|device|compile|"
+    r"parallel|checkpoint_activations|nonfinite_limit|deterministic)"
 )
 _WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
 
