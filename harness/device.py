@@ -1,6 +1,7 @@
 """What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
 
 import ctypes
+import os
 import platform
 import resource
 import shutil
@@ -76,6 +77,13 @@ def choose_compile(setting: bool | str, device: torch.device, feedback: str = "b
     if setting and feedback == "dfa":
         raise UserError("training.compile: feedback dfa cannot be compiled: leave it at auto, or give false")
     return bool(setting)
+
+
+def make_deterministic() -> None:
+    """Have PyTorch use deterministic algorithms alone, from here on: RuntimeError where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product runs
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result needs it
 
 
 def keep_freed_memory() -> None:
