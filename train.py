@@ -23,7 +23,15 @@ from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig
 from harness.config_files import main_config
 from harness.corpus import SPLITS, Corpus
-from harness.device import choose_compile, choose_dtype, keep_freed_memory, make_deterministic, now, peak_flops
+from harness.device import (
+    choose_compile,
+    choose_dtype,
+    deterministic_cost,
+    keep_freed_memory,
+    make_deterministic,
+    now,
+    peak_flops,
+)
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
@@ -146,6 +154,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     optimizer = make_optimizer(raw_model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best_val_loss = best_so_far(config, checkpoint, len(every_window), say) if checkpoint else math.inf
+    if c.deterministic and device.type == "cuda":
+        say(deterministic_cost(raw_model, windows["val"].gather(some_windows[:1], device), autocast))
+        optimizer.zero_grad()
     skips = Skips(config, scaler.is_enabled(), checkpoint and checkpoint.get("skipped"))
     if checkpoint:
         restore_optimizer(optimizer, checkpoint, config.folder / "ckpt.pt", ranks)

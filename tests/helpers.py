@@ -266,7 +266,7 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _child(arguments, log, signal_at, environment):
+def _child(arguments, log, signal_at, patch, environment):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -281,6 +281,8 @@ def _child(arguments, log, signal_at, environment):
             os.kill(os.getpid(), signal_at[1])
 
     train.Tracker.log = log_metrics
+    if patch:
+        patch(train)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
@@ -289,12 +291,13 @@ def _child(arguments, log, signal_at, environment):
 class TrainingRun:
     """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
     that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
+    `patch` is a function of a module that may change the module train, in the run's process alone.
     """
 
-    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, **environment: str):
+    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, patch=None, **environment):
         self.folder, self.log = Path("out") / name, Path(f"{name}{environment.get('RANK', '')}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, patch, environment))
         with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
             forkserver.ensure_running()
         self.process.start()
