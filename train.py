@@ -38,7 +38,7 @@ from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
-from harness.parallel import background_saver, on_all_ranks, own_part, placed, recompute_activations
+from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
@@ -229,7 +229,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 if progress:
                     progress.say(f"the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
             metrics |= validation_metrics(loss, windows["val"], "val_full")
-        with autocast if sharded else contextlib.nullcontext():  # whose blocks are in that dtype
+        with looked_into(sharded, autocast):
             outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
         return metrics | outliers | feedback_metrics(raw_model), best
 
