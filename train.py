@@ -209,10 +209,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if saver:
             saver.save(raw_model, optimizer, checkpoint, paths)
             return
-        checkpoint["model"] = raw_model.state_dict()
+        checkpoint["model"], state = raw_model.state_dict(), {"optimizer": optimizer.state_dict()}
         for path in paths:
-            state = {} if path.name == "best.pt" else {"optimizer": optimizer.state_dict()}
-            save_checkpoint(path, checkpoint | state)
+            save_checkpoint(path, checkpoint if path.name == "best.pt" else checkpoint | state)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
