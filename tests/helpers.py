@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -263,7 +264,7 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "kernels.cpu", "tests.helpers"])
 
 
-def _child(arguments, log, signal_at, environment):
+def _child(arguments, log, signal_at, environment, inject):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -278,6 +279,8 @@ def _child(arguments, log, signal_at, environment):
             os.kill(os.getpid(), signal_at[1])
 
     train.Tracker.log = log_metrics
+    if inject:
+        inject()
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
@@ -286,12 +289,20 @@ def _child(arguments, log, signal_at, environment):
 class TrainingRun:
     """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
     that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
+    `inject` is called in the run's process before it begins.
     """
 
-    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, **environment: str):
+    def __init__(
+        self,
+        name: str,
+        *arguments: str,
+        signal_at: tuple[int, int] | None = None,
+        inject: Callable[[], None] | None = None,
+        **environment: str,
+    ):
         self.folder, self.log = Path("out") / name, Path(f"{name}{environment.get('RANK', '')}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment, inject))
         with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
             forkserver.ensure_running()
         self.process.start()
@@ -325,11 +336,22 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     return run
 
 
-def finished_on_two_ranks(name: str, *arguments: str) -> TrainingRun:
-    """As two processes of torchrun, which keeps the store where they meet and tells them so by these variables."""
+def started_on_ranks(size: int, name: str, *arguments: str, inject=None) -> list[TrainingRun]:
+    """As processes of torchrun, which keeps the store where they meet and tells them so by these variables. The first
+    one alone is injected something."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = [TrainingRun(name, *arguments, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    meeting |= {"WORLD_SIZE": str(size)}
+    ranks = [
+        TrainingRun(name, *arguments, inject=None if rank else inject, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank in range(size)
+    ]
+    ranks[0].store = store  # it lives as long as they
+    return ranks
+
+
+def finished_on_two_ranks(name: str, *arguments: str) -> TrainingRun:
+    ranks = started_on_ranks(2, name, *arguments)
     for rank in ranks:
         assert rank.wait() == 0, rank.output()
     return ranks[0]
