@@ -1,9 +1,11 @@
 """Signals that ask a program to end: what a run saves first, and a Ctrl-C that comes too early for it to matter."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
 
@@ -26,6 +28,7 @@ class StopSignals:
     def __init__(self, is_main: bool):
         self.requested = 0  # the number of the first signal since `defer`
         self._is_main, self._deferred = is_main, False
+        self._interrupted = math.inf  # when the first Ctrl-C came
 
     def defer(self) -> None:
         """From now on a signal is kept in `requested`, for the step to be ended and saved. Before, there is nothing to
@@ -33,16 +36,19 @@ class StopSignals:
         self._deferred = True
 
     def _receive(self, number: int, _frame) -> None:
-        name = signal.Signals(number).name
+        name, now = signal.Signals(number).name, time.monotonic()
         if not self._deferred:
             self._say(f"{name} before the first step: nothing is lost, the same command starts again")
             raise SystemExit(128 + number)
-        if number == signal.SIGINT and self.requested:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
+        if number == signal.SIGINT:
+            # Of one Ctrl-C a rank hears twice, from the terminal and from torchrun.
+            if now - self._interrupted > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt
+            self._interrupted = min(self._interrupted, now)
         if not self.requested:
             self.requested = number
-            again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C"
+            again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C twice"
             self._say(f"{name}: finishing this step, then saving; {again} stops at once")
 
     def _say(self, text: str) -> None:

@@ -303,7 +303,7 @@ def test_a_run_killed_while_it_takes_the_place_of_another_leaves_one_of_them_who
 
     def chosen(moments: list[str]) -> list[str]:
         aside, removed = ([m for m in moments if re.match(rf"{what} \.\w+/", m)] for what in ("rename", "remove"))
-        return [aside[1], "rename config.yaml 1", removed[-1]]
+        return [aside[1], "rename config.yaml 1", removed[1]]
 
     assert_one_of_them_is_left(chosen)
 

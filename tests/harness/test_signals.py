@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from harness import signals
 from harness.signals import STOPS, StopSignals, raise_on_ctrl_c
 from tests.helpers import ROOT, run_python
 
@@ -30,9 +31,25 @@ def test_a_signal_ends_at_once_until_it_is_deferred_and_is_then_kept(number, cap
         said = capfd.readouterr().err
         assert said.count("finishing this step, then saving") == 1
         assert number.name in said
+        if number != signal.SIGINT:
+            signal.raise_signal(signal.SIGINT)
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(number) == former
+
+
+def test_a_ctrl_c_that_torchrun_passes_on_as_well_is_one(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    clock = [100.0]
+    monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with StopSignals(is_main=False) as stop:
+        stop.defer()
+        for clock[0] in (100.0, 100.1, 100.9):
+            signal.raise_signal(signal.SIGINT)
+        assert stop.requested == signal.SIGINT
+        clock[0] = 101.1
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
 
 
 def test_other_ranks_are_silent_and_a_closed_terminal_is_no_error(capfd, monkeypatch):
