@@ -48,12 +48,13 @@ def folder(training_folder) -> None:
 @dataclass
 class Moments:
     """In a run's process: what it does to the files of its folder, one moment after another, each by a name such as
-    "rename best.pt 2", before the second file is renamed to best.pt. `log`: a file for the names. `kill_at`: a name,
-    at which the process is killed. `pause`: seconds by which each moment is drawn out, for kills from outside."""
+    "rename best.pt 2", before the second file is renamed to best.pt. `log`: a file for the names. `stop_at`: a name, at
+    which the process receives `signals`. `pause`: seconds by which each moment is drawn out, for kills from outside."""
 
     folder: Path
     log: Path | None = None
-    kill_at: str | None = None
+    stop_at: str | None = None
+    signals: tuple[int, ...] = (signal.SIGKILL,)
     pause: float = 0.0
 
     def __call__(self) -> None:
@@ -62,7 +63,7 @@ class Moments:
         builtins.open, os.fsync = self._open, self._fsync  # Python tells its audit hooks neither of writes nor of fsync
         sys.addaudithook(self._audit)
 
-    def moment(self, what: str, path: Path, at_the_kill: Callable[[], object] = lambda: None) -> None:
+    def moment(self, what: str, path: Path, just_before: Callable[[], object] = lambda: None) -> None:
         path = Path(os.path.normpath(path.absolute()))
         if not path.is_relative_to(self.folder):
             return
@@ -72,9 +73,10 @@ class Moments:
         if self.log:
             with self.open(self.log, "a") as file:
                 file.write(f"{name}\n")
-        if name == self.kill_at:
-            at_the_kill()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if name == self.stop_at:
+            just_before()
+            for number in self.signals:
+                signal.raise_signal(number)
         time.sleep(self.pause)
 
     def _audit(self, event: str, arguments: tuple) -> None:
@@ -128,7 +130,7 @@ class Setting:
         return runs[0]
 
     def kill_at(self, name: str, moment: str) -> None:
-        runs = self.start(name, kill_at=moment)
+        runs = self.start(name, stop_at=moment)
         assert runs[0].wait() == -signal.SIGKILL, f"{moment}: {runs[0].output()}"
         kill(runs)
         look_at_what_is_left(runs[0])

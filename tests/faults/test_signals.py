@@ -1,15 +1,19 @@
 """Signals sent to runs, of which none loses anything: the ones that stop it, in any order, at any time."""
 
+import fcntl
 import itertools
 import os
 import signal
+import sys
+import termios
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
 from harness.signals import STOPS
-from tests.faults.test_kills import CONFIG, Moments, assert_ends_as
+from tests.faults.test_kills import CONFIG, Moments, assert_ends_as, leftovers
 from tests.helpers import TrainingRun, finished
 
 
@@ -51,6 +55,65 @@ def test_a_run_that_is_stopped_while_it_reads_its_corpus_leaves_nothing():
     assert run.wait() == 128 + signal.SIGTERM
     assert run.output() == "\nSIGTERM before the first step: nothing is lost, the same command starts again\n"
     assert not run.folder.exists()
+
+
+@dataclass
+class OnATerminal(Moments):
+    """As where a shell has started the run in a terminal: the first to be told when that is closed."""
+
+    terminal: str = ""
+
+    def __call__(self) -> None:
+        super().__call__()
+        os.setsid()
+        descriptor = os.open(self.terminal, os.O_RDWR)
+        fcntl.ioctl(descriptor, termios.TIOCSCTTY, 0)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(descriptor, number)
+            setattr(sys, name, os.fdopen(number, "w", buffering=1, closefd=False))  # the former may stand at a file
+
+
+def test_a_run_whose_terminal_is_closed_saves():
+    whole = finished("whole")
+    ours, theirs = os.openpty()
+    run = TrainingRun("run", inject=OnATerminal(Path("out/run"), pause=0.01, terminal=os.ttyname(theirs)))
+    run.wait_for_step(3)
+    os.close(theirs)
+    os.close(ours)
+    assert run.wait() == 128 + signal.SIGHUP
+    assert run.checkpoint()["step"] == run.metrics()[-1]["step"] < 12
+    assert_ends_as(whole, finished("run"))
+
+
+# --- at any write -----------------------------------------------------------------------------------------------------
+
+
+def assert_ends_at_once(whole: TrainingRun, moment: str, numbers: tuple[int, ...]) -> None:
+    """With the status of the last of these signals, without a traceback, and to go on as if nothing had been."""
+    name = f"stopped at {moment}".replace("/", " ")
+    run = TrainingRun(name, inject=Moments(Path("out") / name, stop_at=moment, signals=numbers))
+    assert run.wait() == 128 + numbers[-1], run.output()
+    assert "Traceback" not in run.output()
+    assert not leftovers(run.folder)
+    assert_ends_as(whole, finished(name))
+
+
+TWICE = (signal.SIGINT, signal.SIGINT)
+
+
+def test_ctrl_c_twice_while_a_checkpoint_is_written_ends_at_once():
+    assert_ends_at_once(finished("whole"), "write ckpt.pt.tmp 3", TWICE)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("part", range(4))
+def test_what_ends_a_run_at_once_does_so_at_any_write(part):
+    whole = TrainingRun("whole", inject=Moments(Path("out/whole"), log=Path("moments")))
+    assert whole.wait() == 0
+    moments = Path("moments").read_text().splitlines()
+    first_saved = moments.index("remove ckpt.pt.tmp 1")
+    for i, moment in [*enumerate(moments)][part::4]:
+        assert_ends_at_once(whole, moment, TWICE if i > first_saved else (signal.SIGTERM,))
 
 
 # --- in any order -----------------------------------------------------------------------------------------------------
