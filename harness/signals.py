@@ -19,11 +19,14 @@ STOPS = (
 )
 
 
-class StopSignals:
-    """Within this context a signal of STOPS ends a training run and loses nothing; only a second Ctrl-C ends at once.
+def heeded() -> list[signal.Signals]:
+    """STOPS, without a SIGHUP that is ignored, as under nohup: it stays so."""
+    return [number for number in STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
-    A SIGHUP that is ignored, as under nohup, stays so. `is_main`: whether this rank says what it has received.
-    """
+
+class StopSignals:
+    """Within this context what is heeded ends a training run and loses nothing; only a second Ctrl-C ends at once.
+    `is_main`: whether this rank says what it has received."""
 
     def __init__(self, is_main: bool):
         self.requested = 0  # the number of the first signal since `defer`
@@ -57,8 +60,7 @@ class StopSignals:
                 os.write(2, f"\n{text}\n".encode())
 
     def __enter__(self) -> "StopSignals":
-        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
-        self._former = {number: signal.signal(number, self._receive) for number in STOPS if number not in ignored}
+        self._former = {number: signal.signal(number, self._receive) for number in heeded()}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
