@@ -5,6 +5,8 @@ import io
 import os
 import sys
 
+from harness.signals import raise_on_ctrl_c
+
 # The machine says no: nothing to debug in our code, so these get one line as well.
 _ENVIRONMENT_ERRNOS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -20,6 +22,7 @@ def run_cli(main) -> int:
     (`| head`) ends quietly with 141, as the signal would. Anything else is a bug and keeps its traceback. What the
     output's encoding lacks is printed as an escape, \\xd7 for ×.
     """
+    raise_on_ctrl_c()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a test's or a notebook's may be none
             stream.reconfigure(errors="backslashreplace")

@@ -75,7 +75,8 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         return checkpoint
     if c.resume == "must":
         raise config.error("training.resume", f"there is no {path} to resume")
-    if (config.folder / "best.pt").exists() and not config.evaluation.only:
+    best = config.folder / "best.pt"  # that of step 0 alone is left by a kill just before the first ckpt.pt
+    if best.exists() and not config.evaluation.only and read_checkpoint(best).get("step") != 0:
         problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
         raise config.error("training.resume", problem)
     return None

@@ -25,6 +25,7 @@ from harness.experiments.grid import ROOT, Cell, Experiment
 from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_measure, trained
 from harness.files import NOT_OFFERED, make_folder, write_text
 from harness.launch import prepare
+from harness.signals import heeded
 
 TRAINED, FINISHED, UNMEASURED, FAILED = "trained", "finished", "trained, but not all measured", "not trained"
 
@@ -147,7 +148,7 @@ def run_experiment(experiment: Experiment, jobs: int | None, command: str) -> in
             if error.errno not in NOT_OFFERED:
                 raise
         prepare_corpora(experiment)
-        handlers = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: signal.signal(number, _interrupt) for number in heeded()}
         try:
             return Schedule(experiment, jobs, command).run()
         finally:
