@@ -23,7 +23,7 @@ from harness.config import Config, ModelConfig
 from harness.config_files import main_config
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
-from harness.distributed import Ranks, join_ranks
+from harness.distributed import Ranks, join_ranks, one_voice
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
@@ -39,12 +39,14 @@ from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
 def main() -> int:
-    config = main_config(sys.argv[1:])
-    ranks = join_ranks(config.training.device)
-    with contextlib.ExitStack() as stack:
-        stack.callback(ranks.leave)
+    with one_voice():
+        config = main_config(sys.argv[1:])
+        ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
-        return train(config, ranks, stack.enter_context(RunFolder(config.folder)) if writes else None)
+        with RunFolder(config.folder) if writes else contextlib.nullcontext() as folder:
+            status = train(config, ranks, folder)
+        ranks.leave()
+        return status
 
 
 def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
