@@ -25,7 +25,7 @@ import torch.distributed as dist
 from harness.distributed import CONTINUES, LOST, Ending, answer
 from harness.errors import UserError
 
-_GRACE = 10  # seconds in which the others end by themselves once one rank, or one machine, has ended
+_GRACE = 5  # seconds in which the others end by themselves once one rank, or one machine, has ended
 _PATIENCE = 30 * 60  # seconds to wait for another machine, as PyTorch waits for another rank
 _TICK = 0.1  # seconds between two looks
 _SIOCGIFADDR = 0x8915  # Linux: an interface's address
@@ -52,9 +52,7 @@ def machines_of(environment: Mapping[str, str], gpus: int, batch_size: int) -> M
     def number(default: int | None, least: int, most: int, *names: str) -> int:
         name = next((n for n in names if environment.get(n)), None)
         if name is None and default is None:
-            raise UserError(
-                f"{names[0]} is not set: with several machines it says which of them this one is, from 0 on"
-            )
+            raise UserError(f"{names[0]} is not set: with several machines it counts them, from 0 on")
         value = environment[name] if name else str(default)
         if not value.isascii() or not value.isdigit() or not least <= int(value) <= most:
             raise UserError(f"{name}: {value!r} is not a whole number from {least} to {most}")
@@ -87,9 +85,7 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
         named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
         return named.stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        raise UserError(
-            f"scontrol show hostnames {nodes} names no machine: set MASTER_ADDR to the first of them"
-        ) from None
+        raise UserError(f"scontrol show hostnames {nodes} names none: set MASTER_ADDR to the first of them") from None
 
 
 class Launcher:
@@ -126,6 +122,7 @@ class Launcher:
             else:
                 self._until(lambda: store.check(["ready"]), f"{m.address} to prepare the corpus")
                 if code := int(answer(lambda: store.get("ready"))):
+                    self._part(store)
                     return code
         except _NotCome as error:
             return error.code
