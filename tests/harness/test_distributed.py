@@ -57,9 +57,9 @@ def start_two(training_folder):
     """Two ranks of a run, as two processes of a launcher that keeps their store; killed when the test ends."""
     store, ranks = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False), []
 
-    def start(*arguments: str) -> list[TrainingRun]:
+    def start(*arguments: str, **environment: str) -> list[TrainingRun]:
         there = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-        there |= {"WORLD_SIZE": "2", "RANK_TIMEOUT": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        there |= {"WORLD_SIZE": "2", "TORCH_CPP_LOG_LEVEL": "ERROR"} | environment
         ranks.extend(TrainingRun("two", *arguments, RANK=rank, LOCAL_RANK=rank, **there) for rank in "01")
         return ranks
 
@@ -89,21 +89,23 @@ def test_a_mistake_is_said_by_one_rank_and_the_status_of_all(arguments, error, s
     assert found[0].startswith(f"error: {error}")
 
 
-@pytest.mark.parametrize("lost", [0, 1])
 @pytest.mark.parametrize(
-    ("number", "reason"),
-    [(signal.SIGKILL, "the connection to another rank broke (Connection"), (signal.SIGSTOP, "rank LOST on ")],
+    ("lost", "number", "silence", "reason"),
+    [
+        (0, signal.SIGKILL, 30, "the connection to another rank broke (Connection"),  # known before the silence is
+        (1, signal.SIGSTOP, 1, "rank 1 on "),
+    ],
     ids=["killed", "stopped"],
 )
-def test_a_lost_rank_ends_the_other_in_a_line(number, reason, lost, start_two):
-    ranks = start_two("--training.max_steps", "100000")
+def test_a_lost_rank_ends_the_other_in_a_line(lost, number, silence, reason, start_two):
+    ranks = start_two("--training.max_steps", "100000", RANK_TIMEOUT=str(silence))
     ranks[0].wait_for_step(3)
     os.kill(ranks[lost].process.pid, number)
     start, other = time.monotonic(), ranks[1 - lost]
     assert other.wait() == LOST, other.output()
-    assert time.monotonic() - start < 15  # 1 s of silence, and what a loaded machine takes
+    assert time.monotonic() - start < 15  # 3 s in which the cause may come, or 1 s of silence, on a loaded machine
     (found,) = errors([other])
-    assert found.startswith(f"error: {reason.replace('LOST', str(lost))}")
+    assert found.startswith(f"error: {reason}")
     assert found.endswith(": the same command continues from the last checkpoint")
 
 
@@ -111,5 +113,5 @@ def test_a_call_that_gets_no_answer_is_given_up():
     assert answer(lambda: 5) == 5
     with pytest.raises(ZeroDivisionError):
         answer(lambda: 1 / 0)
-    with pytest.raises(dist.DistError, match="no answer within 0.01 s"):
+    with pytest.raises(dist.DistError, match="no answer within"):
         answer(lambda: time.sleep(1), 0.01)
