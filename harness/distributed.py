@@ -120,13 +120,23 @@ def _lost_connection(error: BaseException | None) -> str:
     return ""
 
 
-def meeting_store() -> dist.TCPStore:
+def meeting_store() -> dist.Store:
     """A connection to the store where the ranks meet, of one's own: calls on a shared one wait for each other."""
-    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.TCPStore(*where, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+    store = connected(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # torchrun keeps one store for all of its attempts
+    return dist.PrefixStore(f"attempt{attempt}", store) if attempt else store
 
 
-def answer(call: Callable[[], Any], seconds: float = 10) -> Any:
+def connected(address: str, port: int) -> dist.TCPStore:
+    """A connection to the store at this address; DistNetworkError where nothing answers within some seconds."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()  # PyTorch's own attempts print pages when in vain
+    except OSError as error:
+        raise dist.DistNetworkError(f"{address}:{port}: {error}") from error
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+
+
+def answer(call: Callable[[], Any], seconds: float = 5) -> Any:
     """What a call to the store returns. DistNetworkError after some seconds: where the other machine has gone without a
     word, such a call would never return, nor let a signal in."""
     future: Future = Future()

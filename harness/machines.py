@@ -22,7 +22,7 @@ from functools import partial
 
 import torch.distributed as dist
 
-from harness.distributed import CONTINUES, LOST, Ending, answer
+from harness.distributed import CONTINUES, LOST, Ending, answer, connected
 from harness.errors import UserError
 
 _GRACE = 5  # seconds in which the others end by themselves once one rank, or one machine, has ended
@@ -141,17 +141,17 @@ class Launcher:
 
         def come() -> bool:
             try:
-                if m.rank:
-                    socket.create_connection((m.address, m.port), timeout=2).close()  # it asks in vain without a word
-                store = dist.TCPStore(
-                    m.address, m.port, None, m.rank == 0, timedelta(seconds=_GRACE), wait_for_workers=False
-                )
+                if m.rank == 0:
+                    patience = timedelta(seconds=_GRACE)
+                    store = dist.TCPStore(m.address, m.port, None, True, patience, wait_for_workers=False)
+                else:
+                    store = connected(m.address, m.port)
                 store.set(f"shape/{m.rank}", f"{m.size} × {m.ranks}")
                 if store.add(f"come/{m.rank}", 1) == 1:  # else it is of an attempt that lost this machine, and will end
                     stores.append(store)
-            except socket.gaierror:
-                raise UserError(f"MASTER_ADDR: {m.address} is not the name of a machine that is known here") from None
-            except (OSError, dist.DistError) as error:
+            except dist.DistError as error:
+                if isinstance(error.__cause__, socket.gaierror):
+                    raise UserError(f"MASTER_ADDR: {m.address} is not the name of a machine known here") from None
                 if m.rank == 0 and not again:  # where the port is perhaps not free again yet
                     raise UserError(
                         f"MASTER_ADDR, MASTER_PORT: {m.address}:{m.port} cannot be opened on this machine, which has "
@@ -246,7 +246,7 @@ class Launcher:
     def _until(self, condition: Callable[[], bool], what: str) -> None:
         """Wait for the condition. _NotCome if a signal asks for an end, or after half an hour, which is said."""
         deadline = time.monotonic() + _PATIENCE
-        while not answer(condition):
+        while not answer(condition, 3 * _GRACE):
             if self._asked:
                 raise _NotCome(128 + self._asked)
             if time.monotonic() > deadline:

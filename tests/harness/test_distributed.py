@@ -92,7 +92,7 @@ def test_a_mistake_is_said_by_one_rank_and_the_status_of_all(arguments, error, s
 @pytest.mark.parametrize(
     ("lost", "number", "silence", "reason"),
     [
-        (0, signal.SIGKILL, 30, "the connection to another rank broke (Connection"),  # known before the silence is
+        (0, signal.SIGKILL, 30, "the connection to another rank broke ("),  # known before the silence is
         (1, signal.SIGSTOP, 1, "rank 1 on "),
     ],
     ids=["killed", "stopped"],

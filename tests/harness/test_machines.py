@@ -254,7 +254,12 @@ class Hosts:
 
     def start(self, host: int, *arguments: str, **environment: str) -> subprocess.Popen:
         there = {"NNODES": "2", "NODE_RANK": str(host), "MASTER_ADDR": "10.77.0.1", "NPROC_PER_NODE": "1"}
-        there |= {"RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | environment
+        there |= {
+            "RANK_TIMEOUT": "3",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PYTHONWARNINGS": "ignore",
+        } | environment
         folder = self.config.parent
         options = ("--data.corpus", str(folder / "corpus"), "--run.out_dir", str(folder / "out"), "--run.name", "two")
         command = (sys.executable, "-m", "harness.launch", str(ROOT), str(self.config), *options, *arguments)
