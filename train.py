@@ -33,7 +33,7 @@ from harness.device import (
     now,
     peak_flops,
 )
-from harness.distributed import Ranks, join_ranks
+from harness.distributed import Ranks, join_ranks, one_voice
 from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
@@ -52,13 +52,15 @@ from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
 def main() -> int:
-    config = main_config(sys.argv[1:])
-    ranks = join_ranks(config.training.device)
-    with contextlib.ExitStack() as stack:
-        stack.callback(ranks.leave)
-        stop = stack.enter_context(StopSignals(ranks.is_main))
+    with one_voice():
+        config = main_config(sys.argv[1:])
+        ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
-        return train(config, ranks, stack.enter_context(RunFolder(config.folder)) if writes else None, stop)
+        run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
+        with StopSignals(ranks.is_main) as stop, run_folder as folder:
+            status = train(config, ranks, folder, stop)
+        ranks.leave()
+        return status
 
 
 def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSignals) -> int:

@@ -38,6 +38,7 @@ class BackgroundSaver:
     def __init__(self, folder: Path, ranks: Ranks):
         self._folder, self._ranks = folder, ranks
         self._group = dist.new_group(backend="gloo")  # what the background sends does not meet what training sends
+        self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any], paths: list[Path]):
@@ -57,10 +58,8 @@ class BackgroundSaver:
             warnings.simplefilter("ignore")
             written = dcp.async_save(state, checkpoint_id=shards, process_group=self._group)
         del state
-        self._ranks.background = threading.Thread(
-            target=self._finish, args=(written, shards, content, of_optimizer, paths)
-        )
-        self._ranks.background.start()
+        self._thread = threading.Thread(target=self._finish, args=(written, shards, content, of_optimizer, paths))
+        self._thread.start()
 
     def _finish(self, written, shards: Path, content: dict, of_optimizer: dict, paths: list[Path]) -> None:
         try:
@@ -95,9 +94,9 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete. UserError, on every rank, if it could not be written."""
-        if self._ranks.background:
-            self._ranks.background.join()
-            self._ranks.background = None
+        if self._thread:
+            self._thread.join()
+            self._thread = None
         failure, self._failure = self._failure, None
         if failed := next(filter(None, self._ranks.gather(failure)), None):
             raise UserError(failed)

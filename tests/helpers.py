@@ -310,6 +310,13 @@ class TrainingRun:
             forkserver.ensure_running()
         self.process.start()
 
+    @classmethod
+    def read(cls, name: str) -> "TrainingRun":
+        """A run that others have written."""
+        run = cls.__new__(cls)
+        run.folder = Path("out") / name
+        return run
+
     def wait(self) -> int:
         self.process.join(900)
         return self.process.exitcode
