@@ -19,7 +19,7 @@ from harness.distributed import LOST
 from harness.errors import run_cli
 from harness.launch import prepare
 from harness.machines import STOPS, Launcher, Machines, machines_of
-from tests.helpers import CONTEXT, ROOT, TrainingRun, assert_same_run, finished_on_two_ranks
+from tests.helpers import CONTEXT, ROOT, TrainingRun, assert_same_run, finished_on_ranks
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
 SLURM = {
@@ -314,7 +314,7 @@ def lines_after_the_last_step(host: int) -> list[str]:
 
 @pytest.mark.faults
 def test_hosts_whose_cable_is_cut_end_in_a_line_and_the_same_commands_continue(hosts):
-    uninterrupted = finished_on_two_ranks("whole", *STEPS)
+    uninterrupted = finished_on_ranks(2, "whole", *STEPS)
     both = [hosts.start(host, *STEPS) for host in (0, 1)]
     wait_for_step(Path("out/two"), 70)
     hosts.cable("down")
@@ -333,7 +333,7 @@ def test_hosts_whose_cable_is_cut_end_in_a_line_and_the_same_commands_continue(h
 @pytest.mark.faults
 @pytest.mark.parametrize("dying", [0, 1])
 def test_a_host_that_dies_is_waited_for_and_the_run_continues(dying, hosts):
-    uninterrupted = finished_on_two_ranks("whole", *STEPS)
+    uninterrupted = finished_on_ranks(2, "whole", *STEPS)
     both = [hosts.start(host, *STEPS, MAX_RESTARTS="1") for host in (0, 1)]
     wait_for_step(Path("out/two"), 70)
     hosts.kill(dying)
