@@ -40,6 +40,7 @@ tracking: {{wandb: disabled, log_interval: 1}}
 @pytest.fixture(autouse=True)
 def folder(training_folder) -> None:
     Path("config.yaml").write_text(CONFIG)
+    Path("out").mkdir()  # so that every run does the same
 
 
 # --- the moments of a run ---------------------------------------------------------------------------------------------

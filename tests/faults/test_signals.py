@@ -20,6 +20,7 @@ from tests.helpers import TrainingRun, finished
 @pytest.fixture(autouse=True)
 def folder(training_folder) -> None:
     Path("config.yaml").write_text(CONFIG)
+    Path("out").mkdir()
 
 
 def test_a_run_stopped_by_every_signal_in_turn_ends_as_one_never_stopped():
