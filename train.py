@@ -24,12 +24,13 @@ from harness.config_files import main_config
 from harness.corpus import SPLITS, Corpus
 from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
 from harness.distributed import Ranks, join_ranks
-from harness.errors import UserError, run_cli
+from harness.errors import UserError, advising_on_memory, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
+from harness.streams import unfailing_output
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
 from measure.feedback import feedback_matrices, feedback_metrics
@@ -43,6 +44,8 @@ def main() -> int:
     ranks = join_ranks(config.training.device)
     with contextlib.ExitStack() as stack:
         stack.callback(ranks.leave)
+        stack.enter_context(advising_on_memory(config))
+        stack.enter_context(unfailing_output())
         writes = ranks.is_main and not config.evaluation.only
         return train(config, ranks, stack.enter_context(RunFolder(config.folder)) if writes else None)
 
@@ -175,6 +178,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "machine": machine,
         }
         state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        if tracker:
+            tracker.sync()
         if folder and best:  # first: a kill in between leaves no ckpt.pt that speaks of a best.pt not written
             save_checkpoint(folder.best, checkpoint)
         if folder and c.keep_interval and step and step % c.keep_interval == 0:
@@ -370,11 +375,11 @@ def describe(metrics: dict[str, float]) -> str:
 
 
 class StopSignals:
-    """SIGINT and SIGTERM ask for an end after this step; a second Ctrl-C ends at once."""
+    """SIGINT, SIGTERM and SIGHUP ask for an end after this step; a second Ctrl-C ends at once."""
 
     def __init__(self, is_main: bool):
         self.requested, self._is_main = 0, is_main  # the signal's number
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             signal.signal(number, self._receive)
 
     def _receive(self, number, _frame) -> None:
@@ -383,7 +388,8 @@ class StopSignals:
             raise KeyboardInterrupt
         self.requested = self.requested or number
         if self._is_main:  # not by print: a handler may interrupt another print
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
 
 
 if __name__ == "__main__":

@@ -238,6 +238,25 @@ def run_python(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.C
     )
 
 
+def forked(function, stdout: int | None = None, stderr: int | None = None) -> int:
+    """The exit status of `function()` in a fork of this process, which has these descriptors (None: closed) for its
+    standard output and error."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        for number, name, given in ((1, "stdout", stdout), (2, "stderr", stderr)):
+            if given is None:
+                os.close(number)
+            else:
+                os.dup2(given, number)
+            setattr(
+                sys, name, None if given is None else os.fdopen(number, "w", closefd=False)
+            )  # as Python itself does
+        os._exit(function() or 0)
+    except BaseException:
+        os._exit(99)
+
+
 def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
     """torchrun in the current folder, a thread a rank."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
