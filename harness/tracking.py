@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
 import struct
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -47,9 +48,10 @@ class Tracker:
         if not self._run:
             print("wandb: disabled; the curves are in", self.path)
             return
-        self._stored: Container[int] = range(self._run.starting_step)  # what the server has
+        self._stored: Collection[int] = range(self._run.starting_step)  # what the server has
         if self._run.offline:
             self._stored = stored_steps(folder, run_id)
+        self._sent = 0
         for line in kept:
             self._send(line["step"], {k: v for k, v in line.items() if k != "step"})
 
@@ -84,11 +86,17 @@ class Tracker:
         if self._run and step not in self._stored:
             finite = {k: v for k, v in metrics.items() if v is not None}
             self._try(lambda run: run.log(finite, step=step, commit=True))
+            self._sent += 1
 
     def close(self) -> None:
         self.sync()
         self._file.close()
         self._try(lambda run: run.finish())
+        if self._run and self._run.offline:  # whose service does not say that its disk is full
+            there = len(stored_steps(self.path.parent, self._run.id))
+            if lacking := len(self._stored) + self._sent - there:
+                problem = f"lacks {lacking} steps, its disk may be full; a resume would send them"
+                print(f"wandb: {self.path.parent}/wandb {problem}. The curves are in {self.path}")
 
     def _try(self, call) -> None:
         """`call` the wandb run, unless it has failed before."""
@@ -109,6 +117,8 @@ def read_metrics(path: Path, last: int) -> list[dict[str, Any]]:
     lines: list[dict[str, Any]] = []
     texts = path.read_bytes().split(b"\n") if path.exists() else []
     for number, text in enumerate(texts, 1):
+        if lines and lines[-1]["step"] >= last:  # all that follows is run again
+            break
         try:
             line = json.loads(text)
             if not line["step"] > (lines[-1]["step"] if lines else -1):
@@ -130,6 +140,7 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
     mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
+    logging.raiseExceptions = False  # else a full disk gives a traceback for each line of wandb's log
 
     def start(mode: Any):
         import wandb  # here: it takes a second

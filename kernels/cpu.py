@@ -95,10 +95,9 @@ def _opened(path: Path, compiler: list[str]) -> ctypes.CDLL | None:
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(path))
     path.unlink()
-    if (path := build(compiler)) is None:
-        return None
+    anew = build(compiler)
     try:
-        return ctypes.CDLL(str(path))
+        return ctypes.CDLL(str(anew)) if anew else None
     except OSError:
         path.unlink(missing_ok=True)  # or the next process would try it again
         raise
