@@ -284,8 +284,9 @@ CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "kernels.cpu", "tests.
 
 def _child(arguments, log, signal_at, environment):
     with open(log, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(f.fileno(), number)
+            setattr(sys, name, os.fdopen(number, "w", 1, closefd=False))  # the server's may be files, and this a pipe
     import train
 
     os.environ.update(environment)
