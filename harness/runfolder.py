@@ -10,7 +10,7 @@ from pathlib import Path
 from harness.errors import UserError
 from harness.files import NOT_OFFERED, remove_leftovers
 
-_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "steps", "curves.png", "wandb", "diagnostics")
+_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "shards", "steps", "curves.png", "wandb", "diagnostics")
 # Where a former run lies while another takes its place: the first while its files move, in either direction; the second
 # when all of them are there; the third when the other run has begun, and the former may go. A folder is renamed at
 # once, so that a kill at any moment leaves it plain which run the files in place are of.
