@@ -5,7 +5,8 @@ bit, the losses and weights of one that never stopped. `train` is the whole stor
 harness/.
 """
 
-from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+# Before torch, whose import takes seconds: a Ctrl-C meanwhile ends quietly.
+from harness.errors import UserError, advising_on_memory, run_cli
 
 # isort: split
 import contextlib
@@ -42,6 +43,7 @@ from harness.parallel import background_saver, looked_into, on_all_ranks, own_pa
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.signals import StopSignals
+from harness.streams import unfailing_output
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
 from measure.feedback import feedback_matrices, feedback_metrics
@@ -57,7 +59,7 @@ def main() -> int:
         ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
         run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
-        with StopSignals(ranks.is_main) as stop, run_folder as folder:
+        with advising_on_memory(config), unfailing_output(), StopSignals(ranks.is_main) as stop, run_folder as folder:
             status = train(config, ranks, folder, stop)
         ranks.leave()
         return status

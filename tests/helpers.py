@@ -240,6 +240,25 @@ def run_python(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.C
     )
 
 
+def forked(function, stdout: int | None = None, stderr: int | None = None) -> int:
+    """The exit status of `function()` in a fork of this process, which has these descriptors (None: closed) for its
+    standard output and error."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        for number, name, given in ((1, "stdout", stdout), (2, "stderr", stderr)):
+            if given is None:
+                os.close(number)
+            else:
+                os.dup2(given, number)
+            setattr(
+                sys, name, None if given is None else os.fdopen(number, "w", closefd=False)
+            )  # as Python itself does
+        os._exit(function() or 0)
+    except BaseException:
+        os._exit(99)
+
+
 def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
     """torchrun in the current folder, a thread a rank."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -269,8 +288,9 @@ CONTEXT.set_forkserver_preload(
 
 def _child(arguments, log, signal_at, environment, inject):
     with open(log, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(f.fileno(), number)
+            setattr(sys, name, os.fdopen(number, "w", 1, closefd=False))  # the server's may be files, and this a pipe
     import train
 
     os.environ.update(environment)
