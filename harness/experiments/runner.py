@@ -25,6 +25,7 @@ from harness.experiments.grid import ROOT, Cell, Experiment
 from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_measure, trained
 from harness.files import NOT_OFFERED, make_folder, write_text
 from harness.launch import prepare
+from harness.text_files import read_json
 
 TRAINED, FINISHED, UNMEASURED, FAILED = "trained", "finished", "trained, but not all measured", "not trained"
 
@@ -334,7 +335,7 @@ def write_facts(experiment: Experiment, command: str, jobs: int) -> None:
     }
     earlier: list[dict] = []
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         earlier = before.pop("earlier", [])
         before["machine"]["jobs"] = jobs  # how many at a time makes no other result
         another = any(before.get(key) != facts[key] for key in ("commit", "date", "machine"))

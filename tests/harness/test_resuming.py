@@ -28,7 +28,8 @@ def config(*changes: str):
 
 def whole(path: str, **more) -> None:
     """A checkpoint that has what a resume needs."""
-    needed = {key: {} for key in ("optimizer", "scaler", "config", "corpus", "machine")} | {"best_val_loss": 1.0}
+    needed = {key: {} for key in ("optimizer", "scaler", "config", "machine")} | {"best_val_loss": 1.0}
+    needed["corpus"] = {"folder": "corpus", "sha256": "of it"}
     save_model(tiny_gpt(**SHAPE), path, **needed | more)
 
 
