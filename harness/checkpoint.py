@@ -57,7 +57,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path} is a checkpoint of format {version!r:.20}, and this version reads up to {FORMAT}: update it"
         )
     if wrong := [key for key, fits in _BESIDE.items() if key in checkpoint and not fits(checkpoint[key])]:
-        raise UserError(f"{path}: its {wrong[0]} is not what this project or nanoGPT writes there: {OURS_ALONE}")
+        raise UserError(f"{path}: its {wrong[0]} is not what this project or nanoGPT writes. {OURS_ALONE}")
     return checkpoint
 
 
@@ -92,7 +92,7 @@ def _way_to_load(path: Path, content: Any) -> str:
         return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     try:
         args = _model_args_of(clean_state_dict(state))
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return ""
     loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
     known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
@@ -175,7 +175,7 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
             if found:
                 raise ValueError(f"the weights {problem} {listed(found)}")
         assign_weights(model, state)
-    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError) as e:
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, LookupError) as e:
         raise UserError(f"{path}: its weights and its model_args do not fit together: {first_line(e)}") from e
     return model
 

@@ -121,10 +121,11 @@ def variants(configs: Mapping[str, dict | None]) -> dict[str, list[str]]:
     seeds all differ. Every other run, and one whose config is not known, is a variant of its own."""
     same: dict[str, list[str]] = {}
     for name, config in configs.items():
-        same.setdefault(json.dumps(_without_seed(config) if config else name, sort_keys=True), []).append(name)
+        trained = json.dumps(_without_seed(config) if config else name, sort_keys=True, default=str)
+        same.setdefault(trained, []).append(name)
     found: dict[str, list[str]] = {}
     for names in same.values():
-        seeds = {config["run"].get("seed") for name in names if (config := configs[name])}
+        seeds = {str(config["run"].get("seed")) for name in names if (config := configs[name])}
         if len(names) == 1 or len(seeds) < len(names):
             found |= {name: [name] for name in names}
             continue
@@ -147,7 +148,9 @@ def config_beside(file: Path) -> dict | None:
         config = read_yaml(file.parent / "config.yaml", "config")
     except UserError:
         return None
-    return config if isinstance(config, dict) and isinstance(config.get("run"), dict) else None
+    sections = config.values() if isinstance(config, dict) and "run" in config else [None]
+    whole = all(isinstance(section, dict) and all(isinstance(key, str) for key in section) for section in sections)
+    return config if whole and all(isinstance(name, str) for name in config) else None
 
 
 def read_run(file: Path) -> Series:
