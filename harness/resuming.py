@@ -167,12 +167,14 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
 
 
 def free_memory() -> int | None:
-    """The bytes that this machine could give without swapping; None where it does not say."""
+    """The bytes that this machine, or the container that this process is in, could give without swapping; None where
+    neither says."""
+    known = []
     with contextlib.suppress(OSError):
-        said = Path("/proc/meminfo").read_text()
-        if found := re.search(r"MemAvailable: *(\d+) kB", said):
-            return 1024 * int(found[1])
-    return None
+        known += [1024 * int(n) for n in re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())]
+    with contextlib.suppress(OSError, ValueError):  # the latter where it is "max"
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known, default=None)
 
 
 def with_feedback(model: GPT, config: Config, checkpoint: dict, say) -> GPT:

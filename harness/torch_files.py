@@ -49,6 +49,8 @@ def read_torch_file(path: Path, device: str | torch.device = "cpu", advice: str 
     except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
         if path.suffix == ".safetensors":
             raise UserError(f"{path} is not a checkpoint: name the folder that it is in, hf:{path.parent}") from e
+        if isinstance(e, MemoryError) or "can't allocate memory" in str(e):
+            raise UserError(f"{path} does not fit into the memory that is free, {path.stat().st_size:,} bytes") from e
         raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
 
 
