@@ -23,8 +23,9 @@ meta.pkl is read as well.) Without either they are taken for GPT-2's.
 """
 
 import hashlib
-import json
+import io
 import pickle
+import pickletools
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -34,6 +35,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
+from harness.text_files import read_json
 from harness.tokenizer import GPT2, Chars, Ids, Tokenizer, different_tokenizers, from_meta
 
 SPLITS = ("train", "val")
@@ -94,7 +96,7 @@ class Corpus:
 
     def _read_meta(self) -> dict:
         try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            meta = read_json(self.folder / "meta.json")
             if "format" not in meta and not {"splits", "source"} & set(meta):  # a user's own
                 if (dtype := meta.get("dtype", "uint16")) not in DTYPES:
                     raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -321,8 +323,12 @@ def read_nanogpt_vocabulary(path: Path) -> str | int:
     Admits dicts, strings and integers only; UserError for anything else, and nothing in it is executed.
     """
     try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
+        content = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(content):
+            # A memo is as long as the largest number in it; nested tuples take for ever to be made a key.
+            if opcode.name.startswith("TUPLE") or ("PUT" in opcode.name and (argument or 0) > len(content)):
+                raise ValueError(f"{opcode.name} in it")
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
         if "itos" not in meta and isinstance(vocab_size := meta["vocab_size"], int) and vocab_size > 0:
             return vocab_size
         characters = [meta["itos"][i] for i in range(meta["vocab_size"])]

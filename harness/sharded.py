@@ -8,6 +8,7 @@ on on another number of ranks, sharded or not.
 """
 
 import pickle
+import re
 import shutil
 import threading
 import warnings
@@ -128,8 +129,12 @@ def optimizer_state(
     """The state of every parameter, by its number, in the checkpoint that was read from `path`: as `optimizer`, of any
     number of ranks, has its parameters. With `ranks` every rank calls this, and each looks at a part of the files.
     UserError if a file is missing, damaged, or holds anything but tensors."""
-    shards, ranks = path.parent / checkpoint["shards"]["folder"], ranks or Ranks(torch.device("cpu"))
-    check_files(shards, checkpoint["shards"]["crc32"], path, ranks)
+    ranks = ranks or Ranks(torch.device("cpu"))
+    named = checkpoint["shards"] if isinstance(checkpoint["shards"], dict) else {}
+    folder, crc32_of = named.get("folder"), named.get("crc32")
+    if not isinstance(folder, str) or not re.fullmatch(rf"{FOLDER}/\d+", folder) or not isinstance(crc32_of, dict):
+        raise UserError(f"{path} has a shards that no run has written")
+    check_files(shards := path.parent / folder, crc32_of, path, ranks)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[str, dict[str, Tensor]] = {}
     try:
@@ -151,9 +156,9 @@ def optimizer_state(
 def check_files(shards: Path, crc32_of: dict[str, int], path: Path, ranks: Ranks) -> None:
     """UserError, on every rank, unless each of the files has its CRC-32."""
     found = None
-    for name in sorted(crc32_of)[ranks.rank :: ranks.size]:
+    for name in sorted(crc32_of, key=str)[ranks.rank :: ranks.size]:
         try:
-            if Path(name).name != name or crc32(shards / name) != crc32_of[name]:
+            if Path(str(name)).name != name or crc32(shards / name) != crc32_of[name]:
                 found = found or f"{shards / name} is damaged"
         except OSError as error:
             found = found or f"cannot read {shards / name} ({error.strerror})"

@@ -26,6 +26,7 @@ from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_m
 from harness.files import NOT_OFFERED, make_folder, write_text
 from harness.launch import prepare
 from harness.signals import heeded
+from harness.text_files import read_json
 
 TRAINED, FINISHED, UNMEASURED, FAILED = "trained", "finished", "trained, but not all measured", "not trained"
 
@@ -335,7 +336,7 @@ def write_facts(experiment: Experiment, command: str, jobs: int) -> None:
     }
     earlier: list[dict] = []
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         earlier = before.pop("earlier", [])
         before["machine"]["jobs"] = jobs  # how many at a time makes no other result
         another = any(before.get(key) != facts[key] for key in ("commit", "date", "machine"))
