@@ -78,15 +78,20 @@ class Corpus:
         lazily: bool = False,
     ):
         self.folder, self._lazily = Path(folder), lazily
-        while True:
+        before: Any = ...
+        while True:  # until it was not prepared anew in the meantime: an error counts if it comes twice
             described = self._description()
             try:
                 self._open(described, verify, vocab_size)
                 if self._description() == described:
                     return
             except UserError:
-                if self._description() == described:  # else it has been prepared anew in the meantime
+                if described == before:
                     raise
+            except OSError as error:
+                if described == before:
+                    raise UserError(f"cannot read {error.filename or self.folder}: {error.strerror}") from error
+            before = described
 
     def _open(self, described: bytes | None, verify: Collection[str], vocab_size: int | None) -> None:
         self._remedy = f"run python {self.folder / 'prepare.py'}"
