@@ -35,6 +35,12 @@ class TextFile(NamedTuple):
     start: int = 0
     stop: int | None = None
 
+    def size(self) -> int:
+        try:
+            return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
+
 
 Document = str | bytes | TextFile
 
@@ -73,9 +79,8 @@ def write_corpus(
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
     begins = tokenizer.separator == tokenizer.begin
     counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
-    journal = None
-    if arguments is not None:
-        journal = Journal.open(folder, arguments | {"shard_bytes": shard_bytes} | tokenizer.describe())
+    decides = {"shard_bytes": shard_bytes} | tokenizer.describe()
+    journal = None if arguments is None else Journal.open(folder, arguments | decides)
     files: dict[str, SplitWriter] = {}
     try:
         if journal:
@@ -140,7 +145,7 @@ def write_corpus(
     return meta
 
 
-Job = list[tuple[str, bool, bytes, Path | None]]  # of texts: split, whether a document starts here, text, its file
+Job = list[tuple[str, bool, bytes | TextFile, Path | None]]  # of texts: split, whether a document starts, text, file
 Block = tuple[str, np.ndarray, int, int, dict[Path, int]]
 
 
@@ -152,27 +157,6 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
     A job is about PIECE bytes of text: many short documents, or a part of a long one. At most two jobs a thread wait at
     a time, which bounds the memory. Threads are enough, since the encoders release the GIL.
     """
-    separator = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype)
-
-    def encode_job(job: Job) -> list[Block]:
-        blocks: list[Block] = []
-        for split in SPLITS:
-            mine = [(starts, text, path) for of, starts, text, path in job if of == split]
-            if mine:
-                wrong: Counter[Path] = Counter()
-                for _, text, path in mine if not isinstance(tokenizer, Bytes) else ():
-                    if path and (problem := text_fault(text)):
-                        raise _refusal(path, problem)
-                    if path and (places := places_replaced(text)):
-                        wrong[path] += places
-                parts = [
-                    part for starts, text, _ in mine for part in (separator[: int(starts)], tokenizer.encode(text))
-                ]
-                ids = np.concatenate(parts, dtype=dtype, casting="unsafe")
-                size = sum(len(text) for _, text, _ in mine)
-                blocks.append((split, ids, sum(starts for starts, _, _ in mine), size, wrong))
-        return blocks
-
     executor = ThreadPoolExecutor(threads)
     running: deque[tuple[Future, Any]] = deque()
 
@@ -184,7 +168,7 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
 
     try:
         for job, state in _jobs(documents, tokenizer.whole_documents):
-            running.append((executor.submit(encode_job, job), state))
+            running.append((executor.submit(_encode_job, tokenizer, dtype, job), state))
             if len(running) > 2 * threads:
                 yield from oldest()
         while running:
@@ -193,23 +177,52 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
         executor.shutdown(cancel_futures=True)
 
 
+def _encode_job(tokenizer: Tokenizer, dtype: str, job: Job) -> list[Block]:
+    separator = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype)
+    blocks: list[Block] = []
+    for split in SPLITS:
+        parts, documents, size = [], 0, 0
+        wrong: Counter[Path] = Counter()
+        for of, starts, document, path in job:
+            if of != split:
+                continue
+            parts += [separator] * starts
+            documents += starts
+            for text in _parts(document, tokenizer.whole_documents) if isinstance(document, TextFile) else [document]:
+                if path and not isinstance(tokenizer, Bytes):
+                    if problem := text_fault(text):
+                        raise _refusal(path, problem)
+                    if places := places_replaced(text):
+                        wrong[path] += places
+                parts.append(tokenizer.encode(text))
+                size += len(text)
+        if parts:
+            blocks.append((split, np.concatenate(parts, dtype=dtype, casting="unsafe"), documents, size, wrong))
+    return blocks
+
+
 def _jobs(documents, whole: bool) -> Iterator[tuple[Job, Any]]:
     """Lists of texts that hold about PIECE bytes each, or where documents must stay `whole`, at least one document;
-    with the state of the documents behind each that ends with one."""
+    with the state of the documents behind each that ends with one. A file of less is read where it is encoded."""
     job: Job = []
     size, state_of = 0, getattr(documents, "state", lambda: None)
     state = state_of()
     for split, document in documents:
-        parts = [b"".join(pieces(document))] if whole else pieces(document)
-        for number, text in enumerate(parts):
+        path = document.path if isinstance(document, TextFile) else None
+        length = document.size() if path else PIECE + 1
+        for number, text in enumerate([document] if length <= PIECE else _parts(document, whole)):
             if size >= PIECE // 2:
                 yield job, None if number else state
                 job, size = [], 0
-            job.append((split, number == 0, text, document.path if isinstance(document, TextFile) else None))
-            size += len(text)
+            job.append((split, number == 0, text, path))
+            size += len(text) if isinstance(text, bytes) else length
         state = state_of()
     if job:
         yield job, state
+
+
+def _parts(document: Document, whole: bool) -> Iterable[bytes]:
+    return [b"".join(pieces(document))] if whole else pieces(document)
 
 
 def pieces(document: Document) -> Iterator[bytes]:

@@ -236,15 +236,20 @@ class Journal:
     @classmethod
     def open(cls, folder: Path, arguments: dict) -> "Journal | None":
         """None where another process has it."""
-        lock = open(folder / f"train.bin.{_PART}", "ab")  # noqa: SIM115 (`close` closes it)
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            return None
-        except OSError:
-            pass  # a file system without locks
-        return cls(folder, lock, arguments)
+        path = folder / f"train.bin.{_PART}"
+        while True:
+            lock = open(path, "ab")  # noqa: SIM115 (`close` closes it)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                return None
+            except OSError:
+                pass  # a file system without locks
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                    return cls(folder, lock, arguments)
+            lock.close()  # it was another's, which has removed it
 
     def go_on(self, folder: Path, counts: dict, documents, shard_bytes: int) -> dict[str, SplitWriter]:
         """The writers of the splits, `counts` and `documents` as they were left, or where there is nothing to continue,
@@ -267,8 +272,13 @@ class Journal:
                 print(f"{folder}: what was begun there cannot be continued ({error}): it starts afresh")
         for writer in writers.values():
             writer.close()
-        self.path.unlink(missing_ok=True)
+        self._remove(but=f"train.bin.{_PART}")
         return {split: SplitWriter(folder, split, _PART, shard_bytes) for split in counts}
+
+    def _remove(self, but: str = "") -> None:
+        for path in self.path.parent.iterdir():
+            if path == self.path or (re.fullmatch(rf"{_NAME}\.{_PART}", path.name) and path.name != but):
+                path.unlink(missing_ok=True)
 
     def note(self, documents: Any, counts: dict, writers: dict[str, SplitWriter]) -> None:
         """Where a writer would go on, were it interrupted now; from time to time that is written down."""
@@ -294,11 +304,10 @@ class Journal:
 
 
 def remove_unfinished(folder: Path, journal: Journal | None) -> None:
-    """Remove what is left of a prepare that could have been continued, by which the corpus now there has replaced
-    itself; `journal` is this process's own. One that still runs keeps its files."""
-    if (journal := journal or Journal.open(folder, {})) is None:
-        return
-    for path in folder.iterdir():
-        if path.name == _JOURNAL or re.fullmatch(rf"{_NAME}\.{_PART}", path.name):
-            path.unlink(missing_ok=True)
-    journal.close()
+    """Remove what is left of a prepare that could have been continued, after a corpus has been put there; `journal` is
+    this process's own, whose files are part of that corpus. One that still runs keeps its files."""
+    if journal:
+        journal.path.unlink(missing_ok=True)
+    elif (folder / f"train.bin.{_PART}").exists() and (journal := Journal.open(folder, {})):
+        journal._remove()
+        journal.close()
