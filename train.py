@@ -76,7 +76,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     if c.deterministic:
         make_deterministic()
     say = print if ranks.is_main else lambda *_: None
-    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
+    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size, lazily=True)
     if corpus.note:
         say(f"note: {corpus.note}")
     micro_batch_size, micro_steps = accumulation(config, ranks.size)

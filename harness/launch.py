@@ -11,6 +11,7 @@ import torch
 
 from harness.config import Config
 from harness.config_files import main_config, parse_overrides
+from harness.corpus import is_prepared
 from harness.errors import UserError, run_cli
 from harness.machines import STOPS, Launcher, Machines, machines_of
 
@@ -65,7 +66,7 @@ def as_typed(arguments: list[str], here: Path) -> list[str]:
 
 def prepare(corpus: Path) -> None:
     """Run the corpus's prepare.py if that has not been done."""
-    if (corpus / "val.bin").exists():  # prepare.py puts it into place last
+    if is_prepared(corpus):
         return
     script = corpus / "prepare.py"
     if not script.exists():

@@ -136,7 +136,7 @@ class Subject:
         if not self.args.data and not Path(folder).is_dir():
             raise UserError(f"{folder}, the corpus that {self.path} was trained on, is not here: name one with --data")
         vocab_size = self.model.config.vocab_size
-        corpus = Corpus(folder, [self.args.split], vocab_size)
+        corpus = Corpus(folder, [self.args.split], vocab_size, lazily=True)
         corpus.check_fits(self.path, self.info, vocab_size)
         return corpus
 

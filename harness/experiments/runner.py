@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from harness.corpus import is_prepared
 from harness.device import commit, processor_name
 from harness.errors import UserError
 from harness.experiments.grid import ROOT, Cell, Experiment
@@ -306,7 +307,7 @@ def clock(seconds: float) -> str:
 def prepare_corpora(experiment: Experiment) -> None:
     """Prepare the corpora that are not there yet."""
     for folder in dict.fromkeys(cell.config.data.corpus for cell in experiment.cells):
-        if experiment.prepare and not (Path(folder) / "val.bin").exists():
+        if experiment.prepare and not is_prepared(Path(folder)):
             print(f"preparing {folder}", flush=True)
             if subprocess.run([sys.executable, *experiment.prepare], cwd=ROOT).returncode:
                 raise UserError(f"{experiment.path}: prepare: python {shlex.join(experiment.prepare)} failed")
