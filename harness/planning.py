@@ -1,0 +1,340 @@
+"""What a run takes, worked out from its config: memory on a device, bytes between devices, checkpoints, steps.
+
+Memory has its peak at one of a few moments of a step: while the loss is computed or goes back, in the backward pass of
+the last block (all activations are there) or of the first (all gradients are), or in the optimizer's step. `Plan` adds
+up, for each moment, what is alive then, kind by kind; the peak is the largest sum. Bytes of a tensor of n tokens and C
+channels are n·C·wide or n·C·half, where `wide` is what the residual stream has and `half` what matrix products take.
+
+What is counted is what autograd keeps of the operations in model.py and kernels/, so that a change there wants one
+here: tests/harness/test_planning.py compares the sums with what PyTorch allocates. Two parts are not added up by hand
+but followed through PyTorch's own code without memory (`follow`): attention that is materialized, whatever its
+normalizer, and the KL beside a reference. Not counted are the CUDA context, fragmentation and libraries' workspaces.
+"""
+
+import contextlib
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from harness.config import Config
+from harness.kl_training import position_kl
+from harness.optimizers import BY_MUON, kinds_of
+from kernels.backends import use_backend
+from kernels.loss import ROWS, cross_entropy
+from model import GPT, NORMALIZERS, GPTConfig, rotation
+
+Bytes = Counter  # kind → bytes
+
+
+@dataclass(frozen=True)
+class Followed:
+    """Bytes of the tensors that a function made, its result left out: kept for the backward pass, and the most there
+    were at a time in each pass, the gradients of its inputs among them."""
+
+    kept: int
+    forward: int
+    backward: int
+
+
+class _Storages(TorchDispatchMode):
+    """Sums up the tensors that the operations within it make, as long as they live."""
+
+    def __init__(self, known: Iterable[Tensor]):
+        super().__init__()
+        self.known, self.live, self.peak = {x.untyped_storage()._cdata for x in known}, {}, 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for x in tree_leaves(result):
+            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
+                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+        self.peak = max(self.peak, self.bytes())
+        return result
+
+    def bytes(self) -> int:
+        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
+        return sum(size for _, size in self.live.values())
+
+
+def follow(function: Callable[..., Tensor], *inputs: Tensor, known: Iterable[Tensor] = ()) -> Followed:
+    """What `function` of the inputs takes forward and backward beside these and what else is `known`."""
+    with _Storages([*inputs, *known]) as storages:
+        result = function(*inputs)
+        own, forward = result.untyped_storage().nbytes(), storages.peak
+        kept = storages.bytes() - own
+        gradient = torch.ones_like(result)
+        storages.peak = 0
+        result.backward(gradient)
+    return Followed(kept, forward - own, storages.peak - own - gradient.untyped_storage().nbytes())
+
+
+class Plan:
+    """What the training of `shape` as `config` says takes on each of so many devices.
+
+    `device` is "cuda", where the model is compiled unless the config says no, or "cpu". `batch` is the sequences that a
+    device holds at a time: by default training.micro_batch_size, or less where that does not divide a device's share.
+    """
+
+    def __init__(self, config: Config, shape: GPTConfig, gpus: int = 1, device: str = "cuda", batch: int | None = None):
+        c = config.training
+        if c.feedback != "backprop":
+            shape = replace(shape, tie_embeddings=False)
+        self.config, self.shape, self.gpus, self.device = config, shape, gpus, device
+        share = c.batch_size // gpus
+        most = min(batch or c.micro_batch_size or share, share)
+        self.batch = next(n for n in range(most, 0, -1) if share % n == 0)
+        self.micro_steps = share // self.batch
+        self.compiled = device == "cuda" if c.compile == "auto" else c.compile
+        self.on_cpu = device == "cpu" and not self.compiled
+        self.sharded = c.parallel == "fsdp" and gpus > 1
+        dtype = ("bfloat16" if device == "cuda" else "float32") if c.dtype == "auto" else c.dtype
+        self.dtype = getattr(torch, dtype)
+        self.half = self.dtype.itemsize
+        self.wide = self.half if self.sharded else 4  # FSDP's parameters are in dtype, and so is what they are added to
+        self.tokens = self.batch * shape.block_size
+        with torch.device("meta"):
+            self.model = GPT(shape)
+
+    # --- parameters ---------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many there are, a shared embedding counted once."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @cached_property
+    def of_block(self) -> int:
+        return sum(p.numel() for p in self.model.transformer.h[0].parameters())
+
+    @property
+    def of_root(self) -> int:
+        """Those outside of blocks: embeddings, the last norm, the head."""
+        return self.parameters - self.shape.n_layer * self.of_block
+
+    @property
+    def of_head(self) -> int:
+        return self.shape.vocab_size * self.shape.n_embd
+
+    @cached_property
+    def state_bytes(self) -> int:
+        """Of the whole optimizer's state in float32: two moments for AdamW, one for Muon and for SGD with momentum."""
+        c = self.config.optimizer
+        if c.name == "sgd":
+            return 0 if c.momentum == 0 else 4 * self.parameters
+        kinds, by_muon = kinds_of(self.model), BY_MUON.get(c.name, ())
+        return sum(4 * p.numel() * (1 if kinds[n] in by_muon else 2) for n, p in self.model.named_parameters())
+
+    # --- activations --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def attention(self) -> Followed | None:
+        """What a block's attention takes where it is materialized; None where it runs on a fused kernel."""
+        c, entry, on_cpu = self.shape, NORMALIZERS[self.shape.normalizer], self.device == "cpu"
+        if entry.tile == "softmax" and not (on_cpu and c.dropout):
+            return None
+        if entry.tile is not None and not c.dropout and (on_cpu or c.head_size <= 128):
+            return None
+        with FakeTensorMode(), contextlib.nullcontext() if on_cpu else use_backend("materialized"):
+            module = GPT(replace(c, n_layer=1)).transformer.h[0].attn
+            for linear in (m for m in module.modules() if isinstance(m, nn.Linear)):
+                for name, p in [*linear.named_parameters()]:  # as autocast's copies, which are counted elsewhere
+                    setattr(linear, name, nn.Parameter(p.to(self.dtype), requires_grad=False))
+            x = torch.empty(self.batch, c.block_size, c.n_embd, dtype=self.dtype, requires_grad=True)
+            rope = rotation(c, 0, c.block_size, x) if c.position == "rope" else None
+            return follow(lambda x: module(x, rope), x, known=module.parameters())
+
+    @cached_property
+    def block(self) -> Bytes:
+        """What a block keeps of a micro-batch for its backward pass."""
+        c, n, half, wide = self.shape, self.tokens, self.half, self.wide
+        C, I, T = c.n_embd, c.resolved()["n_inner"], c.block_size
+        q, kv = c.n_head * c.head_size, c.kv_heads * c.head_size  # channels
+        rms_on_cpu = 4 * self.on_cpu  # there it is several operations, and what they scale is kept
+        kept = Bytes()
+        kept["residual stream"] = n * C * wide * (1 if c.parallel_residual else 2)
+        # Each linear layer casts its input by itself, and two read the same one.
+        casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < wide and not self.compiled)
+        kept["norms"] = n * C * half * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * rms_on_cpu)
+        kept["MLP"] = n * half * I * (2 if c.mlp == "gelu" else 4 - self.compiled)
+        kept["dropout masks"] = n * C * self._mask(half) * (c.dropout > 0)
+        if self.attention:
+            kept["attention, T × T"] = self.attention.kept + n * half * q  # what c_proj reads
+            return kept
+        kept["dropout masks"] *= 2
+        qkv, has_null_key = q + 2 * kv, "null_key" in NORMALIZERS[c.normalizer].parameters
+        if has_null_key:
+            qkv *= (T + 1) / T  # copies of all three, with a row more
+        elif c.position == "rope":
+            qkv += q + kv  # beside what they are rotated from, which v is a part of
+        qkv += q * (NORMALIZERS[c.normalizer].queries is not None)
+        kept["queries, keys, values"] = n * half * qkv
+        if c.qk_norm:  # in float32
+            as_input = 4 * (half < 4 and not self.compiled)
+            as_output = half * (c.position == "learned")
+            kept["queries, keys, values"] += n * (q + kv) * (rms_on_cpu + as_input + as_output)
+        copies = 1 + (c.normalizer == "clipped") + has_null_key
+        kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
+        kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
+        return kept
+
+    def _mask(self, width: int) -> int:
+        """Bytes of an element's dropout mask: on a CPU it is a tensor of what it multiplies."""
+        return width if self.on_cpu else 1
+
+    @property
+    def layers(self) -> Bytes:
+        """What all blocks keep: everything, or their inputs alone."""
+        if self.config.training.checkpoint_activations:
+            return Bytes({"residual stream": self.shape.n_layer * self.tokens * self.shape.n_embd * self.wide})
+        return times(self.block, self.shape.n_layer)
+
+    @property
+    def around(self) -> Bytes:
+        """Activations outside of blocks, from the embedding to the loss."""
+        c, n, C = self.shape, self.tokens, self.shape.n_embd
+        held = Bytes({"residual stream": n * C * self.wide, "norms": n * C * self.half})
+        held["norms"] += 4 * n * C * (c.norm == "rmsnorm" and self.on_cpu)
+        held["dropout masks"] = n * C * self._mask(self.wide) if c.dropout else 0
+        return held
+
+    # --- the moments --------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def moments(self) -> dict[str, Bytes]:
+        """What is alive at each moment that may be the peak."""
+        c, training, n, half, wide = self.shape, self.config.training, self.tokens, self.half, self.wide
+        C, V, L, T = c.n_embd, c.vocab_size, c.n_layer, c.block_size
+        head, shards = 4 * self.of_head, self.gpus if self.sharded else 1
+        base = Bytes({"parameters": 4 * self.parameters / shards, "optimizer state": self.state_bytes / shards})
+        base["batch"] = 16 * n
+        if self.config.kl.reference:
+            base["KL reference"] = 4 * self.parameters  # as if it had the model's shape
+        if self.gpus > 1 and not self.sharded:
+            base["DDP's buckets"] = 4 * self.parameters
+        before = Bytes({"gradients": 4 * self.parameters / shards * (self.micro_steps > 1)})
+        copies = self._copies
+
+        kept = Bytes() if training.checkpoint_activations else times(copies, L)
+        forward, back, logits = self._loss
+        found = {"the loss": base + before + self.layers + times(copies, L) + self.around + forward}
+        found["the loss, backward"] = base + before + self.layers + kept + self.around + back
+        base += logits
+
+        # A block's backward: the block's own activations anew, where only its input was kept.
+        own = Bytes()
+        if training.checkpoint_activations:
+            own = self.block + copies
+            own["residual stream"] -= n * C * wide
+        shared = Bytes({"gradients": head * (c.tie_embeddings or self.micro_steps == 1)})  # the head's, not added yet
+        if self.attention:
+            so_far = Bytes({"residual stream": n * C * wide, "norms": n * C * half})
+            so_far["attention, T × T"] = self.attention.forward
+            if not training.checkpoint_activations:
+                so_far += times(self.block, L - 1)
+            found["the last block, forward"] = base + before + times(copies, L) + so_far
+        for name, work in self._at_work.items():
+            found[f"the last block, {name}"] = base + before + shared + self.layers + kept + own + work
+        first = Bytes({"gradients": 4 * (self.parameters - self.of_block) / shards}) if self.micro_steps == 1 else before
+        held = Bytes() if c.tie_embeddings and self.micro_steps == 1 else shared
+        for name, work in self._at_work.items():
+            found[f"the first block, {name}"] = base + first + held + self.block + copies + work
+
+        # The embedding's gradient is a tensor of its own before it is added to the head's, and to former ones.
+        grads = Bytes({"gradients": 4 * self.parameters / shards})
+        more = (c.tie_embeddings + (self.micro_steps > 1)) * head
+        found["the embedding, backward"] = base + grads + Bytes({"at work": n * C * wide, "gradients": more})
+        found["the optimizer's step"] = base + grads + Bytes({"at work": self._stepping / shards})
+        return found
+
+    @cached_property
+    def _loss(self) -> tuple[Bytes, Bytes, Bytes]:
+        """What the head and the loss take forward and backward, and what is held until the next step's."""
+        c, n, half, V = self.shape, self.tokens, self.half, self.shape.vocab_size
+        head, copy = 4 * self.of_head, self.of_head * half * (half < self.wide)  # its gradient; its weight in half
+        outputs = 4 * n * c.n_embd * (half < self.wide and not self.compiled)  # of the last norm, before they are cast
+        if not self.config.kl.reference and self.config.training.feedback == "backprop":
+            # By chunks of rows: the sums that become the gradients of x and of the head's weight, and a chunk's logits,
+            # which on a CPU become log p in another tensor. Backward, both sums are multiplied into new tensors.
+            chunks = -(-n // ROWS[self.device])
+            rows = min(n, -(-n // (128 * chunks)) * 128)
+            logits = rows * V * (half if self.device == "cuda" else 8 if half == 4 else 10)
+            forward = Bytes({"loss": n * c.n_embd * half + head + logits + copy, "norms": outputs})
+            return forward, Bytes({"loss": 2 * (n * c.n_embd * half + head)}), Bytes()
+        # All logits at once: train.py holds the last ones until it has the next.
+        logits = Bytes({"logits": n * V * half})
+        with FakeTensorMode():
+            targets = torch.empty(n, dtype=torch.int64)
+            x, reference = (torch.empty(n, V, dtype=self.dtype, requires_grad=grad) for grad in (True, False))
+            followed = follow(lambda x: self._loss_of(x, reference, targets), x, known=(reference, targets))
+        beside = Bytes({"loss": copy, "KL reference": n * V * half * bool(self.config.kl.reference)}) + logits
+        forward = beside + Bytes({"loss": followed.forward})
+        return forward, beside + Bytes({"loss": followed.backward}), logits
+
+    def _loss_of(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
+        loss, c = cross_entropy(logits, targets), self.config.kl
+        if c.reference:
+            direction = c.direction or ("reverse" if c.mode == "barrier" else "forward")
+            temperature = c.temperature if c.mode == "distill" else 1.0
+            loss = loss + position_kl(logits, reference, direction, temperature).mean()
+        return loss
+
+    @property
+    def _copies(self) -> Bytes:
+        """A block's weights as autocast gives them to matrix products."""
+        if self.sharded or self.half == 4:
+            return Bytes()
+        linear = [m for m in self.model.transformer.h[0].modules() if isinstance(m, nn.Linear)]
+        return Bytes({f"weights in {self.dtype}".replace("torch.", ""): self.half * sum(p.numel() for m in linear for p in m.parameters())})
+
+    @property
+    def _at_work(self) -> dict[str, Bytes]:
+        """What a block's backward makes, less what it has let go of by then: of the gradient of the residual stream, of
+        the MLP's hidden layer (of swiglu's three), of its weight; or in attention that is materialized."""
+        c, n, half, wide = self.shape, self.tokens, self.half, self.wide
+        C, I = c.n_embd, c.resolved()["n_inner"]
+        gradient = n * C * (wide + half * (half < wide or c.dropout > 0))
+        found = {"MLP": Bytes({"at work": gradient + n * I * half * (1 if c.mlp == "gelu" else 2) + C * I * half})}
+        if self.attention:
+            work = self.attention.backward - self.attention.kept + n * C * wide
+            done = self.block["MLP"] + self.block["norms"] / 2 + n * C * wide * (not c.parallel_residual)
+            found["attention"] = Bytes({"at work": work - done})
+        return found
+
+    @property
+    def _stepping(self) -> int:
+        """What the optimizer makes beside its state: of the largest parameter, or where SGD steps all at once, of all."""
+        c, kinds = self.config.optimizer, kinds_of(self.model)
+        if c.name == "sgd":
+            tensors = bool(c.weight_decay) + (c.momentum != 0)
+            if self.device == "cuda":
+                return 4 * self.parameters
+            return 4 * tensors * max(p.numel() for p in self.model.parameters())
+        most, parts = 0, self.model.transformer.h[0].attn.sizes
+        for name, p in self.model.named_parameters():
+            if kinds[name] in BY_MUON.get(c.name, ()):
+                for rows in parts if kinds[name] == "qkv" else [p.size(0)]:
+                    columns = p.size(1)
+                    most = max(most, 8 * rows * columns + 4 * min(rows, columns) ** 2)
+        return most
+
+    @cached_property
+    def peak(self) -> tuple[str, Bytes]:
+        """The moment at which most is alive, and what."""
+        return max(self.moments.items(), key=lambda moment: sum(moment[1].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        return round(sum(self.peak[1].values()))
+
+
+def times(kinds: Bytes, factor: float) -> Bytes:
+    return Bytes({kind: size * factor for kind, size in kinds.items()})
