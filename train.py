@@ -7,32 +7,44 @@ harness/.
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import signal
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.nn.parallel import DistributedDataParallel
 
 from harness.batches import Windows, dropout_seed, prefetch
 from harness.checkpoint import FORMAT, save_checkpoint
 from harness.config import Config, ModelConfig
 from harness.config_files import main_config
 from harness.corpus import SPLITS, Corpus
-from harness.device import choose_compile, choose_dtype, keep_freed_memory, now, peak_flops
+from harness.device import (
+    choose_compile,
+    choose_dtype,
+    deterministic_cost,
+    keep_freed_memory,
+    make_deterministic,
+    now,
+    peak_flops,
+)
 from harness.distributed import Ranks, join_ranks
 from harness.errors import UserError, run_cli
 from harness.files import write_text
 from harness.kl_training import Reference
+from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
+from harness.parallel import background_saver, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
 from measure.feedback import feedback_matrices, feedback_metrics
+from measure.moments import whole
 from measure.outliers import activation_metrics
 from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
@@ -54,6 +66,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     keep_freed_memory()
     device, dtype = ranks.device, choose_dtype(c.dtype, ranks.device)
     use_compile = choose_compile(c.compile, device, c.feedback)
+    sharded = c.parallel == "fsdp" and ranks.size > 1
+    if c.deterministic:
+        make_deterministic()
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
     if corpus.note:
@@ -66,15 +81,16 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if ranks.share(start) != start:
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     torch.manual_seed(config.run.seed)
-    raw_model = initial_model(config, corpus, checkpoint, say).to(device)
+    raw_model = initial_model(config, corpus, checkpoint, say)
     block_size = raw_model.config.block_size
     check_corpus_fits(config, corpus, raw_model.config)
     windows = {split: Windows(corpus, split, block_size, config.data.windows) for split in SPLITS}
     if note := windows["train"].check_training():
         say(note)
+    place = functools.partial(placed, ranks=ranks, sharded_in=dtype if sharded else None, use_compile=use_compile)
     reference = None
     if config.kl.reference and not config.evaluation.only:
-        reference = Reference(config, raw_model.config, corpus, device, use_compile)
+        reference = Reference(config, raw_model.config, corpus, device, use_compile, place if sharded else None)
     machine = {
         "ranks": ranks.size,
         "threads": torch.get_num_threads(),
@@ -88,7 +104,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if start >= c.max_steps:
             return 0
 
-    model: Any = torch.compile(raw_model) if use_compile else raw_model
+    if c.checkpoint_activations:
+        recompute_activations(raw_model)
+    model: Any = place(raw_model)
     autocast = torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
     a = raw_model.config
     if NORMALIZERS[a.normalizer].tile is None:
@@ -99,7 +117,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         f"{a.n_layer} layers, {heads}, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention{gate}, {a.backward} backward, "
         f"by the {machine['attention']} kernel\n"
-        f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}; "
+        f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}"
+        f"{', sharded' if sharded else ''}; "
         f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"
     )
 
@@ -135,15 +154,16 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     optimizer = make_optimizer(raw_model, config.optimizer)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     best_val_loss = best_so_far(config, checkpoint, len(every_window), say) if checkpoint else math.inf
+    if c.deterministic and device.type == "cuda":
+        say(deterministic_cost(raw_model, windows["val"].gather(some_windows[:1], device), autocast))
+        optimizer.zero_grad()
+    skips = Skips(config, scaler.is_enabled(), checkpoint and checkpoint.get("skipped"))
     if checkpoint:
-        restore_optimizer(optimizer, checkpoint)
+        restore_optimizer(optimizer, checkpoint, config.folder / "ckpt.pt", ranks)
         if checkpoint["scaler"]:
             scaler.load_state_dict(checkpoint["scaler"])
     del checkpoint  # its tensors are the model's and the optimizer's now
-    wrapped = model
-    if ranks.size > 1:  # the only buffers, those of a feedback, are the same everywhere, and never change
-        cards = [device] if device.type == "cuda" else None
-        wrapped = DistributedDataParallel(model, cards, broadcast_buffers=False)
+    wrapped = model if sharded or ranks.size == 1 else on_all_ranks(model, ranks)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
     if note := schedule_note(config):
@@ -156,15 +176,18 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             write_text(folder.path / "config.yaml", config.to_yaml())
             tracker = Tracker(folder.path, config, start if resumed else None)
         progress = Progress(c.max_steps, start)
+    saver = background_saver(config.folder, ranks) if sharded else None
 
     def save(step: int, best: bool) -> None:
-        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank calls this, since the ranks of a
-        sharded model gather its state together; rank 0 alone writes."""
-        if not all(norm.isfinite() for norm in torch._foreach_norm(list(raw_model.parameters()))):
+        """Write ckpt.pt and, without the optimizer's state, best.pt. Every rank calls this, since each writes its share
+        of a sharded model; of any other, rank 0 writes all."""
+        norms = torch._foreach_norm([own_part(p) for p in raw_model.parameters()])
+        if ranks.max(not all(norm.isfinite() for norm in norms)):
             raise UserError(f"step {step}: its update left weights that are not finite; the last checkpoint is kept")
+        if tracker:
+            tracker.sync()
         checkpoint = {
             "format": FORMAT,
-            "model": raw_model.state_dict(),
             "feedback": feedback_matrices(raw_model),
             "model_args": dataclasses.asdict(raw_model.config),
             "step": step,
@@ -173,14 +196,23 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             "corpus": corpus.tokenizer.describe() | {"folder": config.data.corpus, "sha256": corpus.sha256},
             "reference": reference and reference.identity,
             "machine": machine,
+            "scaler": scaler.state_dict(),
+            "skipped": skips.count,
         }
-        state = {"optimizer": optimizer.state_dict(), "scaler": scaler.state_dict()}
+        paths: list[Path] = []
         if folder and best:  # first: a kill in between leaves no ckpt.pt that speaks of a best.pt not written
-            save_checkpoint(folder.best, checkpoint)
+            paths.append(folder.best)
         if folder and c.keep_interval and step and step % c.keep_interval == 0:
-            save_checkpoint(folder.kept(step), checkpoint | state)
+            paths.append(folder.kept(step))
         if folder:
-            save_checkpoint(folder.checkpoint, checkpoint | state)
+            paths.append(folder.checkpoint)
+        if saver:
+            saver.save(raw_model, optimizer, checkpoint, paths)
+            return
+        checkpoint["model"] = raw_model.state_dict()
+        for path in paths:
+            state = {} if path.name == "best.pt" else {"optimizer": optimizer.state_dict()}
+            save_checkpoint(path, checkpoint | state)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
@@ -197,7 +229,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 if progress:
                     progress.say(f"the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
             metrics |= validation_metrics(loss, windows["val"], "val_full")
-        outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
+        with autocast if sharded else contextlib.nullcontext():  # whose blocks are in that dtype
+            outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
         return metrics | outliers | feedback_metrics(raw_model), best
 
     if not resumed:
@@ -210,7 +243,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     stop = StopSignals(ranks.is_main)
     batches = training_batches(config, windows["train"], start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
-    unchecked = []  # (step, metrics, gradient norm) of the steps not looked at yet: a look waits for the device
+    unchecked = []  # (step, metrics, gradient norm, skipped) of steps not looked at yet: a look waits for the device
     clock, clock_step = now(device), start
     for step in range(start + 1, c.max_steps + 1):
         lr = set_learning_rates(optimizer, step, config)
@@ -219,8 +252,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             x, y, weight = next(batches)
             if raw_model.config.dropout:
                 torch.manual_seed(dropout_seed(config.run.seed, step, ranks.rank, micro_step))
-            last = micro_step == micro_steps - 1  # gradients are averaged over the ranks once a step
-            with contextlib.nullcontext() if ranks.size == 1 or last else wrapped.no_sync():
+            last = micro_step == micro_steps - 1  # copies' gradients are averaged over the ranks once a step
+            with contextlib.nullcontext() if wrapped is model or last else wrapped.no_sync():
                 with autocast:
                     logits, loss = wrapped(x, y, with_logits=reference is not None)
                     loss = loss * weight
@@ -229,11 +262,13 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
             for name, value in {"train/loss": loss.detach(), **kl}.items():
                 means[name] = means.get(name, 0.0) + value / micro_steps
         scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), config.optimizer.grad_clip or math.inf)
-        scaler.step(optimizer)
-        scaler.update()
+        clip = config.optimizer.grad_clip or math.inf
+        grad_norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), clip))
+        if not (skipped := skips.skip(step, grad_norm, progress.say if progress else say)):
+            scaler.step(optimizer)
+            scaler.update()
         optimizer.zero_grad(set_to_none=True)
-        unchecked.append((step, means, grad_norm))
+        unchecked.append((step, means, grad_norm, skipped))
 
         stopping = ranks.max(stop.requested)
         evaluating = step % config.evaluation.interval == 0 or step == c.max_steps
@@ -249,7 +284,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if logging:
             seconds = (now(device) - clock) / (step - clock_step)
             tokens_per_second = c.batch_size * block_size / seconds
-            metrics |= {
+            metrics |= skips.metrics() | {
                 "train/lr": lr,
                 "train/grad_norm": grad_norm.item(),
                 "train/tokens_per_second": tokens_per_second,
@@ -268,6 +303,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if stopping:
             break
 
+    if saver:
+        saver.wait()
     if tracker and progress:
         progress.close()
         tracker.close()
@@ -321,30 +358,12 @@ def training_batches(config, windows: Windows, start, ranks, micro_steps, micro_
             yield *windows.gather(own, ranks.device), windows.targets(own).sum() / mean
 
 
-def check_finite(unchecked: list, ranks, scaled: bool) -> dict[str, float]:
-    """The latest step's metrics, averaged over the ranks. UserError names the first step that was not finite."""
-    steps, names = [step for step, _, _ in unchecked], list(unchecked[0][1])
-    table = [torch.stack([*means.values(), norm.float()]) for _, means, norm in unchecked]
-    *columns, norms = torch.stack(table).cpu().unbind(1)
-    values = ranks.sum(torch.stack(columns, 1)) / ranks.size  # (steps, metrics)
-    # Under float16's loss scaling an infinite gradient does no harm: the scaler skips that step.
-    good = values.isfinite().all(1) & (norms.isfinite() | scaled)
-    unchecked.clear()
-    if not good.all():
-        i = int(good.long().argmin())
-        found = ", ".join(f"{name} {v:g}" for name, v in zip(names, values[i].tolist(), strict=True))
-        raise UserError(
-            f"step {steps[i]}: {found}, gradient norm {norms[i].item():g}: not finite; stopped, and the "
-            "last checkpoint is kept. A lower optimizer.lr or a longer warm-up may help"
-        )
-    return dict(zip(names, values[-1].tolist(), strict=True))
-
-
 def outlier_metrics(model: GPT, windows: dict[str, Windows], device) -> dict[str, float | None]:
     """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
     what the normalizer has learned: each of its parameters, or of a vector the norm, averaged over heads."""
     metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
     for name, p in model.normalizer_parameters().items():
+        p = whole(p)
         metrics[f"normalizer/{name}"] = (p if p.dim() == 1 else p.norm(dim=-1)).mean().item()
     model.eval()
     for split, of_split in windows.items():

@@ -1,9 +1,11 @@
 """What the hardware offers: a device, the dtype it multiplies fastest in, and its peak rate."""
 
 import ctypes
+import os
 import platform
 import resource
 import shutil
+import statistics
 import subprocess
 import sys
 from argparse import ArgumentParser
@@ -11,6 +13,7 @@ from pathlib import Path
 from time import perf_counter
 
 import torch
+from torch import Tensor, nn
 
 from harness.errors import UserError
 
@@ -76,6 +79,34 @@ def choose_compile(setting: bool | str, device: torch.device, feedback: str = "b
     if setting and feedback == "dfa":
         raise UserError("training.compile: feedback dfa cannot be compiled: leave it at auto, or give false")
     return bool(setting)
+
+
+def make_deterministic() -> None:
+    """Have PyTorch use deterministic algorithms alone, from here on: RuntimeError where there is none."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product runs
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result needs it
+
+
+def deterministic_cost(model: nn.Module, batch: tuple[Tensor, Tensor], autocast) -> str:
+    """What deterministic algorithms cost here: the time of a forward and backward pass with them and without, by turns.
+    They are in use afterwards, and there are gradients."""
+    device = batch[0].device
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(4):
+        for deterministic, times in seconds.items():
+            torch.use_deterministic_algorithms(deterministic)
+            start = now(device)
+            with autocast:
+                _, loss = model(*batch, with_logits=False)
+            loss.backward()
+            times.append(now(device) - start)
+    torch.use_deterministic_algorithms(True)
+    with_them, without = (statistics.median(times[1:]) for times in seconds.values())  # the first one warms up
+    return (
+        f"deterministic algorithms: a forward and backward pass of one sequence, not compiled, takes "
+        f"{1e3 * with_them:.3g} ms, with any algorithm {1e3 * without:.3g} ms ({with_them / without:.2f} times as long)"
+    )
 
 
 def keep_freed_memory() -> None:

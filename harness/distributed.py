@@ -1,6 +1,7 @@
 """Ranks: one process on its own, or one of several that torchrun started."""
 
 import os
+import threading
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     size: int = 1
+    background: threading.Thread | None = None  # which may still talk to the other ranks
 
     @property
     def is_main(self) -> bool:
@@ -43,7 +45,16 @@ class Ranks:
             dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         return box[0]
 
+    def gather(self, value) -> list:
+        """Every rank's value of a plain Python object, in the order of the ranks, on every rank."""
+        values = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def leave(self) -> None:
+        if self.background:
+            self.background.join()
         if self.size > 1:
             dist.destroy_process_group()
 

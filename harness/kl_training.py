@@ -28,17 +28,24 @@ class Reference:
     """The model that `kl.reference` names, in eval mode and without gradients, and the penalty on leaving it.
 
     model, corpus   what is trained, and on what; UserError if the reference is not of the same vocabulary
+    place           how it is put onto the device, if in another way than whole
     identity        {"path", "sha256"}, which checkpoints record
     """
 
     def __init__(
-        self, config: Config, model: GPTConfig, corpus: Corpus, device: torch.device, use_compile: bool = False
+        self,
+        config: Config,
+        model: GPTConfig,
+        corpus: Corpus,
+        device: torch.device,
+        use_compile: bool = False,
+        place: Callable[[GPT], Callable] | None = None,
     ):
         c = self.config = config.kl
         self._padded = config.data.windows == "documents"
         assert c.reference is not None  # without one, no Reference is made
         try:
-            reference, info = load_model(c.reference, device)
+            reference, info = load_model(c.reference, "cpu" if place else device)
             check_finite(reference, c.reference)
         except UserError as e:
             raise config.error("kl.reference", str(e)) from e
@@ -48,10 +55,11 @@ class Reference:
         self.identity = {"path": c.reference, "sha256": fingerprint(reference)}
         self.direction = c.direction or ("reverse" if c.mode == "barrier" else "forward")
         self.temperature = c.temperature if c.mode == "distill" else 1.0
-        self._model: Callable = reference
-        self._position_kl: Callable = position_kl
-        if use_compile:  # so that the KL does not make several tensors of the size of the logits
-            self._model, self._position_kl = torch.compile(reference), torch.compile(position_kl)
+        self._model: Callable = torch.compile(reference) if use_compile and not place else reference
+        if place:
+            self._model = place(reference)
+        # Compiled, the KL does not make several tensors of the size of the logits.
+        self._position_kl: Callable = torch.compile(position_kl) if use_compile else position_kl
 
     def penalty(self, idx: Tensor, logits: Tensor, targets: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         """idx (B, T), the model's logits for it (B, T, V) and, where windows are padded, its targets (B, T) → what is

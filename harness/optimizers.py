@@ -2,12 +2,15 @@
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from harness.config import Config, OptimizerConfig
 from harness.errors import UserError
+from harness.parallel import is_sharded, like
 from measure.slopes import run_config
 from model import GPT
 
@@ -46,7 +49,33 @@ def make_optimizer(model: GPT, config: OptimizerConfig, fused: bool = True) -> t
 
 class Muon(torch.optim.Muon):
     """PyTorch's, but for a group with `parts`, numbers of rows: its parameters are as many matrices, one below the
-    other, and the step of each is made orthogonal by itself."""
+    other, and the step of each is made orthogonal by itself. Of matrices that are sharded over ranks, each rank keeps
+    its shares of weights and momentum, and one matrix's update at a time is gathered, to be made orthogonal whole."""
+
+    def step(self, closure=None) -> None:  # type: ignore[override]  # without a closure, which none here has
+        if not is_sharded(self.param_groups[0]["params"][0]):
+            super().step()
+            return
+        groups = self.param_groups
+        for group in groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._step_sharded(parameter, group)
+        self.param_groups = groups
+
+    @torch.no_grad()
+    def _step_sharded(self, parameter: Tensor, group: dict[str, Any]) -> None:
+        grad: Any = parameter.grad
+        momentum, state = group["momentum"], self.state[parameter]
+        buffer = state.setdefault("momentum_buffer", torch.zeros_like(grad))
+        buffer.lerp_(grad, 1 - momentum)
+        # PyTorch's step of a matrix of zeros whose gradient is this update, without momentum, leaves the change in it.
+        change = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+        change.grad = grad.lerp(buffer, momentum).full_tensor()
+        self.param_groups = [group | {"params": [change], "momentum": 0.0}]
+        super().step()
+        del self.state[change]
+        parameter.mul_(1 - group["lr"] * group["weight_decay"]).add_(like(change, parameter))
 
     def _init_group(self, group, *tensors_of) -> bool:
         """Collects parameters, gradients and momenta for a step; the latter works in place, so views will do."""
@@ -157,15 +186,20 @@ def saved_optimizer(model: GPT, info: dict[str, Any], path: str) -> torch.optim.
     state (those of the run's last step). UserError, with `path`, where there is none or one that does not fit."""
     advice = "take --direction gradient, or random"
     state, chosen = info.get("optimizer", {}), {}
+    sharded = "shards" in info
     for key in ("name", "decay"):  # which parameters are in which group
         if run_config(info, key) is not None:
             chosen[key] = run_config(info, key)
     config = OptimizerConfig(**chosen)
     stateless = config.name == "sgd" and run_config(info, "momentum") == 0
-    if not (state.get("state") or (stateless and state.get("param_groups"))):
+    if not (state.get("state") or sharded or (stateless and state.get("param_groups"))):
         raise UserError(f"{path} holds no optimizer state, so there is no next update by {config.name}: {advice}")
     optimizer = make_optimizer(model, config, fused=False)
     needed = [set(group) for group in optimizer.param_groups]
+    if sharded:
+        from harness.sharded import optimizer_state  # here: what it imports takes half a second
+
+        state = state | {"state": optimizer_state(info, Path(path), optimizer)}
     try:
         optimizer.load_state_dict(state)
     except (ValueError, KeyError, TypeError) as e:

@@ -7,6 +7,7 @@ not fit together; train.py writes nothing before all of it has passed.
 import dataclasses
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ from harness.checkpoint import (
 )
 from harness.config import Config
 from harness.corpus import Corpus
+from harness.distributed import Ranks
 from harness.errors import UserError
 from harness.kl_training import Reference
+from harness.parallel import like
 from harness.runfolder import run_files
 from harness.tokenizer import different_tokenizers
 from measure.feedback import apply_feedback
@@ -54,7 +57,15 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         return None
     if path.exists():
         checkpoint = read_checkpoint(path)
-        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
+        needed = (
+            "step",
+            "shards" if "shards" in checkpoint else "optimizer",
+            "scaler",
+            "best_val_loss",
+            "config",
+            "corpus",
+            "machine",
+        )
         if lacking := [key for key in needed if key not in checkpoint]:
             problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
             raise config.error("training.resume", problem)
@@ -253,8 +264,18 @@ def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
     return loss
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any]) -> None:
-    """Give `optimizer` the state that the checkpoint's had. Only the state: the learning rate and the other
-    hyperparameters are the config's, which may have changed since."""
+def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: Path, ranks: Ranks) -> None:
+    """Give `optimizer` the state that the checkpoint's had, sharded or not. Only the state: the learning rate and the
+    other hyperparameters are the config's, which may have changed since."""
     groups = optimizer.state_dict()["param_groups"]
-    optimizer.load_state_dict({"state": checkpoint["optimizer"]["state"], "param_groups": groups})
+    if "shards" in checkpoint:
+        from harness.sharded import optimizer_state  # here: what it imports takes half a second
+
+        state = optimizer_state(checkpoint, path, optimizer, ranks)
+    else:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        state = {
+            i: {k: like(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in values.items()}
+            for i, values in checkpoint["optimizer"]["state"].items()
+        }
+    optimizer.load_state_dict({"state": state, "param_groups": groups})

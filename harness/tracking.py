@@ -70,6 +70,11 @@ class Tracker:
             finite = {k: v for k, v in metrics.items() if v is not None}
             self._try(lambda run: run.log(finite, step=step, commit=True))
 
+    def sync(self) -> None:
+        """Return once every line is on the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
     def close(self) -> None:
         self._file.close()
         self._try(lambda run: run.finish())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from measure.jacobian import backpropagate, backward_mode, cosine_and_norm_ratio, dot_products, take_gradients
-from measure.moments import float64
+from measure.moments import float64, whole
 from measure.probe import rows_of_c_attn
 from model import GPT
 
@@ -142,7 +142,7 @@ def feedback_metrics(model: GPT) -> dict[str, float | None]:
     for name, layer in feedback_layers(model).items():
         if layer.how == "dfa":
             continue
-        weight, fixed = layer.weight.detach(), layer.feedback
+        weight, fixed = whole(layer.weight.detach()), layer.feedback
         pairs = {name: (signs(weight) if fixed is None else fixed, weight)}
         if ".c_attn." in name:
             parts = [rows_of_c_attn(x, model.config) for x in pairs[name]]

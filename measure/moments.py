@@ -38,6 +38,11 @@ def float64(x: Tensor) -> Tensor:
     return (x.cpu() if x.device.type == "mps" else x).double()
 
 
+def whole(x: Tensor) -> Tensor:
+    """x, put together where it is sharded over ranks: all of them have to ask, in the same order."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 class Moments:
     """Population moments of every element given to `update` or `merge`; NaN and ±Inf are counted, then left out.
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from measure.moments import excess_kurtosis
+from measure.moments import excess_kurtosis, whole
 from model import GPT, CausalSelfAttention, GPTConfig
 
 # The tensors that `watch` sees, without the layer's number, and what they are.
@@ -38,7 +38,7 @@ def kind_of(name: str) -> str:
 
 def weight_kurtosis(model: GPT) -> dict[str, float | None]:
     """The excess kurtosis of every weight matrix, by parameter name; None where its variance is zero."""
-    return {name: excess_kurtosis(p) for name, p in model.named_parameters() if p.dim() >= 2}
+    return {name: excess_kurtosis(whole(p)) for name, p in model.named_parameters() if p.dim() >= 2}
 
 
 def rows_of_c_attn(x: Tensor, config: GPTConfig) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from harness.checkpoint import save_checkpoint
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
 from harness.diagnostics import Diagnostic, Subject, argument_parser, run
+from harness.distributed import join_ranks
 from harness.errors import UserError, run_cli
 from harness.huggingface_tokenizer import _LLAMA3, _QWEN
 from harness.optimizers import parameter_groups
@@ -259,11 +260,13 @@ def read_json(path: str | Path) -> dict:
 # Each run is forked from a server that has imported train.py already: a start costs milliseconds where a fresh
 # interpreter takes seconds, and it can be killed like any other process.
 CONTEXT = multiprocessing.get_context("forkserver")
-# AdamW imports the second, attention the third, a run the fourth.
-CONTEXT.set_forkserver_preload(["train", "torch._dynamo", "kernels.cpu", "tests.helpers"])
+# AdamW imports the second, attention the third, a sharded run the next two, a run the last.
+CONTEXT.set_forkserver_preload(
+    ["train", "torch._dynamo", "kernels.cpu", "harness.sharded", "torch.distributed.fsdp", "tests.helpers"]
+)
 
 
-def _child(arguments, log, signal_at, environment):
+def _child(arguments, log, signal_at, patch, environment):
     with open(log, "w") as f:
         os.dup2(f.fileno(), 1)
         os.dup2(f.fileno(), 2)
@@ -278,6 +281,8 @@ def _child(arguments, log, signal_at, environment):
             os.kill(os.getpid(), signal_at[1])
 
     train.Tracker.log = log_metrics
+    if patch:
+        patch(train)
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
@@ -286,12 +291,13 @@ def _child(arguments, log, signal_at, environment):
 class TrainingRun:
     """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
     that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
+    `patch` is a function of a module that may change the module train, in the run's process alone.
     """
 
-    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, **environment: str):
+    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, patch=None, **environment):
         self.folder, self.log = Path("out") / name, Path(f"{name}{environment.get('RANK', '')}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, patch, environment))
         with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
             forkserver.ensure_running()
         self.process.start()
@@ -325,14 +331,42 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     return run
 
 
-def finished_on_two_ranks(name: str, *arguments: str) -> TrainingRun:
-    """As two processes of torchrun, which keeps the store where they meet and tells them so by these variables."""
+def finished_on_ranks(number: int, name: str, *arguments: str) -> TrainingRun:
+    """As so many processes of torchrun, which keeps the store where they meet and tells them so by these variables."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    ranks = [TrainingRun(name, *arguments, WORLD_SIZE="2", RANK=rank, LOCAL_RANK=rank, **meeting) for rank in "01"]
+    meeting["WORLD_SIZE"] = str(number)
+    ranks = [TrainingRun(name, *arguments, RANK=str(n), LOCAL_RANK=str(n), **meeting) for n in range(number)]
     for rank in ranks:
         assert rank.wait() == 0, rank.output()
     return ranks[0]
+
+
+def _rank(work, log, environment):
+    with open(log, "w") as f:
+        os.dup2(f.fileno(), 1)
+        os.dup2(f.fileno(), 2)
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    ranks = join_ranks("cpu")
+    work(ranks)
+    ranks.leave()
+
+
+def on_ranks(number: int, work) -> None:
+    """Have `work(ranks)`, a function of a module, done by so many processes that train together."""
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with contextlib.chdir(ROOT):
+        forkserver.ensure_running()
+    processes = []
+    for rank in map(str, range(number)):
+        environment = meeting | {"WORLD_SIZE": str(number), "RANK": rank, "LOCAL_RANK": rank}
+        processes.append(CONTEXT.Process(target=_rank, args=(work, Path(f"rank{rank}.log"), environment)))
+        processes[-1].start()
+    for rank, process in enumerate(processes):
+        process.join(900)
+        assert process.exitcode == 0, Path(f"rank{rank}.log").read_text()
 
 
 def killed(name: str, *arguments: str, at: int) -> None:

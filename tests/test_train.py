@@ -23,7 +23,7 @@ from tests.helpers import (
     TrainingRun,
     assert_same_run,
     finished,
-    finished_on_two_ranks,
+    finished_on_ranks,
     killed,
     refused,
     run_on_two_ranks,
@@ -127,7 +127,7 @@ def test_two_ranks_train_as_one(normalizer, backward, feedback):
     changes = ["--training.max_steps", "6", "--model.normalizer", normalizer, "--model.backward", backward]
     changes += ["--training.feedback", feedback]
     one = finished("one", *changes)
-    two = finished_on_two_ranks("two", *changes)
+    two = finished_on_ranks(2, "two", *changes)
     assert [line["step"] for line in two.metrics()] == list(range(7))
     for key in ("train/loss", "val/loss", "train/grad_norm", "activation_kurtosis/val/attention_probabilities"):
         ours, theirs = ([line[key] for line in run.metrics() if key in line] for run in (one, two))

@@ -1,10 +1,13 @@
 """A device and a dtype that are there, or one line that says which are."""
 
+import re
+
 import pytest
 import torch
 
-from harness.device import choose_compile, choose_device, choose_dtype, peak_flops, peak_memory
+from harness.device import choose_compile, choose_device, choose_dtype, deterministic_cost, peak_flops, peak_memory
 from harness.errors import UserError
+from tests.helpers import assert_same_run, finished, random_ids, tiny_gpt
 
 CPU = torch.device("cpu")
 
@@ -62,3 +65,21 @@ def test_the_peak_rate_is_positive_and_says_of_what():
     rate, what = peak_flops(CPU, torch.float32)
     assert rate > 0
     assert what
+
+
+def test_what_deterministic_algorithms_cost_is_measured_and_they_stay_on():
+    model = tiny_gpt()
+    try:
+        x = random_ids(1, 12)
+        said = deterministic_cost(model, (x, x), torch.autocast("cpu", torch.bfloat16, enabled=False))
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    ms, any_ms, ratio = map(float, re.findall(r"([\d.e+]+)(?: ms| times)", said))
+    assert ratio == pytest.approx(ms / any_ms, rel=0.02)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_a_deterministic_run_gives_the_same_bits(training_folder):
+    how = ("--training.max_steps", "6")
+    assert_same_run(finished("a", *how), finished("b", *how, "--training.deterministic", "true"))

@@ -22,7 +22,7 @@ from kernels.loss import IGNORED
 from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 from tests import helpers
-from tests.helpers import TrainingRun, assert_same_run, finished, finished_on_two_ranks, killed, refused, tiny_gpt
+from tests.helpers import TrainingRun, assert_same_run, finished, finished_on_ranks, killed, refused, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -346,7 +346,7 @@ def test_the_penalty_is_the_same_for_any_number_of_micro_steps(base, how):
 @pytest.mark.slow
 def test_two_ranks_are_penalised_as_one(base):
     one = finished("one", *SHORT, *BARRIER)
-    two = finished_on_two_ranks("two", *SHORT, *BARRIER, "--training.micro_batch_size", "2")
+    two = finished_on_ranks(2, "two", *SHORT, *BARRIER, "--training.micro_batch_size", "2")
     names = (*KL_METRICS, "train/loss", "train/grad_norm", "val/loss")
     for ours, theirs in zip(columns(one.metrics(), *names), columns(two.metrics(), *names), strict=True):
         np.testing.assert_allclose(ours, theirs, **CLOSE)

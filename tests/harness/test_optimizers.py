@@ -27,7 +27,7 @@ from tests.helpers import (
     TODAY,
     assert_same_run,
     finished,
-    finished_on_two_ranks,
+    finished_on_ranks,
     killed,
     random_ids,
     save_model,
@@ -213,7 +213,7 @@ def test_a_killed_run_gives_the_losses_and_weights_of_one_never_stopped(name):
 @pytest.mark.usefixtures("training_folder")
 def test_two_ranks_train_as_one_with_muon():
     how = ("--optimizer.name", "muon", "--training.max_steps", "4")
-    one, two = finished("one", *how), finished_on_two_ranks("two", *how)
+    one, two = finished("one", *how), finished_on_ranks(2, "two", *how)
     ours, theirs = ([line["train/loss"] for line in run.metrics()[1:]] for run in (one, two))
     # Sums in another order: a few roundings, which Muon's bfloat16 makes some 2^-8 of a step.
     np.testing.assert_allclose(ours, theirs, rtol=1e-3)

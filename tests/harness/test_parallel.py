@@ -1,0 +1,111 @@
+"""Several ranks that train one model, each with a copy of it or with a share, do what one process does."""
+
+from functools import partial
+from itertools import product
+
+import numpy as np
+import pytest
+import torch
+
+from harness.config import OptimizerConfig
+from harness.distributed import Ranks
+from harness.optimizers import make_optimizer
+from harness.parallel import placed, recompute_activations
+from measure.feedback import apply_feedback
+from measure.moments import whole
+from model import NORMALIZERS
+from tests.helpers import (
+    BACKWARDS,
+    TODAY,
+    TrainingRun,
+    assert_same_run,
+    finished,
+    finished_on_ranks,
+    on_ranks,
+    random_ids,
+    tiny_gpt,
+)
+
+# 20 steps of 6 sequences, which 1, 2 and 3 ranks can share; every loss is logged.
+STEPS = ("--training.max_steps", "20", "--training.batch_size", "6", "--training.checkpoint_interval", "8")
+FSDP = ("--training.parallel", "fsdp")
+
+
+def losses(run: TrainingRun) -> list[float]:
+    return [line["train/loss"] for line in run.metrics() if "train/loss" in line]
+
+
+def test_one_two_and_three_ranks_copies_and_shares_give_the_same_losses(training_folder):
+    alone = finished("one", *STEPS)
+    assert len(losses(alone)) == 20
+    for number, parallel in product((2, 3), ((), FSDP)):
+        run = finished_on_ranks(number, f"on{number}{len(parallel)}", *STEPS, *parallel)
+        np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
+
+
+def test_activations_computed_again_change_no_bit(training_folder):
+    how = ("--model.dropout", "0.1", "--training.micro_batch_size", "3")
+    assert_same_run(finished("kept", *how), finished("again", *how, "--training.checkpoint_activations", "true"))
+
+
+# Some thousand roundings of a sum, whose size a backward that is not the gradient's may raise a thousandfold.
+ROUNDING = 1e3 * 1e3 * torch.finfo(torch.float64).eps
+
+
+def three_steps(ranks: Ranks | None, model, optimizer: str, dtype=torch.float64) -> tuple[list, dict]:
+    """Losses, gradient norms and weights of three steps on the same sequences, in one process or, sharded, on all."""
+    if ranks:
+        placed(model, ranks, sharded_in=dtype, use_compile=False)
+    stepper = make_optimizer(model, OptimizerConfig(name=optimizer, lr=1e-2))
+    found = []
+    for step in range(3):
+        x = random_ids(4, 13, seed=step)
+        x = x.chunk(ranks.size)[ranks.rank] if ranks else x
+        with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
+            _, loss = model(x[:, :-1], x[:, 1:], with_logits=False)
+        loss.backward()
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5))
+        stepper.step()
+        stepper.zero_grad()
+        found += [ranks.sum(loss.detach()).item() / ranks.size if ranks else loss.item(), norm.item()]
+    return found, {name: whole(p.detach()) for name, p in model.named_parameters()}
+
+
+def compare(ranks: Ranks, make, optimizer: str = "sgd", dtype=torch.float64, rounding: float = ROUNDING) -> None:
+    alone, sharded = three_steps(None, make(), optimizer, dtype), three_steps(ranks, make(), optimizer, dtype)
+    np.testing.assert_allclose(sharded[0], alone[0], rtol=rounding)
+    for name, weight in alone[1].items():
+        torch.testing.assert_close(sharded[1][name], weight, rtol=0, atol=rounding)
+
+
+def noisy(**config):
+    return tiny_gpt(noise=0.1, **config).double()
+
+
+def recomputed(**config):
+    model = noisy(**config)
+    recompute_activations(model)
+    return model
+
+
+def every_attention(ranks: Ranks) -> None:
+    for normalizer, backward in product(NORMALIZERS, BACKWARDS):
+        if backward in ("full", "ste") or getattr(NORMALIZERS[normalizer], backward):
+            compare(ranks, partial(noisy, normalizer=normalizer, backward=backward))
+
+
+def every_kind(ranks: Ranks) -> None:
+    compare(ranks, partial(noisy, **TODAY, gate="head", normalizer="kvbias"), "adamw")
+    compare(ranks, partial(recomputed, **TODAY, parallel_residual=True), "adamw")
+    for how in ("fa", "sign_symmetric", "dfa"):
+        compare(ranks, lambda how=how: apply_feedback(noisy(tie_embeddings=False), how))
+    # Muon makes its steps orthogonal in bfloat16.
+    for optimizer in ("muon", "adamw_muon_embeddings"):
+        compare(ranks, partial(noisy, **TODAY), optimizer, rounding=2**-8)
+    compare(ranks, partial(tiny_gpt, noise=0.1, **TODAY), "sgd", torch.bfloat16, rounding=2**-8)
+
+
+@pytest.mark.parametrize("work", [every_attention, every_kind])
+def test_a_sharded_model_steps_as_a_whole_one(work, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    on_ranks(2, work)

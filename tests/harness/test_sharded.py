@@ -1,0 +1,91 @@
+"""Checkpoints of a sharded model: resumed on any number of ranks, whole for every diagnostic, never half written."""
+
+import pickle
+import shutil
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from harness.checkpoint import load_model, read_checkpoint
+from harness.config import OptimizerConfig
+from harness.errors import UserError
+from harness.optimizers import make_optimizer, saved_optimizer
+from harness.sharded import optimizer_state
+from tests.helpers import finished, finished_on_ranks, refused
+
+pytestmark = pytest.mark.usefixtures("training_folder")
+
+HOW = ("--training.batch_size", "6", "--training.checkpoint_interval", "4", "--training.keep_interval", "8")
+FSDP = (*HOW, "--training.parallel", "fsdp")
+
+
+def losses(run) -> dict[int, float]:
+    return {line["step"]: line["train/loss"] for line in run.metrics() if "train/loss" in line}
+
+
+def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
+    alone = finished("alone", *HOW, "--training.max_steps", "16", "--optimizer.decay_steps", "16")
+    first = ("--training.max_steps", "8", "--optimizer.decay_steps", "16")
+    finished_on_ranks(2, "sharded", *FSDP, *first)
+    finished("whole", *HOW, *first)
+    for name, number, how in (("sharded", 3, FSDP), ("sharded", 2, FSDP), ("sharded", 1, HOW), ("whole", 2, FSDP)):
+        copy = f"{name}{number}"
+        shutil.copytree(f"out/{name}", f"out/{copy}")
+        again = ("--training.max_steps", "16", "--optimizer.decay_steps", "16")
+        run = finished_on_ranks(number, copy, *how, *again) if number > 1 else finished(copy, *how, *again)
+        assert f"resuming out/{copy} from step 8" in run.output()
+        np.testing.assert_allclose(list(losses(run).values()), list(losses(alone).values()), rtol=1e-5)
+    shards = Path("out/sharded3/shards")
+    assert [p.name for p in shards.iterdir()] == ["16"]  # the former ones are gone
+    assert not [*Path("out").rglob("*.tmp")]
+
+
+def test_a_sharded_run_leaves_a_whole_checkpoint():
+    finished_on_ranks(2, "sharded", *FSDP)
+    alone = finished("alone", *HOW)
+    for name in ("ckpt.pt", "best.pt", "steps/8.pt"):
+        model, info = load_model(f"out/sharded/{name}")
+        peer, _ = load_model(f"out/alone/{name}")
+        assert ("shards" in info) == (name == "ckpt.pt")
+        for key, weight in peer.state_dict().items():
+            torch.testing.assert_close(model.state_dict()[key], weight, rtol=0, atol=1e-4)
+    model, info = load_model("out/sharded/ckpt.pt")
+    found, expected = saved_optimizer(model, info, "out/sharded/ckpt.pt").state_dict(), alone.checkpoint()["optimizer"]
+    assert found["param_groups"][0]["lr"] == expected["param_groups"][0]["lr"]
+    for number, values in expected["state"].items():
+        for key, value in values.items():
+            torch.testing.assert_close(found["state"][number][key], value, rtol=1e-3, atol=1e-5)
+
+
+def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
+    finished_on_ranks(2, "sharded", *FSDP)
+    path = Path("out/sharded/ckpt.pt")
+    checkpoint, shards = read_checkpoint(path), Path("out/sharded/shards/24")
+    model, _ = load_model(path)
+    optimizer = make_optimizer(model, OptimizerConfig())
+    for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
+        content = (shards / name).read_bytes()
+        for place in (0, len(content) // 2, len(content) - 1):
+            (shards / name).write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+            with pytest.raises(UserError, match=f"{name} is damaged"):
+                optimizer_state(checkpoint, path, optimizer)
+        (shards / name).write_bytes(content[:-9])
+        assert f"{name} is damaged" in refused("sharded", *HOW, "--training.max_steps", "30")
+        (shards / name).write_bytes(content)
+
+    class Hostile:
+        def __reduce__(self):
+            return Path.touch, (Path("run"),)
+
+    written = pickle.dumps(Hostile())
+    (shards / ".metadata").write_bytes(written)
+    checkpoint["shards"]["crc32"][".metadata"] = zlib.crc32(written)
+    with pytest.raises(UserError, match=r"it asks for pathlib\.Path\.touch"):
+        optimizer_state(checkpoint, path, optimizer)
+    assert not Path("run").exists()
+    checkpoint["shards"]["crc32"] = {"../ckpt.pt": 0}
+    with pytest.raises(UserError, match="is damaged"):
+        optimizer_state(checkpoint, path, optimizer)
