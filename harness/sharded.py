@@ -38,7 +38,7 @@ class BackgroundSaver:
     def __init__(self, folder: Path, ranks: Ranks):
         self._folder, self._ranks = folder, ranks
         self._group = dist.new_group(backend="gloo")  # what the background sends does not meet what training sends
-        self._failure: Exception | None = None
+        self._failure: str | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any], paths: list[Path]):
         """Copy the model's and the optimizer's state, and return: they may change again. What is then written, on rank
@@ -85,19 +85,22 @@ class BackgroundSaver:
                 for former in shards.parent.iterdir():
                     if former != shards:
                         shutil.rmtree(former)
+        except UserError as error:
+            self._failure = str(error)
+        except dcp.api.CheckpointException as error:  # what another rank met too, each with its traceback
+            first = next(iter(error.failures.values()))[0]
+            self._failure = f"cannot write {shards}: {first}; the former checkpoint is intact"
         except Exception as error:
-            self._failure = error
+            self._failure = f"cannot write {shards}: {error}; the former checkpoint is intact"
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete. UserError, on every rank, if it could not be written."""
         if self._ranks.background:
             self._ranks.background.join()
             self._ranks.background = None
-        failures = self._ranks.gather(self._failure and " ".join(str(self._failure).split()))
-        if failed := next((failure for failure in failures if failure), None):
-            if isinstance(self._failure, UserError):
-                raise self._failure
-            raise UserError(f"cannot write {self._folder / FOLDER}: {failed}; the former checkpoint is intact")
+        failure, self._failure = self._failure, None
+        if failed := next(filter(None, self._ranks.gather(failure)), None):
+            raise UserError(failed)
 
 
 def crc32(path: Path) -> int:

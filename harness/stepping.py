@@ -13,9 +13,18 @@ from torch.nn import functional as F
 from harness.batches import Windows, prefetch
 from harness.config import Config
 from harness.corpus import Corpus
-from harness.device import choose_compile, choose_device, choose_dtype, keep_freed_memory, peak_flops, peak_memory
+from harness.device import (
+    choose_compile,
+    choose_device,
+    choose_dtype,
+    keep_freed_memory,
+    make_deterministic,
+    peak_flops,
+    peak_memory,
+)
 from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
+from harness.parallel import recompute_activations
 from harness.timing import Laps
 from kernels.backends import use_backend
 from kernels.loss import IGNORED
@@ -50,6 +59,10 @@ class Stepper:
             keep_freed_memory()
         torch.manual_seed(config.run.seed)
         self.raw_model = apply_feedback(GPT(shape), feedback, config.run.seed).to(self.device)
+        if c.deterministic:
+            make_deterministic()
+        if c.checkpoint_activations and not nanogpt:
+            recompute_activations(self.raw_model)
         model = NanoGPT(self.raw_model) if nanogpt else self.raw_model
         use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device, c.feedback)
         self.eager, self.model = model, torch.compile(model) if use_compile else model

@@ -3,6 +3,7 @@
 import pickle
 import shutil
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +14,9 @@ from harness.checkpoint import load_model, read_checkpoint
 from harness.config import OptimizerConfig
 from harness.errors import UserError
 from harness.optimizers import make_optimizer, saved_optimizer
-from harness.sharded import optimizer_state
-from tests.helpers import finished, finished_on_ranks, refused
+from harness.parallel import shard
+from harness.sharded import BackgroundSaver, optimizer_state
+from tests.helpers import finished, finished_on_ranks, on_ranks, refused, tiny_gpt
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -89,3 +91,38 @@ def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
     checkpoint["shards"]["crc32"] = {"../ckpt.pt": 0}
     with pytest.raises(UserError, match="is damaged"):
         optimizer_state(checkpoint, path, optimizer)
+
+
+def failing(ranks) -> None:
+    folder = Path("run")
+    folder.mkdir(exist_ok=True)
+    model = tiny_gpt()
+    content = {"model_args": asdict(model.config)}
+    shard(model, ranks, torch.float32)
+    optimizer, saver = make_optimizer(model, OptimizerConfig(name="sgd")), BackgroundSaver(folder, ranks)
+    path = folder / "ckpt.pt"
+    saver.save(model, optimizer, content | {"step": 1}, [path])
+    with torch.no_grad():  # it is what the weights were that is written
+        for parameter in model.parameters():
+            parameter.zero_()
+    saver.wait()
+    assert read_checkpoint(path)["model"]["lm_head.weight"].norm() > 0.5
+    saver.save(model, optimizer, content | {"step": 2}, [folder / "gone" / "ckpt.pt"])  # by rank 0 alone
+    with pytest.raises(UserError, match=r"cannot write run/.*No such file"):
+        saver.wait()
+    assert read_checkpoint(path)["step"] == 1
+    ranks.share(None)
+    if ranks.is_main:
+        shutil.rmtree("run/shards")
+        Path("run/shards").touch()
+    ranks.share(None)
+    with pytest.raises(
+        UserError, match=r"cannot write run/shards/3: .*Not a directory.*; the former checkpoint is intact"
+    ):  # noqa: PT012
+        saver.save(model, optimizer, content | {"step": 3}, [path])
+        saver.wait()
+    assert read_checkpoint(path)["step"] == 1
+
+
+def test_what_cannot_be_written_in_the_background_is_told_on_every_rank():
+    on_ranks(2, failing)
