@@ -78,10 +78,8 @@ def follow(function: Callable[..., Tensor], *inputs: Tensor, known: Iterable[Ten
 
 
 class Plan:
-    """What the training of `shape` as `config` says takes on each of so many devices.
-
-    `device` is "cuda", where the model is compiled unless the config says no, or "cpu". `batch` is the sequences that a
-    device holds at a time: by default training.micro_batch_size, or less where that does not divide a device's share.
+    """What the training of `shape` as `config` says takes on each of so many devices, all of them `device`, "cuda" or
+    "cpu"; UserError where they cannot share a batch. `batch` replaces training.micro_batch_size.
     """
 
     def __init__(self, config: Config, shape: GPTConfig, gpus: int = 1, device: str = "cuda", batch: int | None = None):
@@ -89,40 +87,24 @@ class Plan:
         if c.feedback != "backprop":
             shape = replace(shape, tie_embeddings=False)
         self.config, self.shape, self.gpus, self.device = config, shape, gpus, device
-        share = c.batch_size // gpus
+        share, rest = divmod(c.batch_size, gpus)
+        if rest or not share:
+            raise config.error("training.batch_size", f"{c.batch_size} sequences cannot be shared out among {gpus} GPUs")
         most = min(batch or c.micro_batch_size or share, share)
         self.batch = next(n for n in range(most, 0, -1) if share % n == 0)
-        self.micro_steps = share // self.batch
-        self.compiled = device == "cuda" if c.compile == "auto" else c.compile
-        self.on_cpu = device == "cpu" and not self.compiled
-        self.sharded = c.parallel == "fsdp" and gpus > 1
+        self.micro_steps, self.tokens = share // self.batch, self.batch * shape.block_size
+        self.compiled = device == "cuda" if c.compile == "auto" else bool(c.compile)
+        self.by_parts = device == "cpu" and not self.compiled  # some operations are several there, and keep more
+        self.sharded, self.recomputed = c.parallel == "fsdp" and gpus > 1, c.checkpoint_activations
         dtype = ("bfloat16" if device == "cuda" else "float32") if c.dtype == "auto" else c.dtype
         self.dtype = getattr(torch, dtype)
         self.half = self.dtype.itemsize
-        self.wide = self.half if self.sharded else 4  # FSDP's parameters are in dtype, and so is what they are added to
-        self.tokens = self.batch * shape.block_size
         with torch.device("meta"):
             self.model = GPT(shape)
-
-    # --- parameters ---------------------------------------------------------------------------------------------------
-
-    @cached_property
-    def parameters(self) -> int:
-        """How many there are, a shared embedding counted once."""
-        return sum(p.numel() for p in self.model.parameters())
-
-    @cached_property
-    def of_block(self) -> int:
-        return sum(p.numel() for p in self.model.transformer.h[0].parameters())
-
-    @property
-    def of_root(self) -> int:
-        """Those outside of blocks: embeddings, the last norm, the head."""
-        return self.parameters - self.shape.n_layer * self.of_block
-
-    @property
-    def of_head(self) -> int:
-        return self.shape.vocab_size * self.shape.n_embd
+        self.parameters = sum(p.numel() for p in self.model.parameters())  # a shared embedding counts once
+        self.of_block = sum(p.numel() for p in self.model.transformer.h[0].parameters())
+        self.of_root = self.parameters - shape.n_layer * self.of_block  # embeddings, the last norm, the head
+        self.of_head = shape.vocab_size * shape.n_embd
 
     @cached_property
     def state_bytes(self) -> int:
@@ -155,14 +137,14 @@ class Plan:
     @cached_property
     def block(self) -> Bytes:
         """What a block keeps of a micro-batch for its backward pass."""
-        c, n, half, wide = self.shape, self.tokens, self.half, self.wide
+        c, n, half = self.shape, self.tokens, self.half
         C, I, T = c.n_embd, c.resolved()["n_inner"], c.block_size
         q, kv = c.n_head * c.head_size, c.kv_heads * c.head_size  # channels
-        rms_on_cpu = 4 * self.on_cpu  # there it is several operations, and what they scale is kept
+        rms_on_cpu = 4 * self.by_parts  # there it is several operations, and what they scale is kept
         kept = Bytes()
-        kept["residual stream"] = n * C * wide * (1 if c.parallel_residual else 2)
+        kept["residual stream"] = 4 * n * C * (1 if c.parallel_residual else 2)
         # Each linear layer casts its input by itself, and two read the same one.
-        casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < wide and not self.compiled)
+        casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < 4 and not self.compiled)
         kept["norms"] = n * C * half * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * rms_on_cpu)
         kept["MLP"] = n * half * I * (2 if c.mlp == "gelu" else 4 - self.compiled)
         kept["dropout masks"] = n * C * self._mask(half) * (c.dropout > 0)
@@ -188,22 +170,15 @@ class Plan:
 
     def _mask(self, width: int) -> int:
         """Bytes of an element's dropout mask: on a CPU it is a tensor of what it multiplies."""
-        return width if self.on_cpu else 1
-
-    @property
-    def layers(self) -> Bytes:
-        """What all blocks keep: everything, or their inputs alone."""
-        if self.config.training.checkpoint_activations:
-            return Bytes({"residual stream": self.shape.n_layer * self.tokens * self.shape.n_embd * self.wide})
-        return times(self.block, self.shape.n_layer)
+        return width if self.by_parts else 1
 
     @property
     def around(self) -> Bytes:
         """Activations outside of blocks, from the embedding to the loss."""
         c, n, C = self.shape, self.tokens, self.shape.n_embd
-        held = Bytes({"residual stream": n * C * self.wide, "norms": n * C * self.half})
-        held["norms"] += 4 * n * C * (c.norm == "rmsnorm" and self.on_cpu)
-        held["dropout masks"] = n * C * self._mask(self.wide) if c.dropout else 0
+        held = Bytes({"residual stream": 4 * n * C, "norms": n * C * self.half})
+        held["norms"] += 4 * n * C * (c.norm == "rmsnorm" and self.by_parts)
+        held["dropout masks"] = n * C * self._mask(4) if c.dropout else 0
         return held
 
     # --- the moments --------------------------------------------------------------------------------------------------
@@ -211,56 +186,81 @@ class Plan:
     @cached_property
     def moments(self) -> dict[str, Bytes]:
         """What is alive at each moment that may be the peak."""
-        c, training, n, half, wide = self.shape, self.config.training, self.tokens, self.half, self.wide
-        C, V, L, T = c.n_embd, c.vocab_size, c.n_layer, c.block_size
-        head, shards = 4 * self.of_head, self.gpus if self.sharded else 1
-        base = Bytes({"parameters": 4 * self.parameters / shards, "optimizer state": self.state_bytes / shards})
-        base["batch"] = 16 * n
-        if self.config.kl.reference:
-            base["KL reference"] = 4 * self.parameters  # as if it had the model's shape
-        if self.gpus > 1 and not self.sharded:
-            base["DDP's buckets"] = 4 * self.parameters
-        before = Bytes({"gradients": 4 * self.parameters / shards * (self.micro_steps > 1)})
-        copies = self._copies
+        c, n, L, first_step = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
+        stream, head, weights, copies = 4 * n * c.n_embd, 4 * self.of_head, 4 * self.parameters, self._copies
+        shards = self.gpus if self.sharded else 1
+        base = Bytes({"parameters": weights / shards, "optimizer state": self.state_bytes / shards, "batch": 16 * n})
+        base["KL reference"] = weights / shards * bool(self.config.kl.reference)  # as if it had the model's shape
+        base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
+        grads = Bytes({"gradients": weights / shards})
+        former = Bytes() if first_step else grads
+        inputs = Bytes({"residual stream": stream})
+        kept = inputs if self.recomputed else self.block + copies
+        anew = self.block + copies - inputs if self.recomputed else Bytes()
+        forward, backward, logits = self._loss
 
-        kept = Bytes() if training.checkpoint_activations else times(copies, L)
-        forward, back, logits = self._loss
-        found = {"the loss": base + before + self.layers + times(copies, L) + self.around + forward}
-        found["the loss, backward"] = base + before + self.layers + kept + self.around + back
-        base += logits
-
-        # A block's backward: the block's own activations anew, where only its input was kept.
-        own = Bytes()
-        if training.checkpoint_activations:
-            own = self.block + copies
-            own["residual stream"] -= n * C * wide
-        shared = Bytes({"gradients": head * (c.tie_embeddings or self.micro_steps == 1)})  # the head's, not added yet
+        cached = times(copies, L * self.recomputed)  # autocast has them until the loss is there
+        alive, sharding = base + former + times(kept, L), self._sharding
+        found = {
+            "the loss": alive + cached + self.around + forward + sharding["root"],
+            "the loss, backward": alive + self.around + backward + sharding["root"],
+        }
+        base, alive = base + logits, alive + logits
         if self.attention:
-            so_far = Bytes({"residual stream": n * C * wide, "norms": n * C * half})
-            so_far["attention, T × T"] = self.attention.forward
-            if not training.checkpoint_activations:
-                so_far += times(self.block, L - 1)
-            found["the last block, forward"] = base + before + times(copies, L) + so_far
-        for name, work in self._at_work.items():
-            found[f"the last block, {name}"] = base + before + shared + self.layers + kept + own + work
-        first = Bytes({"gradients": 4 * (self.parameters - self.of_block) / shards}) if self.micro_steps == 1 else before
-        held = Bytes() if c.tie_embeddings and self.micro_steps == 1 else shared
-        for name, work in self._at_work.items():
-            found[f"the first block, {name}"] = base + first + held + self.block + copies + work
+            own = inputs + Bytes({"norms": n * c.n_embd * self.half, "attention, T × T": self.attention.forward})
+            before = base + former + times(kept, L - 1) + (cached or copies)
+            found["the last block, forward"] = before + own + sharding["forward"]
+
+        # Where the head is the embedding its gradient waits for the embedding's, and under FSDP for all of the root's.
+        waiting = Bytes({"gradients": head * (c.tie_embeddings or first_step or self.sharded)})
+        after = waiting + (former or Bytes({"gradients": 4 * self.of_block * (L - 1) / shards}))
+        for name, work, done in self._at_work:
+            found[f"the last block, {name}"] = alive + waiting + anew + work - done + sharding["last"]
+            found[f"the first block, {name}"] = base + after + self.block + copies + work - done + sharding["first"]
+        if self.sharded:
+            work = Bytes({"at work": stream})
+            found["the last block, gathered"] = alive + waiting + work + sharding["gathered"]
+            found["the last block, summed"] = alive - kept + waiting + work + sharding["summed"]
+            between = base + after + times(kept, 2) + anew + self._at_work[0][1]
+            found["the second block"] = between + sharding["last"] + sharding["between"]
+            found["the embedding, summed"] = base + grads + sharding["root, summed"]
 
         # The embedding's gradient is a tensor of its own before it is added to the head's, and to former ones.
-        grads = Bytes({"gradients": 4 * self.parameters / shards})
-        more = (c.tie_embeddings + (self.micro_steps > 1)) * head
-        found["the embedding, backward"] = base + grads + Bytes({"at work": n * C * wide, "gradients": more})
-        found["the optimizer's step"] = base + grads + Bytes({"at work": self._stepping / shards})
+        more = (c.tie_embeddings + (self.sharded or not first_step)) * head
+        work = Bytes({"at work": stream, "gradients": more})
+        found["the embedding"] = base + grads + work + sharding["embedding"]
+        found["the optimizer's step"] = base + grads + Bytes({"at work": self._stepping})
         return found
+
+    @property
+    def _sharding(self) -> dict[str, Bytes]:
+        """What FSDP holds beside a rank's shares, by the moment.
+
+        The root's parameters, in float32, from the forward to the backward pass; those of a block, in dtype, while it
+        computes, and in the backward pass those of the next one already. When a block is done, its gradients in
+        float32, to be summed over the ranks while the next one computes. On CPUs gloo copies what it moves.
+        """
+        root, block, sums = (4 * self.of_root, self.half * self.of_block, 4 * self.of_block) if self.sharded else 3 * (0,)
+        gloo = self.device == "cpu"
+        sizes = {
+            "root": root,
+            "forward": root + block,
+            "gathered": root + (2 + gloo) * block,
+            "last": root + 2 * block,
+            "summed": root + block + (1 + gloo + 1 / self.gpus) * sums,
+            "between": sums,
+            "first": root + block + sums,
+            "embedding": root + (1 + gloo) * sums,
+            "root, summed": 2 * root,
+        }
+        return {moment: Bytes({"gathered by FSDP": size}) for moment, size in sizes.items()}
 
     @cached_property
     def _loss(self) -> tuple[Bytes, Bytes, Bytes]:
         """What the head and the loss take forward and backward, and what is held until the next step's."""
         c, n, half, V = self.shape, self.tokens, self.half, self.shape.vocab_size
-        head, copy = 4 * self.of_head, self.of_head * half * (half < self.wide)  # its gradient; its weight in half
-        outputs = 4 * n * c.n_embd * (half < self.wide and not self.compiled)  # of the last norm, before they are cast
+        head, copy = 4 * self.of_head, self.of_head * half * (half < 4)  # its gradient; its weight in half
+        outputs = 4 * n * c.n_embd * (half < 4 and not self.compiled)  # of the last norm, before they are cast
         if not self.config.kl.reference and self.config.training.feedback == "backprop":
             # By chunks of rows: the sums that become the gradients of x and of the head's weight, and a chunk's logits,
             # which on a CPU become log p in another tensor. Backward, both sums are multiplied into new tensors.
@@ -296,17 +296,19 @@ class Plan:
         return Bytes({f"weights in {self.dtype}".replace("torch.", ""): self.half * sum(p.numel() for m in linear for p in m.parameters())})
 
     @property
-    def _at_work(self) -> dict[str, Bytes]:
-        """What a block's backward makes, less what it has let go of by then: of the gradient of the residual stream, of
+    def _at_work(self) -> list[tuple[str, Bytes, Bytes]]:
+        """What a block's backward makes, and what it has let go of by then: of the gradient of the residual stream, of
         the MLP's hidden layer (of swiglu's three), of its weight; or in attention that is materialized."""
-        c, n, half, wide = self.shape, self.tokens, self.half, self.wide
+        c, n, half = self.shape, self.tokens, self.half
         C, I = c.n_embd, c.resolved()["n_inner"]
-        gradient = n * C * (wide + half * (half < wide or c.dropout > 0))
-        found = {"MLP": Bytes({"at work": gradient + n * I * half * (1 if c.mlp == "gelu" else 2) + C * I * half})}
+        gradient = n * C * (4 + half * (half < 4 or c.dropout > 0))
+        hidden = n * I * half * (1 if c.mlp == "gelu" else 2)
+        found = [("MLP", Bytes({"at work": gradient + hidden + C * I * half}), Bytes())]
         if self.attention:
-            work = self.attention.backward - self.attention.kept + n * C * wide
-            done = self.block["MLP"] + self.block["norms"] / 2 + n * C * wide * (not c.parallel_residual)
-            found["attention"] = Bytes({"at work": work - done})
+            work = self.attention.backward - self.attention.kept + 4 * n * C
+            done = Bytes({"MLP": self.block["MLP"], "norms": self.block["norms"] / 2})
+            done["residual stream"] = 4 * n * C * (not c.parallel_residual)
+            found.append(("attention", Bytes({"at work": work}), done))
         return found
 
     @property
