@@ -38,7 +38,7 @@ from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
-from harness.parallel import background_saver, on_all_ranks, own_part, placed, recompute_activations
+from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
 from harness.tracking import Progress, Tracker, watched
@@ -209,10 +209,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         if saver:
             saver.save(raw_model, optimizer, checkpoint, paths)
             return
-        checkpoint["model"] = raw_model.state_dict()
+        checkpoint["model"], state = raw_model.state_dict(), {"optimizer": optimizer.state_dict()}
         for path in paths:
-            state = {} if path.name == "best.pt" else {"optimizer": optimizer.state_dict()}
-            save_checkpoint(path, checkpoint | state)
+            save_checkpoint(path, checkpoint if path.name == "best.pt" else checkpoint | state)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
@@ -229,7 +228,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
                 if progress:
                     progress.say(f"the whole validation set: {describe(validation_metrics(loss, windows['val']))}")
             metrics |= validation_metrics(loss, windows["val"], "val_full")
-        with autocast if sharded else contextlib.nullcontext():  # whose blocks are in that dtype
+        with looked_into(sharded, autocast):
             outliers = outlier_metrics(raw_model, windows, device) if config.evaluation.kurtosis else {}
         return metrics | outliers | feedback_metrics(raw_model), best
 

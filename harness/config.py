@@ -272,6 +272,6 @@ def help_text() -> str:
             explanations |= {p.arg_name: p.description for p in doc.params}
         for f in dataclasses.fields(cls):
             default = yaml.safe_dump(f.default).splitlines()[0]
-            lines.append(f"  --{section}.{f.name}".ljust(34) + f"{explanations[f.name]}")
-            lines.append(" " * 34 + f"({describe_field(f)}; default: {default})")
+            lines.append(f"  --{section}.{f.name}".ljust(36) + f"{explanations[f.name]}")
+            lines.append(" " * 36 + f"({describe_field(f)}; default: {default})")
     return "\n".join(lines)

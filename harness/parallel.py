@@ -9,7 +9,9 @@ outside of the blocks, stay float32, and gradients are summed in float32: as aut
 what a normalizer learns travel in bfloat16 with the matrices beside them.
 """
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,17 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype) -> None:
     root: Any = fully_shard(model, mesh=mesh)
     # What is outside of the blocks waits, gathered, for the backward pass; where none will come it is dropped.
     root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else root.reshard())
+
+
+@contextlib.contextmanager
+def looked_into(sharded: bool, autocast) -> Iterator[None]:
+    """In here the layers of a model can be watched, which are as they always are but where it is `sharded`: its blocks
+    are in autocast's dtype, and perhaps compiled."""
+    with contextlib.ExitStack() as stack:
+        if sharded:
+            stack.enter_context(autocast)
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 def on_all_ranks(model: Any, ranks: Ranks) -> Any:

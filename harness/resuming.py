@@ -264,7 +264,12 @@ def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
     return loss
 
 
-def restore_optimizer(optimizer: torch.optim.Optimizer, checkpoint: dict[str, Any], path: Path, ranks: Ranks) -> None:
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer,
+    checkpoint: dict[str, Any],
+    path: Path = Path("ckpt.pt"),
+    ranks: Ranks | None = None,
+) -> None:
     """Give `optimizer` the state that the checkpoint's had, sharded or not. Only the state: the learning rate and the
     other hyperparameters are the config's, which may have changed since."""
     groups = optimizer.state_dict()["param_groups"]
