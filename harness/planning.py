@@ -2,8 +2,8 @@
 
 Memory has its peak at one of a few moments of a step: while the loss is computed or goes back, in the backward pass of
 the last block (all activations are there) or of the first (all gradients are), or in the optimizer's step. `Plan` adds
-up, for each moment, what is alive then, kind by kind; the peak is the largest sum. Bytes of a tensor of n tokens and C
-channels are n·C·wide or n·C·half, where `wide` is what the residual stream has and `half` what matrix products take.
+up, for each moment, what is alive then, kind by kind; the peak is the largest sum. Of n tokens and C channels that
+are 4·n·C bytes in the residual stream, which is float32, and half·n·C where matrix products read it.
 
 What is counted is what autograd keeps of the operations in model.py and kernels/, so that a change there wants one
 here: tests/harness/test_planning.py compares the sums with what PyTorch allocates. Two parts are not added up by hand
@@ -12,19 +12,15 @@ normalizer, and the KL beside a reference. Not counted are the CUDA context, fra
 """
 
 import contextlib
-import math
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import asdict, replace
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from harness.allocations import Followed, follow
 from harness.config import Config
 from harness.kl_training import position_kl
 from harness.optimizers import BY_MUON, kinds_of
@@ -33,48 +29,6 @@ from kernels.loss import ROWS, cross_entropy
 from model import GPT, NORMALIZERS, GPTConfig, rotation
 
 Bytes = Counter  # kind → bytes
-
-
-@dataclass(frozen=True)
-class Followed:
-    """Bytes of the tensors that a function made, its result left out: kept for the backward pass, and the most there
-    were at a time in each pass, the gradients of its inputs among them."""
-
-    kept: int
-    forward: int
-    backward: int
-
-
-class _Storages(TorchDispatchMode):
-    """Sums up the tensors that the operations within it make, as long as they live."""
-
-    def __init__(self, known: Iterable[Tensor]):
-        super().__init__()
-        self.known, self.live, self.peak = {x.untyped_storage()._cdata for x in known}, {}, 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, Tensor) and (storage := x.untyped_storage())._cdata not in self.known:
-                self.live[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
-        self.peak = max(self.peak, self.bytes())
-        return result
-
-    def bytes(self) -> int:
-        self.live = {key: entry for key, entry in self.live.items() if not entry[0].expired()}
-        return sum(size for _, size in self.live.values())
-
-
-def follow(function: Callable[..., Tensor], *inputs: Tensor, known: Iterable[Tensor] = ()) -> Followed:
-    """What `function` of the inputs takes forward and backward beside these and what else is `known`."""
-    with _Storages([*inputs, *known]) as storages:
-        result = function(*inputs)
-        own, forward = result.untyped_storage().nbytes(), storages.peak
-        kept = storages.bytes() - own
-        gradient = torch.ones_like(result)
-        storages.peak = 0
-        result.backward(gradient)
-    return Followed(kept, forward - own, storages.peak - own - gradient.untyped_storage().nbytes())
 
 
 class Plan:
@@ -89,7 +43,8 @@ class Plan:
         self.config, self.shape, self.gpus, self.device = config, shape, gpus, device
         share, rest = divmod(c.batch_size, gpus)
         if rest or not share:
-            raise config.error("training.batch_size", f"{c.batch_size} sequences cannot be shared out among {gpus} GPUs")
+            problem = f"{c.batch_size} sequences cannot be shared out among {gpus} devices"
+            raise config.error("training.batch_size", problem)
         most = min(batch or c.micro_batch_size or share, share)
         self.batch = next(n for n in range(most, 0, -1) if share % n == 0)
         self.micro_steps, self.tokens = share // self.batch, self.batch * shape.block_size
@@ -99,8 +54,7 @@ class Plan:
         dtype = ("bfloat16" if device == "cuda" else "float32") if c.dtype == "auto" else c.dtype
         self.dtype = getattr(torch, dtype)
         self.half = self.dtype.itemsize
-        with torch.device("meta"):
-            self.model = GPT(shape)
+        self.model = _without_memory(tuple(asdict(shape).items()))
         self.parameters = sum(p.numel() for p in self.model.parameters())  # a shared embedding counts once
         self.of_block = sum(p.numel() for p in self.model.transformer.h[0].parameters())
         self.of_root = self.parameters - shape.n_layer * self.of_block  # embeddings, the last norm, the head
@@ -138,15 +92,15 @@ class Plan:
     def block(self) -> Bytes:
         """What a block keeps of a micro-batch for its backward pass."""
         c, n, half = self.shape, self.tokens, self.half
-        C, I, T = c.n_embd, c.resolved()["n_inner"], c.block_size
+        C, inner, T = c.n_embd, c.resolved()["n_inner"], c.block_size
         q, kv = c.n_head * c.head_size, c.kv_heads * c.head_size  # channels
-        rms_on_cpu = 4 * self.by_parts  # there it is several operations, and what they scale is kept
+        in_parts = 4 * self.by_parts  # of RMSNorm, where what is scaled is kept too
         kept = Bytes()
         kept["residual stream"] = 4 * n * C * (1 if c.parallel_residual else 2)
         # Each linear layer casts its input by itself, and two read the same one.
         casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < 4 and not self.compiled)
-        kept["norms"] = n * C * half * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * rms_on_cpu)
-        kept["MLP"] = n * half * I * (2 if c.mlp == "gelu" else 4 - self.compiled)
+        kept["norms"] = n * C * half * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * in_parts)
+        kept["MLP"] = n * half * inner * (2 if c.mlp == "gelu" else 4 - self.compiled)
         kept["dropout masks"] = n * C * self._mask(half) * (c.dropout > 0)
         if self.attention:
             kept["attention, T × T"] = self.attention.kept + n * half * q  # what c_proj reads
@@ -162,7 +116,7 @@ class Plan:
         if c.qk_norm:  # in float32
             as_input = 4 * (half < 4 and not self.compiled)
             as_output = half * (c.position == "learned")
-            kept["queries, keys, values"] += n * (q + kv) * (rms_on_cpu + as_input + as_output)
+            kept["queries, keys, values"] += n * (q + kv) * (in_parts + as_input + as_output)
         copies = 1 + (c.normalizer == "clipped") + has_null_key
         kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
         kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
@@ -240,7 +194,7 @@ class Plan:
         computes, and in the backward pass those of the next one already. When a block is done, its gradients in
         float32, to be summed over the ranks while the next one computes. On CPUs gloo copies what it moves.
         """
-        root, block, sums = (4 * self.of_root, self.half * self.of_block, 4 * self.of_block) if self.sharded else 3 * (0,)
+        root, block, sums = 4 * self.of_root, self.half * self.of_block, 4 * self.of_block
         gloo = self.device == "cpu"
         sizes = {
             "root": root,
@@ -253,7 +207,7 @@ class Plan:
             "embedding": root + (1 + gloo) * sums,
             "root, summed": 2 * root,
         }
-        return {moment: Bytes({"gathered by FSDP": size}) for moment, size in sizes.items()}
+        return {moment: Bytes({"gathered by FSDP": size * self.sharded}) for moment, size in sizes.items()}
 
     @cached_property
     def _loss(self) -> tuple[Bytes, Bytes, Bytes]:
@@ -293,17 +247,18 @@ class Plan:
         if self.sharded or self.half == 4:
             return Bytes()
         linear = [m for m in self.model.transformer.h[0].modules() if isinstance(m, nn.Linear)]
-        return Bytes({f"weights in {self.dtype}".replace("torch.", ""): self.half * sum(p.numel() for m in linear for p in m.parameters())})
+        name = f"weights in {self.dtype}".replace("torch.", "")
+        return Bytes({name: self.half * sum(p.numel() for m in linear for p in m.parameters())})
 
     @property
     def _at_work(self) -> list[tuple[str, Bytes, Bytes]]:
         """What a block's backward makes, and what it has let go of by then: of the gradient of the residual stream, of
         the MLP's hidden layer (of swiglu's three), of its weight; or in attention that is materialized."""
         c, n, half = self.shape, self.tokens, self.half
-        C, I = c.n_embd, c.resolved()["n_inner"]
+        C, inner = c.n_embd, c.resolved()["n_inner"]
         gradient = n * C * (4 + half * (half < 4 or c.dropout > 0))
-        hidden = n * I * half * (1 if c.mlp == "gelu" else 2)
-        found = [("MLP", Bytes({"at work": gradient + hidden + C * I * half}), Bytes())]
+        hidden = n * inner * half * (1 if c.mlp == "gelu" else 2)
+        found = [("MLP", Bytes({"at work": gradient + hidden + C * inner * half}), Bytes())]
         if self.attention:
             work = self.attention.backward - self.attention.kept + 4 * n * C
             done = Bytes({"MLP": self.block["MLP"], "norms": self.block["norms"] / 2})
@@ -313,20 +268,20 @@ class Plan:
 
     @property
     def _stepping(self) -> int:
-        """What the optimizer makes beside its state: of the largest parameter, or where SGD steps all at once, of all."""
-        c, kinds = self.config.optimizer, kinds_of(self.model)
+        """What the optimizer makes beside its state: AdamW nothing, Muon the iterates of a matrix, SGD one parameter's
+        gradient with weight decay and then with momentum, or on CUDA all gradients with weight decay."""
+        c, kinds, shards = self.config.optimizer, kinds_of(self.model), self.gpus if self.sharded else 1
         if c.name == "sgd":
-            tensors = bool(c.weight_decay) + (c.momentum != 0)
-            if self.device == "cuda":
-                return 4 * self.parameters
-            return 4 * tensors * max(p.numel() for p in self.model.parameters())
-        most, parts = 0, self.model.transformer.h[0].attn.sizes
-        for name, p in self.model.named_parameters():
-            if kinds[name] in BY_MUON.get(c.name, ()):
-                for rows in parts if kinds[name] == "qkv" else [p.size(0)]:
-                    columns = p.size(1)
-                    most = max(most, 8 * rows * columns + 4 * min(rows, columns) ** 2)
-        return most
+            one = max(p.numel() for p in self.model.parameters()) * (bool(c.weight_decay) + (c.momentum != 0))
+            return 4 * (one if self.device == "cpu" else self.parameters * bool(c.weight_decay)) // shards
+        attention = self.model.transformer.h[0].attn
+        matrices = [
+            (rows, p.size(1))
+            for name, p in self.model.named_parameters()
+            if kinds[name] in BY_MUON.get(c.name, ())
+            for rows in (attention.sizes if kinds[name] == "qkv" else p.shape[:1])
+        ]
+        return max((8 * m * n + 4 * min(m, n) ** 2 for m, n in matrices), default=0)
 
     @cached_property
     def peak(self) -> tuple[str, Bytes]:
@@ -336,6 +291,67 @@ class Plan:
     @property
     def peak_bytes(self) -> int:
         return round(sum(self.peak[1].values()))
+
+    # --- what moves, what is written, and what would fit --------------------------------------------------------------
+
+    @property
+    def moved(self) -> dict[str, float]:
+        """Bytes that a device sends in a step, and receives, by rings: kind → bytes."""
+        others, blocks = (self.gpus - 1) / self.gpus, self.half * self.shape.n_layer * self.of_block
+        if not self.sharded:
+            return {"all-reduce of the gradients, float32": 2 * others * 4 * self.parameters}
+        again, half = others * self.micro_steps, str(self.dtype).removeprefix("torch.")
+        return {
+            "all-gather of what is outside of blocks, float32": again * 4 * self.of_root,
+            f"all-gather of the blocks before each pass, {half}": again * 2 * blocks,
+            "reduce-scatter of the gradients, float32": again * 4 * self.parameters,
+        }
+
+    @property
+    def flops(self) -> float:
+        """Of a device in a step, by `GPT.flops_per_token`: what is computed again counts once."""
+        return self.model.flops_per_token() * self.tokens * self.micro_steps
+
+    def changed(self, gpus: int | None = None, batch: int | None = None, **training) -> "Plan":
+        """This plan with other keys of `training`."""
+        config = replace(self.config, training=replace(self.config.training, **training))
+        config.sources = self.config.sources
+        return Plan(config, self.shape, gpus or self.gpus, self.device, batch or self.batch)
+
+    def largest(self, limit: float) -> "Plan | None":
+        """This plan with the most sequences at a time, up to all of a device's share, that stay within the limit."""
+        share, found = self.batch * self.micro_steps, None
+        batches = [n for n in range(1, share + 1) if share % n == 0]
+        while batches:  # memory only grows with the batch
+            middle = len(batches) // 2
+            plan = self.changed(batch=batches[middle])
+            fits = plan.peak_bytes <= limit
+            found, batches = (plan, batches[middle + 1 :]) if fits else (found, batches[:middle])
+        return found
+
+
+def ways_to_fit(plan: Plan, limit: float) -> list[Plan]:
+    """Plans that stay within so many bytes: fewer sequences at a time, activations computed again, a sharded model and
+    both; where none of these does, the fewest devices, of 2, 4, 8 …, that share the model so."""
+    again = {"checkpoint_activations": True}
+    options = [{}, again, {"parallel": "fsdp"}, again | {"parallel": "fsdp"}]
+    given = plan.config.training
+    new = [o for o in options if not o or any(getattr(given, key) != value for key, value in o.items())]
+    new = [o for o in new if plan.gpus > 1 or "parallel" not in o]
+    if found := [fitting for option in new if (fitting := plan.changed(**option).largest(limit))]:
+        return found
+    gpus = 2
+    while given.batch_size % gpus == 0:
+        if gpus > plan.gpus and (fitting := plan.changed(gpus, **options[-1]).largest(limit)):
+            return [fitting]
+        gpus *= 2
+    return []
+
+
+@lru_cache
+def _without_memory(shape: tuple) -> GPT:
+    with torch.device("meta"):
+        return GPT(GPTConfig(**dict(shape)))
 
 
 def times(kinds: Bytes, factor: float) -> Bytes:
