@@ -25,7 +25,8 @@ class _Storages(TorchDispatchMode):
 
     def __init__(self, known: Iterable[Tensor]):
         super().__init__()
-        self.known, self.live, self.peak = {x.untyped_storage()._cdata for x in known}, {}, 0
+        self.known, self.peak = {x.untyped_storage()._cdata for x in known}, 0
+        self.live: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
