@@ -22,6 +22,7 @@ import transformers
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from torch.profiler import ProfilerActivity, profile
 
 from harness.checkpoint import save_checkpoint
 from harness.corpus import Corpus
@@ -273,6 +274,27 @@ def diagnose(diagnostic: Diagnostic, *arguments) -> int:
 def read_json(path: str | Path) -> dict:
     """What a script wrote; strict, in that NaN and Infinity are no JSON."""
     return json.loads(Path(path).read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+
+
+def allocated(run) -> int:
+    """The most bytes that `run()` had allocated at a time on the CPU, by PyTorch's profiler, which sees every block."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events, rest = [], profiler.profiler.kineto_results.experimental_event_tree()
+    while rest:
+        event = rest.pop()
+        rest += event.children
+        if event.typed[0] == torch._C._profiler._EventType.Allocation:
+            events.append((event.start_time_ns, event.typed[1].ptr, event.typed[1].alloc_size))
+    live: dict[int, int] = {}
+    most = total = 0
+    for _, address, size in sorted(events, key=lambda event: event[0]):
+        total -= live.pop(address, 0)  # before a new block too: what another thread frees is not told
+        if size > 0:
+            live[address] = size
+            total += size
+            most = max(most, total)
+    return most
 
 
 # --- training runs ----------------------------------------------------------------------------------------------------
