@@ -94,13 +94,13 @@ def test_descriptors_and_file_sizes_that_run_out_leave_the_former_checkpoint():
         (resource.RLIMIT_NOFILE, 3, "Too many open files"),
         (resource.RLIMIT_FSIZE, 100_000, "File too large"),
     ):
-        run = TrainingRun(f"run{limit}", *LONG[:2], "--training.checkpoint_interval", "200", *LONG[4:])
-        run.wait_for_step(20)
+        run = TrainingRun(f"run{limit}", *LONG[:2], "--training.checkpoint_interval", "50", *LONG[4:])
+        run.wait_for_step(5)
         resource.prlimit(run.process.pid, limit, (number, number))
         line = the_line(run)
         assert said in line
         step = run.checkpoint()["step"]
-        assert step % 200 == 0
+        assert step % 50 == 0
         assert [line["step"] for line in run.metrics()][: step + 1] == [*range(step + 1)]
         assert not [*run.folder.rglob("*.tmp")]
 
