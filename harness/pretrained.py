@@ -164,7 +164,7 @@ def _weight_files(name_or_folder: str) -> list[Path]:
             parts, found = _read_json(index, source).get("weight_map"), []
             for part in sorted(set(map(str, parts.values() if isinstance(parts, dict) else ()))):
                 if Path(part).is_absolute() or ".." in Path(part).parts or "\0" in part:
-                    raise UserError(f"{source}: its {index.name} names {part!r:.80}, which is not in its folder")
+                    raise UserError(f"{source}: its {index.name} names {part!r:.200}, which is not in its folder")
                 if (path := _find(name_or_folder, part)) is None:
                     raise UserError(f"{source}: its {index.name} names {part:.80}, which is not there")
                 found.append(path)

@@ -22,6 +22,7 @@ hold if one of them did not; it is not decided where a comparison under `given` 
 
 import ast
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,7 +125,7 @@ def load_claims(experiment: Experiment) -> list[Claim]:
             )
         for form in [content, content | larger] if larger else [content]:
             named = path.parent / _text(path, form, "experiment")
-            if not named.is_file():
+            if not os.path.isfile(named):  # nor where a name is too long for one
                 raise UserError(f"{path}: experiment: there is no {named}")
             if named.resolve() == experiment.path.resolve():
                 found.append(_claim(path, form, named, experiment))

@@ -146,7 +146,7 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
     UserError for every mistake in it, naming file and key."""
     content = read_yaml(path, "experiment")
     if isinstance(content, dict) and isinstance(named := content.get("experiment"), str):  # a claim's file
-        if not (path.parent / named).is_file():
+        if not os.path.isfile(path.parent / named):
             raise UserError(f"{path}: experiment: there is no {path.parent / named}")
         return load_experiment(path.parent / named, out)
     if not isinstance(content, dict) or not _KEYS.issuperset(content):
@@ -189,7 +189,7 @@ def load_experiment(path: Path, out: Path = Path("out")) -> Experiment:
 
 def _cell(path: Path, content: dict, folder: Path, every, variant: str, changes, seed: int, variants) -> Cell:
     base = path.parent / os.path.expanduser(content["base"])
-    if not base.is_file():
+    if not os.path.isfile(base):
         raise UserError(f"{path}: base: there is no {base}")
     arguments = [os.path.relpath(base, ROOT) if base.resolve().is_relative_to(ROOT) else str(base)]
     given: dict[str, Any] = {}

@@ -6,6 +6,7 @@ it.
 """
 
 import json
+import os
 from pathlib import Path
 
 import vl_convert
@@ -28,7 +29,7 @@ def write_report(folder: Path) -> Path:
     be called in the repository's root. UserError where the folder holds no experiment."""
     facts = _facts(folder)
     file = ROOT / facts["file"]
-    if not file.is_file():
+    if not os.path.isfile(file):
         raise UserError(f"{folder / FACTS}: file: there is no {facts['file']}, the experiment that was run")
     folder = _as_given_to_runs(folder.resolve())
     experiment = load_experiment(_as_given_to_runs(file), out=folder.parent)

@@ -414,7 +414,7 @@ def test_weights_outside_of_the_folder_are_not_read(tmp_path, part):
     (tmp_path / "peer" / "a").mkdir()
     index = {"weight_map": {"a": part.format(folder=tmp_path)}}
     (tmp_path / "peer" / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "outside.safetensors', which is not in its folder" in refusal(tmp_path / "peer")
+    assert "which is not in its folder" in refusal(tmp_path / "peer")
 
 
 @pytest.mark.parametrize("changes", [{"n_layer": 10**6}, {"vocab_size": 10**9}, {"n_positions": 10**12}])
