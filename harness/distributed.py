@@ -99,7 +99,7 @@ def one_voice() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         lost = None if isinstance(error, UserError) else _lost_connection(error)
-        status = LOST if lost else 2 if isinstance(error, UserError) else 1
+        status = LOST if lost else 2 if isinstance(error, (UserError, OSError)) else 1
         ending = Ending(status, lost or str(error), os.environ["RANK"])
         first = ending
         with contextlib.suppress(dist.DistError):  # the store may be what was lost
