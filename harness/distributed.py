@@ -91,7 +91,12 @@ def join_ranks(device_name: str) -> Ranks:
         torch.cuda.set_device(device)
     watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), float(os.environ.get("RANK_TIMEOUT", 30)))
     # Gradients travel by NCCL; flags and sums of plain numbers stay on the CPU, so that they never wait for the GPU.
-    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    options: dict[str, Any] = {"timeout": timedelta(minutes=30)}
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun's store has the former ranks' addresses
+        options |= {"store": meeting_store(), "rank": watch.rank, "world_size": watch.size}
+        options["store"].set_timeout(options["timeout"])
+    dist.init_process_group(backend, **options)
     return Ranks(device, dist.get_rank(), dist.get_world_size(), watch)
 
 
@@ -106,7 +111,7 @@ def one_voice() -> Iterator[None]:
         if int(os.environ.get("WORLD_SIZE", 1)) == 1:
             raise
         lost = None if isinstance(error, UserError) else _lost_connection(error)
-        status = LOST if lost else 2 if isinstance(error, UserError) else 1
+        status = LOST if lost else 2 if isinstance(error, (UserError, OSError)) else 1
         ending = Ending(status, lost or str(error), os.environ["RANK"])
         first = ending
         with contextlib.suppress(dist.DistError):  # the store may be what was lost
@@ -201,7 +206,7 @@ class Watch:
     store, or the next rank, has been silent for `limit` seconds. A launcher that has gone is a request to stop."""
 
     def __init__(self, rank: int, size: int, limit: float):
-        self._rank, self._next, self._limit = rank, (rank + 1) % size, limit
+        self.rank, self.size, self._next, self._limit = rank, size, (rank + 1) % size, limit
         self._interval = min(1.0, limit / 10)  # silence is counted in these, so that a pause of this process is none
         self._rounds, self._leaving, self._parent = 0, threading.Event(), os.getppid()
         self._talker = threading.Thread(target=self._talk, daemon=True)  # it may wait for a dead store for ever
@@ -215,11 +220,11 @@ class Watch:
     def _talk(self) -> None:
         with contextlib.suppress(dist.DistError, RuntimeError):  # then _guard counts
             store, heard, silence = meeting_store(), "", 0
-            own, other = f"alive/{self._rank}", f"alive/{self._next}"
+            own, other = f"alive/{self.rank}", f"alive/{self._next}"
             while not self._leaving.is_set():
                 self._rounds += 1
                 store.set(own, f"{self._rounds} on {socket.gethostname()}")
-                if store.check([Ending.KEY]) and (ending := Ending.read(store.get(Ending.KEY))).by != str(self._rank):
+                if store.check([Ending.KEY]) and (ending := Ending.read(store.get(Ending.KEY))).by != str(self.rank):
                     self._leaving.wait(_GRACE)  # the main thread ends too, unless it waits for a rank that has ended
                     os._exit(ending.say())
                 word = store.get(other).decode() if store.check([other]) else ""
@@ -228,7 +233,7 @@ class Watch:
                 if silence * self._interval >= self._limit:
                     where = word.partition(" ")[2]
                     reason = f"rank {self._next} {where} has not been heard of for {self._limit:g} s"
-                    os._exit(Ending(LOST, reason, str(self._rank)).announced(store).say())
+                    os._exit(Ending(LOST, reason, str(self.rank)).announced(store).say())
                 self._leaving.wait(self._interval)
             store.set(own, _LEFT)
 
@@ -242,4 +247,4 @@ class Watch:
             rounds = self._rounds
             if silence * self._interval >= self._limit:
                 where = f"{os.environ['MASTER_ADDR']}, where the ranks meet,"
-                os._exit(Ending(LOST, f"{where} has not answered for {self._limit:g} s", str(self._rank)).say())
+                os._exit(Ending(LOST, f"{where} has not answered for {self._limit:g} s", str(self.rank)).say())

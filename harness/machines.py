@@ -213,7 +213,7 @@ class Launcher:
         while True:
             codes = [process.poll() for process in self._processes]
             if not failure and (failed := [code for code in codes if code]):
-                failure = min(failed, key=lambda code: (code == LOST, code > 0))  # the cause before what follows
+                failure = min(failed, key=lambda code: (code == LOST, code > 0, code != 2))  # the cause first
                 if failure < 0 and not self._asked:
                     self._announce(codes.index(failure), failure, store)
                 if failure <= 128:
