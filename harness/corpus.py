@@ -202,8 +202,7 @@ class Corpus:
         if size != expected:
             if like := self._looks_like(path, wrong=True):
                 raise self._broken(file.path.name, f"looks like {like}, not like ids in {dtype}")
-            problem = f"has {size:,} bytes where {expected:,} belong (cut short or replaced)"
-            raise self._broken(file.path.name, problem)
+            raise self._broken(file.path.name, f"has {size:,} bytes where {expected:,} belong (cut short or replaced)")
         if not file.tokens:
             raise self._broken(file.path.name, "is empty")
 

@@ -224,6 +224,19 @@ def test_damage_is_found_in_the_splits_that_are_asked_for(tmp_path):
         corpus.verify("train")
 
 
+def test_a_corpus_of_an_earlier_version_is_read_as_a_whole_at_the_start(tmp_path):
+    """It has no checksums of blocks, so that it cannot be checked where it is touched."""
+    write_documents(tmp_path)
+    meta = json.loads((tmp_path / "meta.json").read_text())
+    del meta["checksum"], meta["splits"]["train"]["crc32"], meta["splits"]["val"]["crc32"]
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    assert bytes(Corpus(tmp_path, lazily=True).tokens["val"].tolist()) == b"two"
+    content = bytearray((tmp_path / "train.bin").read_bytes())
+    content[2] ^= 1
+    (tmp_path / "train.bin").write_bytes(content)
+    assert "train.bin is not the file that meta.json describes" in corpus_error(tmp_path, lazily=True)
+
+
 def test_a_file_is_read_once_by_all_that_check_it(tmp_path, monkeypatch):
     read, chunks = [], corpus_module.chunks
     monkeypatch.setattr(corpus_module, "chunks", lambda tokens: read.append(len(tokens)) or chunks(tokens))

@@ -47,6 +47,25 @@ def test_it_is_indexed_as_the_array_that_it_is(corpus_folder):
     assert corpus.tokens["val"].tolist() == list(VAL)
 
 
+def test_a_file_may_lie_on_another_disk(corpus_folder, tmp_path_factory):
+    expected, elsewhere = everything(corpus_folder), tmp_path_factory.mktemp("elsewhere")
+    for path in corpus_folder.glob("train*.bin"):
+        path.rename(elsewhere / path.name)
+        path.symlink_to(elsewhere / path.name)
+    assert everything(corpus_folder) == expected
+
+
+def test_a_shard_is_opened_when_it_is_touched_and_one_that_is_missing_is_named_at_the_start(corpus_folder):
+    tokens = Corpus(corpus_folder, lazily=True).tokens["train"]
+    assert len(tokens._mapped) == (1 if len(tokens.files) == 1 else 0)
+    tokens[40:60]
+    assert len(tokens._mapped) == 1
+    last = tokens.files[-1].path
+    last.unlink()
+    with pytest.raises(UserError, match=rf"is not prepared \(no {last.name}\)"):
+        Corpus(corpus_folder, lazily=True)
+
+
 def everything(folder):
     """All that a reader is told, each id by windows as in training."""
     corpus = Corpus(folder, lazily=True)
@@ -123,8 +142,8 @@ def test_opening_and_sampling_cost_the_same_for_a_megabyte_and_100_gigabytes(tmp
     meta["splits"]["train"] |= {"tokens": 50 * shard, "shards": files}
     (tmp_path / "large" / "meta.json").write_text(json.dumps(meta | {"checksum": digest(meta | {"checksum": ""})}))
 
-    maps, checks, memmap, crc = [], [], np.memmap, zlib.crc32
-    monkeypatch.setattr(np, "memmap", lambda path, *a, **k: maps.append(path) or memmap(path, *a, **k))
+    maps, checks, memmap, crc = [], [], shards.mmap.mmap, zlib.crc32
+    monkeypatch.setattr(shards.mmap, "mmap", lambda *a, **k: maps.append(a) or memmap(*a, **k))
     monkeypatch.setattr(shards.zlib, "crc32", lambda ids: checks.append(len(ids)) or crc(ids))
     counts = {}
     for name in ("small", "large"):
