@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Train: ./run_training.sh [CONFIG] [--section.key value …]
 # Makes the environment, prepares the corpus, trains (or continues), and says what to do next. --help lists the keys.
+# On several GPUs or machines, variables say which, and otherwise SLURM's own in a step of srun: NNODES, NODE_RANK,
+# MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE, MAX_RESTARTS, RANK_TIMEOUT. docs/training.md explains them.
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/harness/environment.sh"
@@ -13,4 +15,5 @@ elif [[ -e $1 ]]; then # relative to where the user stands
   set -- "$(cd "$(dirname "$1")" && pwd)/$(basename "$1")" "${@:2}"
 fi
 cd "$root" # the paths in configs are relative to the repository, those on the command line to where the user stands
+export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # PyTorch warns of each connection that has no name, or closes
 exec python -m harness.launch "$here" "$@"

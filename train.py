@@ -5,12 +5,14 @@ bit, the losses and weights of one that never stopped. `train` is the whole stor
 harness/.
 """
 
+# Before torch, whose import takes seconds: a Ctrl-C meanwhile ends quietly.
+from harness.errors import UserError, advising_on_memory, run_cli
+
+# isort: split
 import contextlib
 import dataclasses
 import functools
 import math
-import os
-import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,7 @@ from harness.device import (
     now,
     peak_flops,
 )
-from harness.distributed import Ranks, join_ranks
-from harness.errors import UserError, run_cli
+from harness.distributed import Ranks, join_ranks, one_voice
 from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
@@ -41,6 +42,8 @@ from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder
+from harness.signals import StopSignals
+from harness.streams import unfailing_output
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
 from measure.feedback import feedback_matrices, feedback_metrics
@@ -51,15 +54,18 @@ from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
 def main() -> int:
-    config = main_config(sys.argv[1:])
-    ranks = join_ranks(config.training.device)
-    with contextlib.ExitStack() as stack:
-        stack.callback(ranks.leave)
+    with one_voice():
+        config = main_config(sys.argv[1:])
+        ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
-        return train(config, ranks, stack.enter_context(RunFolder(config.folder)) if writes else None)
+        run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
+        with advising_on_memory(config), unfailing_output(), StopSignals(ranks.is_main) as stop, run_folder as folder:
+            status = train(config, ranks, folder, stop)
+        ranks.leave()
+        return status
 
 
-def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
+def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSignals) -> int:
     """Train, or only evaluate, as the config says; returns the exit status. `folder` is the run's folder: None on every
     rank but 0, and where nothing is to be written. UserError for whatever does not fit together."""
     c = config.training
@@ -70,7 +76,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
     if c.deterministic:
         make_deterministic()
     say = print if ranks.is_main else lambda *_: None
-    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size)
+    corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size, lazily=True)
     if corpus.note:
         say(f"note: {corpus.note}")
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
@@ -239,7 +245,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None) -> int:
         save(0, best)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
-    stop = StopSignals(ranks.is_main)
+    stop.defer()  # a step has something to save
     batches = training_batches(config, windows["train"], start, ranks, micro_steps, micro_batch_size)
     batches = prefetch(batches) if device.type == "cuda" else batches
     unchecked = []  # (step, metrics, gradient norm, skipped) of steps not looked at yet: a look waits for the device
@@ -385,23 +391,6 @@ def validation_metrics(loss: float, windows: Windows, family: str = "val") -> di
 def describe(metrics: dict[str, float]) -> str:
     names = {"val/loss": "val loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits per byte"}
     return ", ".join(f"{names[k]} {v:{'.4f' if v < 1e6 else '.4g'}}" for k, v in metrics.items() if k in names)
-
-
-class StopSignals:
-    """SIGINT and SIGTERM ask for an end after this step; a second Ctrl-C ends at once."""
-
-    def __init__(self, is_main: bool):
-        self.requested, self._is_main = 0, is_main  # the signal's number
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._receive)
-
-    def _receive(self, number, _frame) -> None:
-        if number == signal.SIGINT and self.requested:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt
-        self.requested = self.requested or number
-        if self._is_main:  # not by print: a handler may interrupt another print
-            os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops at once\n")
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.corpus import Corpus
 from harness.errors import UserError
+from harness.shards import Tokens
 from kernels.loss import IGNORED
 from measure.perplexity import sliding_offsets
 
@@ -132,7 +133,7 @@ def spread(offsets: np.ndarray, count: int | None) -> np.ndarray:
 
 
 def gather(
-    tokens: np.ndarray,
+    tokens: np.ndarray | Tokens,
     offsets: np.ndarray,
     block_size: int,
     device: torch.device | str,

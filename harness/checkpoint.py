@@ -5,10 +5,8 @@ One of ours is a dict of plain tensors, dicts, numbers and strings: nanoGPT's ke
 `feedback`, the fixed matrices by which errors travelled back (weight's name → B), none under backpropagation.
 """
 
-import pickle
-import re
-import zipfile
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,6 +14,7 @@ import torch
 
 from harness.errors import UserError
 from harness.files import written_whole
+from harness.torch_files import OURS_ALONE, first_line, read_torch_file
 from kernels.backends import FLOATS
 from model import GPT, GPTConfig
 
@@ -52,60 +51,37 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
             f"{path} is not a checkpoint of this project or of nanoGPT: it has no {' and no '.join(missing)}"
             + _way_to_load(path, checkpoint)
         )
-    if (version := checkpoint.get("format", FORMAT)) not in range(1, FORMAT + 1):
+    version = checkpoint.get("format", FORMAT)
+    if type(version) is not int or not 1 <= version <= FORMAT:
         raise UserError(
-            f"{path} is a checkpoint of format {version!r}, and this version reads up to {FORMAT}: update it"
+            f"{path} is a checkpoint of format {version!r:.20}, and this version reads up to {FORMAT}: update it"
         )
+    if wrong := [key for key, fits in _BESIDE.items() if key in checkpoint and not fits(checkpoint[key])]:
+        raise UserError(f"{path}: its {wrong[0]} is not what this project or nanoGPT writes. {OURS_ALONE}")
     return checkpoint
 
 
-OURS_ALONE = "Where it was made, write {'model': state_dict, 'model_args': {…}} alone with torch.save"
+def is_mapping(x: Any, kinds: Any = object) -> bool:
+    """Whether `x` is a dict of strings to values of these types."""
+    return isinstance(x, dict) and all(isinstance(k, str) and isinstance(v, kinds) for k, v in x.items())
 
 
-def read_torch_file(path: Path, device: str | torch.device = "cpu", advice: str = OURS_ALONE) -> Any:
-    """What torch.save has written to `path`, with the checksum of each record compared. UserError if it cannot be read,
-    is damaged, or holds anything but tensors and plain values, with the advice for that case."""
-    try:
-        check_records(path)
-        return torch.load(path, map_location=device, weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}") from None
-    except IsADirectoryError:
-        name = f"hf:{path}" if (path / "config.json").exists() else f"the checkpoint in it, {path / 'ckpt.pt'} say"
-        raise UserError(f"{path} is a folder: name {name}") from None
-    except (NotADirectoryError, PermissionError) as e:
-        raise UserError(f"cannot read {path}: {e.strerror}") from e
-    except pickle.UnpicklingError as e:
-        found = re.search(r"GLOBAL (\S+)", str(e))
-        held = f" (such as {found[1]})" if found else ""
-        raise UserError(
-            f"{path} is not a checkpoint, or holds more than tensors and plain values{held}; "
-            f"nothing in it was run. {advice}"
-        ) from e
-    except UserError:
-        raise
-    except Exception as e:  # the zip reader and the unpickler raise anything on other bytes, OSErrors too
-        if path.suffix == ".safetensors":
-            raise UserError(f"{path} is not a checkpoint: name the folder that it is in, hf:{path.parent}") from e
-        raise UserError(f"{path} is truncated or not a checkpoint: PyTorch cannot read it") from e
+def is_step(x: Any) -> bool:
+    return type(x) is int and 0 <= x < 2**63
 
 
-def check_records(path: Path) -> None:
-    """UserError unless every record of the zip file at `path` has the CRC-32 that torch.save stored with it, which
-    torch.load does not look at. Files of another kind, such as those of PyTorch before 1.6, have no checksums."""
-    if not zipfile.is_zipfile(path):
-        return
-    try:
-        with zipfile.ZipFile(path) as file:
-            records = file.infolist()
-            if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
-                return
-            folders = [record.filename for record in records if record.external_attr & 0x10]  # torch.load reads none
-            damaged = folders[0] if folders else file.testzip()
-    except Exception as e:  # a name, an offset or a flag that is not what was written
-        raise UserError(f"{path} is damaged ({_first_line(e)}): use another copy of it") from e
-    if damaged:
-        raise UserError(f"{path} is damaged: its record {damaged} is not what was written; use another copy of it")
+# What is read beside the weights, whoever wrote it, and what it has to be.
+_PLAIN = str | int | float | None
+_SECTIONS = ("run", "model", "data", "optimizer", "training", "kl", "evaluation", "tracking")
+_BESIDE: dict[str, Callable[[Any], bool]] = {
+    "step": is_step,
+    "iter_num": is_step,
+    "optimizer": lambda x: isinstance(x, dict),
+    "config": lambda x: is_mapping(x) and all(is_mapping(x.get(section, {}), _PLAIN) for section in _SECTIONS),
+    "corpus": lambda x: is_mapping(x, str | int | None),
+    "reference": lambda x: x is None or (is_mapping(x, str) and {"path", "sha256"} <= x.keys()),
+    "machine": lambda x: is_mapping(x, _PLAIN),
+}
 
 
 def _way_to_load(path: Path, content: Any) -> str:
@@ -116,7 +92,7 @@ def _way_to_load(path: Path, content: Any) -> str:
         return f". It holds weights, and there is a config.json beside it: name the folder, hf:{path.parent}"
     try:
         args = _model_args_of(clean_state_dict(state))
-    except (TypeError, ValueError, AttributeError, KeyError, IndexError):
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):
         return ""
     loaded = f"torch.load({str(path)!r}, weights_only=True)" + "".join(f"[{k!r}]" for k in nested[:1])
     known = ", ".join(f"{k!r}: {v!r}" for k, v in args.items())
@@ -186,14 +162,21 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
                 )
             if "transformer.wte.weight" in state:
                 state.setdefault("lm_head.weight", state["transformer.wte.weight"])
+        layers = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
+        held, needed = sum(weight.numel() for weight in state.values()), parameter_count(config)
+        if config.n_layer > layers + 1 or needed > 2 * held + 1000:  # before it is made: what lacks a little is named
+            raise ValueError(
+                f"n_layer is {config.n_layer}, which makes {needed:,} parameters, and there are {layers} layers with "
+                f"{held:,}"
+            )
         model = without_weights(config)
         names = model.state_dict().keys()
         for problem, found in (("lack", names - state.keys()), ("also have", state.keys() - names)):
             if found:
                 raise ValueError(f"the weights {problem} {listed(found)}")
         assign_weights(model, state)
-    except (TypeError, ValueError, RuntimeError, AttributeError) as e:
-        raise UserError(f"{path}: its weights and its model_args do not fit together: {_first_line(e)}") from e
+    except (TypeError, ValueError, RuntimeError, AttributeError, ArithmeticError, LookupError) as e:
+        raise UserError(f"{path}: its weights and its model_args do not fit together: {first_line(e)}") from e
     return model
 
 
@@ -219,23 +202,41 @@ def without_weights(config: GPTConfig) -> GPT:
         return GPT(config)
 
 
+def parameter_count(config: GPTConfig) -> int:
+    """How many parameters a GPT has, without those of its normalizer: known without making it, however many layers it
+    has. ValueError where its sizes are no machine's integers."""
+    try:
+        with torch.device("meta"):
+            plain = replace(config, normalizer="softmax", backward="full")
+            one, two = (sum(p.numel() for p in GPT(replace(plain, n_layer=n)).parameters()) for n in (1, 2))
+    except (RuntimeError, TypeError, OverflowError) as e:
+        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in ("n_layer", "n_embd", "n_inner", "vocab_size"))
+        raise ValueError(f"a GPT of {sizes} does not fit into any memory") from e
+    return one + (config.n_layer - 1) * (two - one)
+
+
 def assign_weights(model: GPT, weights: dict[str, torch.Tensor]) -> GPT:
     """The model with the weights of these names, on the CPU, in the dtypes of its parameters: the tensors themselves,
     where they are such and each has memory of its own, else copies. RuntimeError, naming it, for one of another shape.
     """
-    own, memory = {}, set()
-    for name, parameter in model.named_parameters():
-        weight = weights[name].detach().to("cpu", parameter.dtype).contiguous()
-        if weight.untyped_storage().nbytes() > weight.nbytes or weight.data_ptr() in memory:
-            weight = weight.clone()
-        memory.add(weight.data_ptr())
-        own[name] = weight
+    memory: set[int] = set()
+    parameters = dict(model.named_parameters())
+    own = {name: in_own_memory(weights[name].detach().to("cpu", p.dtype), memory) for name, p in parameters.items()}
     if model.config.tie_embeddings:
         own["lm_head.weight"] = own["transformer.wte.weight"]
     model.load_state_dict(own, assign=True)
     if model.config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     return model
+
+
+def in_own_memory(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """The tensor itself, if it is contiguous and alone in its memory, which is none of those taken; else a copy."""
+    tensor = tensor.contiguous()
+    if tensor.untyped_storage().nbytes() > tensor.nbytes or tensor.data_ptr() in taken:
+        tensor = tensor.clone()
+    taken.add(tensor.data_ptr())
+    return tensor
 
 
 def check_finite(model: GPT, path: str | Path) -> None:
@@ -309,8 +310,3 @@ def clean_state_dict(state: dict[str, Any]) -> dict[str, torch.Tensor]:
 def listed(names: set[str]) -> str:
     shown = ", ".join(sorted(names)[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
-    return lines[1] if len(lines) > 1 else lines[0]

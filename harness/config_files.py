@@ -12,11 +12,11 @@ import sys
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from harness.config import SECTIONS, Config, describe_field, help_text
 from harness.errors import UserError
+from harness.text_files import read_yaml
 
 _PATHS = (("run", "out_dir"), ("data", "corpus"), ("training", "init_from"), ("kl", "reference"))
 
@@ -34,10 +34,9 @@ def load_config(arguments: list[str], source: str = "command line") -> Config:
         sources[key] = source
     config = build_config(values, sources)
     config.run.name = config.run.name or path.stem
-    if config.run.name == ".." or "\0" in config.run.name or Path(config.run.name).name != config.run.name:
-        raise config.error(
-            "run.name", f"{config.run.name!r} is not the plain name of a folder; run.out_dir may be a path"
-        )
+    name = config.run.name
+    if name == ".." or "\0" in name or Path(name).name != name or len(name.encode()) > 200:
+        raise config.error("run.name", f"{name!r:.80} is not the plain name of a folder; run.out_dir may be a path")
     if found := re.search(r"[/\\#?%:]", config.tracking.project):
         problem = f"wandb allows no {found[0]!r} in the name of a project; a team is named by WANDB_ENTITY"
         raise config.error("tracking.project", f"{config.tracking.project!r}: {problem}")
@@ -69,8 +68,11 @@ def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> 
         section, _, name = e.key.partition(".")
         wanted = describe_field(next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == name))
         value = "nothing" if values[section][name] is None else repr(values[section][name])
-        raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value}") from e
+        raise UserError(f"{sources.get(e.key, 'config')}: {e.key} takes {wanted}, not {value:.200}") from e
     for section, name in _PATHS:
+        if "\0" in (sections[section][name] or ""):
+            where = sources.get(f"{section}.{name}", "config")
+            raise UserError(f"{where}: {section}.{name}: {sections[section][name]!r:.80} is no path")
         if path := sections[section][name]:  # ~ is the user's home here too, where no shell has put it in
             scheme = "hf:" if path.startswith("hf:") else ""
             sections[section][name] = scheme + os.path.expanduser(path.removeprefix(scheme))
@@ -108,43 +110,17 @@ def _parser() -> ArgumentParser:
     return parser
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys and says nothing; a config that says two things is a mistake."""
-
-    def construct_mapping(self, node, deep=False):
-        key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
-        keys = [self.construct_object(key, deep=True) for key in key_nodes]
-        for i, key in enumerate(keys):
-            if key in keys[:i]:
-                raise yaml.MarkedYAMLError(problem=f"'{key}' stands here twice", problem_mark=key_nodes[i].start_mark)
-        return super().construct_mapping(node, deep)
-
-
-def read_yaml(path: Path, what: str, by: str = "") -> Any:
-    """What a YAML file holds, None if it is empty. UserError, naming file and line, where it cannot be read or says a
-    thing twice; `what` says what it is the file of, and `by`, in front, who named it."""
-    try:
-        return yaml.load(path.read_text(encoding="utf-8"), _UniqueKeyLoader)
-    except FileNotFoundError:
-        raise UserError(f"{by}no {what} file {path}") from None
-    except (OSError, UnicodeDecodeError, RecursionError) as e:
-        raise UserError(f"cannot read the {what} {path}: {e}") from e
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f", line {mark.line + 1}" if mark else ""
-        raise UserError(
-            f"{path}{line}: not valid YAML: {getattr(e, 'problem', None) or ' '.join(str(e).split())}"
-        ) from e
-
-
 def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
     """The values of a config file over those of the files it extends, and the source of each key."""
+    if "\0" in str(path):
+        raise UserError(f"{extending[-1] if extending else 'command line'}: {str(path)!r:.80} is no path")
     if path.resolve() in extending:
         cycle = " → ".join(p.name for p in (*extending, path))
         raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
     content = read_yaml(path, "config", f"{extending[-1]}: extends: " if extending else "") or {}
     if not isinstance(content, dict):
-        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}), not {content!r}")
+        found = "" if extending else f", not {content!r:.80}"  # of a file that another names, nothing is printed
+        raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}){found}")
 
     values: dict[str, dict[str, Any]] = {}
     sources: dict[str, str] = {}
@@ -152,10 +128,10 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
         values, sources = _read_file(path.parent / os.path.expanduser(str(base)), (*extending, path.resolve()))
     for section, entries in content.items():
         entries = {} if entries is None else entries  # all of its keys commented out
-        if not isinstance(entries, dict):
-            raise UserError(f"{path}: section '{section}' is a mapping of keys to values, not {entries!r}")
         if section not in SECTIONS:
-            raise UserError(f"{path}: unknown section '{section}'; the sections are {', '.join(SECTIONS)}")
+            raise UserError(f"{path}: unknown section '{section!s:.40}'; the sections are {', '.join(SECTIONS)}")
+        if not isinstance(entries, dict):
+            raise UserError(f"{path}: section '{section}' is a mapping of keys to values, not {entries!r:.80}")
         values.setdefault(section, {}).update(entries)
         sources |= {f"{section}.{name}": str(path) for name in entries}
     return values, sources

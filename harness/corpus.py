@@ -1,6 +1,7 @@
 """A prepared corpus on disk, read: `train.bin` and `val.bin`, flat arrays of token ids, and `meta.json` about them.
 
-`Corpus` reads nanoGPT's own folders too. harness/corpus_writing.py writes what is read here. meta.json:
+`Corpus` reads nanoGPT's own folders too. harness/corpus_writing.py writes what is read here, and harness/shards.py is
+what both know of the files of ids. meta.json:
 
     format             1
     tokenizer          "bytes", "chars", "gpt2" or "hf"
@@ -9,10 +10,11 @@
     document_separator the id between documents, or null
     begin_of_text      the same id, where it is in front of the first document too; absent where it is not
     source             where the text came from
-    splits             train, val: {tokens, bytes (of text), documents, bytes_per_token, sha256}
+    splits             train, val: {tokens, bytes (of text), documents, bytes_per_token, sha256, crc32 or shards}
     …                  what else a prepare.py knows, e.g. python_version
+    checksum           the sha256 of all this; a key after it is a user's own, and one before it is not to be changed
 
-It holds no date and no path, so that the same text gives the same file.
+It holds no date and no path, so that the same text gives the same file. Older ones have no crc32, shards and checksum.
 
 Ids that another program wrote, little-endian uint16 unless it says so, need no more than one of the lines below in a
 meta.json of one's own; or no meta.json, where the config's model.vocab_size says how many there are. (nanoGPT's
@@ -23,8 +25,9 @@ meta.pkl is read as well.) Without either they are taken for GPT-2's.
 """
 
 import hashlib
-import json
+import io
 import pickle
+import pickletools
 from collections.abc import Collection, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -34,6 +37,8 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
+from harness.shards import META, IdFile, Tokens, digest, files_of
+from harness.text_files import parse_json, read_json
 from harness.tokenizer import GPT2, Chars, Ids, Tokenizer, different_tokenizers, from_meta
 
 SPLITS = ("train", "val")
@@ -55,33 +60,62 @@ class Corpus:
     """A prepared corpus, checked: what this raises is a UserError that names the file and what to do about it.
 
     The files of the splits in `verify` are read once, their sha256 compared with meta.json's and their ids with the
-    vocabulary; of the others only sizes are. Ids of another program (see above) are always read once; `vocab_size` is
-    how many there are if their folder does not say.
+    vocabulary; `lazily`, only those of older corpora are, since a file with checksums of its blocks has each of them
+    checked when it is first touched, whatever `verify` says: opening then costs the same for any number of tokens. Ids
+    of another program (see above) are always read once; `vocab_size` is how many there are if their folder does not
+    say.
 
-    tokens["train" | "val"]           np.memmap (tokens,), read-only
+    tokens["train" | "val"]           Tokens (tokens,), read-only: indexed as an array is, opened where it is touched
     bytes_per_token["train" | "val"]  float: bytes of text a token; None where the text is not known
     vocab_size, tokenizer, meta, folder
     note                              what was assumed about ids of another program, to be said to the user; or None
-    sha256                            one hex string for both files
+    sha256                            one hex string for both splits
     """
 
-    def __init__(self, folder: str | Path, verify: Collection[str] = SPLITS, vocab_size: int | None = None):
-        self.folder = Path(folder)
+    def __init__(
+        self,
+        folder: str | Path,
+        verify: Collection[str] = SPLITS,
+        vocab_size: int | None = None,
+        lazily: bool = False,
+    ):
+        self.folder, self._lazily = Path(folder), lazily
+        before: Any = ...
+        while True:  # until it was not prepared anew in the meantime: an error counts if it comes twice
+            described = self._description()
+            try:
+                self._open(described, verify, vocab_size)
+                if self._description() == described:
+                    return
+            except UserError:
+                if described == before:
+                    raise
+            except OSError as error:
+                if described == before:
+                    raise UserError(f"cannot read {error.filename or self.folder}: {error.strerror}") from error
+            before = described
+
+    def _open(self, described: bytes | None, verify: Collection[str], vocab_size: int | None) -> None:
         self._remedy = f"run python {self.folder / 'prepare.py'}"
         if not (self.folder / "prepare.py").exists():
             self._remedy = f"prepare it with a data/<corpus>/prepare.py --out {self.folder}"
-        missing = [f"{split}.bin" for split in SPLITS if not (self.folder / f"{split}.bin").is_file()]
-        if missing:
-            raise UserError(f"{self.folder} is not prepared (no {' and no '.join(missing)}): {self._remedy}")
-
         self.note: str | None = None
-        self.meta = self._read_meta() if (self.folder / "meta.json").exists() else {}
+        self.meta = {} if described is None else self._read_meta(described)
+        files = {split: files_of(self.folder, split, self._about(split)) for split in SPLITS}
+        missing = [file.path.name for split in SPLITS for file in files[split] if not file.find().is_file()]
+        if missing:
+            shown = [*missing[:2], f"{len(missing) - 2} more"] if len(missing) > 3 else missing
+            raise UserError(f"{self.folder} is not prepared (no {' and no '.join(shown)}): {self._remedy}")
+
         self._foreign = "format" not in self.meta
         if self._foreign:
             self.meta = self._foreign_meta(self.meta, vocab_size)
+            files = {split: files_of(self.folder, split, self._about(split)) for split in SPLITS}
         self.tokenizer = from_meta(self.meta)
         self.vocab_size = self.tokenizer.vocab_size
-        self.tokens = {split: self._map(split) for split in SPLITS}
+        for file in (file for split in SPLITS for file in files[split]):
+            self._check_size(file)
+        self.tokens = {s: Tokens(files[s], self.meta["dtype"], self.vocab_size, self._broken) for s in SPLITS}
         largest = [self.verify(split) for split in (SPLITS if self._foreign else verify)]
         assumed_gpt2, tokens = self.note and isinstance(self.tokenizer, GPT2), sum(map(len, self.tokens.values()))
         if assumed_gpt2 and tokens >= ENOUGH_TOKENS and max(largest) < HIGH_ID:
@@ -89,12 +123,25 @@ class Corpus:
         self.sha256 = hashlib.sha256("".join(self.meta["splits"][s]["sha256"] for s in SPLITS).encode()).hexdigest()
         self.bytes_per_token = _BytesPerToken(self)
 
+    def _description(self) -> bytes | None:
+        """What stands in meta.json; None where there is none."""
+        try:
+            return (self.folder / META).read_bytes()
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise UserError(f"cannot read {self.folder / META}: {error.strerror}") from error
+
+    def _about(self, split: str) -> dict:
+        """What meta.json says of a split; where it says nothing, as nanoGPT's habit, there is one file."""
+        return self.meta.get("splits", {}).get(split, {"tokens": 0})
+
     def _broken(self, name: str, problem: str) -> UserError:
         return UserError(f"{self.folder / name} {problem}: {self._remedy}")
 
-    def _read_meta(self) -> dict:
+    def _read_meta(self, described: bytes) -> dict:
         try:
-            meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            meta = parse_json(described.decode())
             if "format" not in meta and not {"splits", "source"} & set(meta):  # a user's own
                 if (dtype := meta.get("dtype", "uint16")) not in DTYPES:
                     raise ValueError(f"dtype {dtype!r} is none of {', '.join(DTYPES)}")
@@ -107,10 +154,14 @@ class Corpus:
                 raise ValueError(f"format {meta['format']!r} or dtype {meta['dtype']!r} is not known here")
             if meta["vocab_size"] != tokenizer.vocab_size:
                 raise ValueError(f"vocab_size {meta['vocab_size']} is not the tokenizer's {tokenizer.vocab_size}")
+            files = [files_of(self.folder, split, meta["splits"][split]) for split in SPLITS]
+            sizes += [(file.tokens, file.sha256) for of_split in files for file in of_split]
             if not all(isinstance(tokens, int) and isinstance(sha256, str) for tokens, sha256 in sizes):
                 raise ValueError("splits: tokens must be a number and sha256 a string")
-        except OSError as error:
-            raise UserError(f"cannot read {self.folder / 'meta.json'}: {error.strerror}") from error
+            if [sum(file.tokens for file in of_split) for of_split in files] != [tokens for tokens, _ in sizes[:2]]:
+                raise ValueError("splits: the tokens of the shards do not add up")
+            if meta.get("checksum", digest(meta)) != digest(meta):
+                raise ValueError("its checksum differs; if you changed it by hand, remove the line of its checksum")
         except KeyError as error:
             raise self._broken("meta.json", f"lacks the key {error}") from error
         except (ValueError, TypeError, AttributeError, UserError) as error:
@@ -145,47 +196,52 @@ class Corpus:
         parts = {key: stated[key] for key in ("document_separator", "begin_of_text") if key in stated}
         return describe_corpus(tokenizer, "another program", splits, dtype) | parts
 
-    def _map(self, split: str) -> np.memmap:
-        path, count, dtype = self.folder / f"{split}.bin", self.meta["splits"][split]["tokens"], self.meta["dtype"]
-        size, expected = path.stat().st_size, count * np.dtype(dtype).itemsize
+    def _check_size(self, file: IdFile) -> None:
+        dtype, path = self.meta["dtype"], file.find()
+        size, expected = path.stat().st_size, file.tokens * np.dtype(dtype).itemsize
         if size != expected:
             if like := self._looks_like(path, wrong=True):
-                raise self._broken(path.name, f"looks like {like}, not like ids in {dtype}")
-            raise self._broken(path.name, f"has {size:,} bytes where {expected:,} belong (cut short or replaced)")
-        if not count:
-            raise self._broken(path.name, "is empty")
-        try:
-            return np.memmap(path, dtype=dtype, mode="r")
-        except OSError as error:
-            raise UserError(f"cannot read {path}: {error.strerror}") from error
+                raise self._broken(file.path.name, f"looks like {like}, not like ids in {dtype}")
+            problem = f"has {size:,} bytes where {expected:,} belong (cut short or replaced)"
+            raise self._broken(file.path.name, problem)
+        if not file.tokens:
+            raise self._broken(file.path.name, "is empty")
 
     def verify(self, split: str) -> int:
-        """Read a split's file, once in this process, and compare it with what is known of it; returns the largest id.
-        UserError if its sha256 or an id is another than it should be, or its ids are of another dtype."""
-        path = self.folder / f"{split}.bin"
-        status = path.stat()
-        sha256, smallest, largest = read_once(path.resolve(), self.meta["dtype"], status.st_size, status.st_mtime_ns)
-        if self.meta["splits"][split].setdefault("sha256", sha256) != sha256:
-            raise self._broken(path.name, "is not the file that meta.json describes (its sha256 differs)")
-        outside = smallest if smallest < 0 else largest if largest >= self.vocab_size else None
-        if like := self._looks_like(path, outside is not None):
-            raise self._broken(path.name, f"looks like {like}, not like ids in {self.meta['dtype']}")
-        if outside is not None:
-            problem = f"holds the token id {outside}, outside the {self.vocab_size} known ids"
-            raise self._broken(path.name, problem)
+        """Read a split's files, once in this process, and compare them with what is known of them; returns the largest
+        id. UserError if a sha256 or an id is another than it should be, or the ids are of another dtype. Of a corpus
+        opened `lazily` only files without checksums of their blocks are read."""
+        about, tokens, largest = self.meta["splits"][split], self.tokens[split], 0
+        for file in tokens.files:
+            if self._lazily and file.crc32 is not None:
+                continue
+            path = file.find()
+            status = path.stat()
+            sha256, smallest, highest = read_once(
+                path.resolve(), self.meta["dtype"], status.st_size, status.st_mtime_ns
+            )
+            if (file.sha256 or about.setdefault("sha256", sha256)) != sha256:
+                raise self._broken(file.path.name, f"is not the file that {META} describes (its sha256 differs)")
+            outside = smallest if smallest < 0 else highest if highest >= self.vocab_size else None
+            if like := self._looks_like(path, outside is not None):
+                raise self._broken(file.path.name, f"looks like {like}, not like ids in {self.meta['dtype']}")
+            if outside is not None:
+                problem = f"holds the token id {outside}, outside the {self.vocab_size} known ids"
+                raise self._broken(file.path.name, problem)
+            largest = max(largest, highest)
         return largest
 
     def document_bounds(self, split: str) -> np.ndarray:
         """Where each document of a split starts, and where the last one ends: (documents + 1,) int64. A document begins
         with its begin-of-text token, or ends with the separator behind it. One pass over the file, once in this
         process. UserError where no id is known that parts documents."""
-        separator, path = self.meta.get("document_separator"), self.folder / f"{split}.bin"
+        separator = self.meta.get("document_separator")
         if not isinstance(separator, int):
             raise UserError(
                 f"windows of documents: which id parts the documents in {self.folder} is not known: take windows of "
                 'the stream, or say it in the meta.json there, as "document_separator": 0'
             )
-        places = find_id(path.resolve(), separator, self.meta["dtype"], path.stat().st_mtime_ns)
+        places = find_id(self.tokens[split], separator)
         starts = places if separator == self.meta.get("begin_of_text") else places + 1
         return np.unique(np.concatenate(([0], starts, [len(self.tokens[split])])))
 
@@ -236,14 +292,18 @@ def read_once(path: Path, dtype: str, size: int, mtime_ns: int) -> tuple[str, in
     return sha256.hexdigest(), smallest, largest
 
 
-@lru_cache
-def find_id(path: Path, token: int, dtype: str, mtime_ns: int) -> np.ndarray:
-    """The places of an id in a file, in order, int64; the file is read again only when its date has changed."""
-    tokens = np.memmap(path, dtype=dtype, mode="r")
-    return np.concatenate([CHUNK * n + np.flatnonzero(ids == token) for n, ids in enumerate(chunks(tokens))])
+_found: dict[tuple, np.ndarray] = {}
 
 
-def chunks(tokens: np.ndarray) -> Iterator[np.ndarray]:
+def find_id(tokens: Tokens, token: int) -> np.ndarray:
+    """The places of an id in a split, in order, int64; its files are read again only when the date of one changes."""
+    stamps = [(path.resolve(), path.stat().st_mtime_ns) for path in (file.find() for file in tokens.files)]
+    if (key := (*stamps, token)) not in _found:
+        _found[key] = np.concatenate([CHUNK * n + np.flatnonzero(ids == token) for n, ids in enumerate(chunks(tokens))])
+    return _found[key]
+
+
+def chunks(tokens: np.ndarray | Tokens) -> Iterator[np.ndarray]:
     return (tokens[start : start + CHUNK] for start in range(0, len(tokens), CHUNK))
 
 
@@ -290,6 +350,15 @@ def number_format(raw: bytes, vocab_size: int) -> str | None:
     return None
 
 
+def is_prepared(folder: Path) -> bool:
+    """Whether a prepare.py, or another program, has put a corpus into `folder`; what it is worth, `Corpus` says."""
+    if (folder / "val.bin").exists():
+        return True
+    with suppress(OSError, ValueError):  # its files may have other names, or wait to be put in their places
+        return "splits" in read_json(folder / META)
+    return False
+
+
 class _BytesPerToken(dict):
     """Split → bytes of text a token: from meta.json, or for another program's files counted when first asked for."""
 
@@ -321,8 +390,12 @@ def read_nanogpt_vocabulary(path: Path) -> str | int:
     Admits dicts, strings and integers only; UserError for anything else, and nothing in it is executed.
     """
     try:
-        with open(path, "rb") as file:
-            meta = _PlainUnpickler(file).load()
+        content = path.read_bytes()
+        for opcode, argument, _ in pickletools.genops(content):
+            # A memo is as long as the largest number in it; nested tuples take for ever to be made a key.
+            if opcode.name.startswith("TUPLE") or ("PUT" in opcode.name and (argument or 0) > len(content)):
+                raise ValueError(f"{opcode.name} in it")
+        meta = _PlainUnpickler(io.BytesIO(content)).load()
         if "itos" not in meta and isinstance(vocab_size := meta["vocab_size"], int) and vocab_size > 0:
             return vocab_size
         characters = [meta["itos"][i] for i in range(meta["vocab_size"])]

@@ -7,9 +7,7 @@ into train and validation, downloads.
 import argparse
 import hashlib
 import io
-import json
 import os
-import urllib.request
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,7 +19,9 @@ import numpy as np
 
 from harness.corpus import SPLITS, describe_corpus
 from harness.errors import UserError
-from harness.files import make_folder, put_in_place
+from harness.files import make_folder
+from harness.shard_writing import SHARD_BYTES, Journal, SplitWriter, remove_leftovers, remove_unfinished, swap
+from harness.shards import IdFile, digest
 from harness.tokenizer import Bytes, Tokenizer
 
 FEW = 1e-3  # of the bytes of a text may be wrong
@@ -34,6 +34,12 @@ class TextFile(NamedTuple):
     path: Path
     start: int = 0
     stop: int | None = None
+
+    def size(self) -> int:
+        try:
+            return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
+        except OSError as error:
+            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
 
 
 Document = str | bytes | TextFile
@@ -48,55 +54,63 @@ def write_corpus(
     threads: int | None = None,
     total_bytes: int | None = None,
     max_tokens: int | None = None,
+    shard_bytes: int = SHARD_BYTES,
     extra: dict | None = None,
+    arguments: dict | None = None,
 ) -> dict:
     """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds.
 
     Documents keep their order within a split, with the tokenizer's separator between one and the next, or in front of
     each where it is the begin-of-text token. They are encoded on `threads` threads (default: every CPU) in bounded
-    memory, whatever their number and size. The corpus ends before both splits together exceed `max_tokens`.
-    `total_bytes` is for the progress bar; `extra` is added to meta.json. Until all is on disk only temporary files are
-    written, so that any failure (a full disk, Ctrl-C) leaves a former corpus as it was. UserError if a split stays
-    empty, or if a file is no text and the tokenizer is not `Bytes`, see `text_fault`; the few places that may be wrong
-    are counted and said.
+    memory, whatever their number and size. The corpus ends before both splits together exceed `max_tokens`. A split of
+    more than `shard_bytes` becomes several files. `total_bytes` is for the progress bar; `extra` is added to meta.json.
+    Until all is on disk only temporary files are written, so that any failure (a full disk, Ctrl-C, kill -9) leaves a
+    former corpus as it was. UserError if a split stays empty, or if a file is no text and the tokenizer is not `Bytes`,
+    see `text_fault`; the few places that may be wrong are counted and said.
+
+    With `arguments`, all that the text depends on as JSON, a call that was interrupted is continued by the next one of
+    the same arguments. `documents` then has `state()`, what it has given so far as JSON, and `go_on(state)`.
     """
     from tqdm import tqdm  # here, since reading a corpus does not need it
 
     folder = Path(folder)
     make_folder(folder)
-    _remove_leftovers(folder)
+    remove_leftovers(folder)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
     begins = tokenizer.separator == tokenizer.begin
-    # meta.json is renamed into place first, since it holds the hashes of the other two: if the process is killed
-    # between two renames, whoever reads the corpus notices. (Without a meta.json they would pass for nanoGPT's.)
-    temporary = {name: folder / f"{name}.{os.getpid()}.tmp" for name in ("meta.json", "train.bin", "val.bin")}
+    counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
+    decides = {"shard_bytes": shard_bytes} | tokenizer.describe()
+    journal = None if arguments is None else Journal.open(folder, arguments | decides)
+    files: dict[str, SplitWriter] = {}
     try:
+        if journal:
+            files = journal.go_on(folder, counts, documents, shard_bytes)
+        for split in SPLITS if not journal else ():
+            files[split] = SplitWriter(folder, split, f"{os.getpid()}.tmp", shard_bytes)
+        replaced: Counter[Path] = Counter()
         with (
-            open(temporary["train.bin"], "wb") as train,
-            open(temporary["val.bin"], "wb") as val,
             closing(_encode(documents, tokenizer, dtype, threads or cpu_count())) as blocks,
             # disable=None: no bar without a terminal, where the line printed at the end has to do.
             tqdm(total=total_bytes, unit="B", unit_scale=True, desc=str(folder), leave=False, disable=None) as bar,
         ):
-            files = {"train": train, "val": val}
-            hashes = {split: hashlib.sha256() for split in SPLITS}
-            counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
-            replaced: Counter[Path] = Counter()
-            for split, ids, starts, size, wrong in blocks:
+            bar.update(sum(count["bytes"] for count in counts.values()))  # if it goes on
+            for (split, ids, starts, size, wrong), state in blocks:
                 count = counts[split]
                 if not begins and tokenizer.separator is not None and not count["documents"]:
                     ids = ids[1:]  # the separator in front of the first document, which has none before it
                 if max_tokens is not None and len(ids) + sum(c["tokens"] for c in counts.values()) > max_tokens:
                     break
                 files[split].write(ids)
-                hashes[split].update(ids)
                 count["tokens"] += len(ids)
                 count["bytes"] += size
                 count["documents"] += starts
                 replaced.update(wrong)
                 bar.update(size)
+                if journal and state is not None:
+                    journal.note(state, counts, files)
         if replaced.total() > FEW * sum(count["bytes"] for count in counts.values()):
             raise _refusal(next(iter(replaced)), f"is no UTF-8 text, as {len(replaced)} of the files are not")
+        finished: dict[Path, IdFile] = {}
         for split in SPLITS:
             if not counts[split]["tokens"]:
                 raise UserError(f"{folder}: no text for the {split} split: give more documents or another share")
@@ -104,17 +118,25 @@ def write_corpus(
                 separators = counts[split]["documents"] - (not begins)
                 counts[split]["bytes"] += separators * int(tokenizer.token_bytes()[tokenizer.separator])
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
-            counts[split]["sha256"] = hashes[split].hexdigest()
+            about, of_split = files[split].finish(np.dtype(dtype).itemsize)
+            counts[split] |= about
+            finished |= of_split
         meta = describe_corpus(tokenizer, source, counts, dtype) | (extra or {})
-        with open(temporary["meta.json"], "w", encoding="utf-8") as description:
-            description.write(json.dumps(meta, indent=1) + "\n")
-        put_in_place({path: folder / name for name, path in temporary.items()})
-    except OSError as error:
-        error.filename = error.filename or str(folder)  # a full disk does not say where
+        meta["checksum"] = digest(meta)
+        swap(folder, finished, meta)
+        remove_unfinished(folder, journal)
+    except BaseException as error:
+        if journal:
+            with suppress(OSError, ValueError):  # no space for it, or closed already: then it is as it was
+                journal.save(files)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(folder)  # a full disk does not say where
         raise
     finally:
-        for path in temporary.values():
-            path.unlink(missing_ok=True)
+        for writer in files.values():
+            writer.close() if journal else writer.remove()
+        if journal:
+            journal.close()
     sizes = ", ".join(f"{split} {counts[split]['tokens']:,}" for split in SPLITS)
     print(f"{folder}: {sizes} tokens; {tokenizer.name}, {tokenizer.vocab_size:,} ids")
     if replaced:
@@ -123,73 +145,84 @@ def write_corpus(
     return meta
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a writer that was killed; one that still runs keeps its own."""
-    for path in folder.glob("*.*.*.tmp"):
-        name, pid = path.stem.rsplit(".", 1)
-        if name in ("meta.json", "train.bin", "val.bin") and pid.isdecimal():
-            try:
-                os.kill(int(pid), 0)  # signal 0 only asks whether the process exists
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except PermissionError:
-                pass  # it exists, and is another user's
+Job = list[tuple[str, bool, bytes | TextFile, Path | None]]  # of texts: split, whether a document starts, text, file
+Block = tuple[str, np.ndarray, int, int, dict[Path, int]]
 
 
-def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[str, np.ndarray, int, int, dict[Path, int]]]:
+def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]]:
     """Blocks of token ids, in order, each as (split, ids, how many documents start in it, bytes of their text, places
-    in a file that are not UTF-8). Every document begins with the separator, where the tokenizer has one.
+    in a file that are not UTF-8), and the state of the documents where the block ends with one and they have a state.
+    Every document begins with the separator, where the tokenizer has one.
 
     A job is about PIECE bytes of text: many short documents, or a part of a long one. At most two jobs a thread wait at
     a time, which bounds the memory. Threads are enough, since the encoders release the GIL.
     """
-    separator = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype)
-
-    def encode_job(job):
-        blocks = []
-        for split in SPLITS:
-            mine = [(starts, text, path) for of, starts, text, path in job if of == split]
-            if mine:
-                wrong: Counter[Path] = Counter()
-                for _, text, path in mine if not isinstance(tokenizer, Bytes) else ():
-                    if path and (problem := text_fault(text)):
-                        raise _refusal(path, problem)
-                    if path and (places := places_replaced(text)):
-                        wrong[path] += places
-                parts = [
-                    part for starts, text, _ in mine for part in (separator[: int(starts)], tokenizer.encode(text))
-                ]
-                ids = np.concatenate(parts, dtype=dtype, casting="unsafe")
-                size = sum(len(text) for _, text, _ in mine)
-                blocks.append((split, ids, sum(starts for starts, _, _ in mine), size, wrong))
-        return blocks
-
     executor = ThreadPoolExecutor(threads)
-    running: deque[Future] = deque()
+    running: deque[tuple[Future, Any]] = deque()
+
+    def oldest() -> Iterator[tuple[Block, Any]]:
+        future, state = running.popleft()
+        blocks = future.result()
+        for block in blocks:
+            yield block, state if block is blocks[-1] else None
+
     try:
-        for job in _jobs(documents, tokenizer.whole_documents):
-            running.append(executor.submit(encode_job, job))
+        for job, state in _jobs(documents, tokenizer.whole_documents):
+            running.append((executor.submit(_encode_job, tokenizer, dtype, job), state))
             if len(running) > 2 * threads:
-                yield from running.popleft().result()
+                yield from oldest()
         while running:
-            yield from running.popleft().result()
+            yield from oldest()
     finally:
         executor.shutdown(cancel_futures=True)
 
 
-def _jobs(documents, whole: bool) -> Iterator[list[tuple[str, bool, bytes, Path | None]]]:
-    """Lists of (split, whether a document starts here, text, its file) that hold about PIECE bytes each, or where
-    documents must stay `whole`, at least one."""
-    job, size = [], 0
+def _encode_job(tokenizer: Tokenizer, dtype: str, job: Job) -> list[Block]:
+    separator = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype)
+    blocks: list[Block] = []
+    for split in SPLITS:
+        parts, documents, size = [], 0, 0
+        wrong: Counter[Path] = Counter()
+        for of, starts, document, path in job:
+            if of != split:
+                continue
+            parts += [separator] * starts
+            documents += starts
+            for text in _parts(document, tokenizer.whole_documents) if isinstance(document, TextFile) else [document]:
+                if path and not isinstance(tokenizer, Bytes):
+                    if problem := text_fault(text):
+                        raise _refusal(path, problem)
+                    if places := places_replaced(text):
+                        wrong[path] += places
+                parts.append(tokenizer.encode(text))
+                size += len(text)
+        if parts:
+            blocks.append((split, np.concatenate(parts, dtype=dtype, casting="unsafe"), documents, size, wrong))
+    return blocks
+
+
+def _jobs(documents, whole: bool) -> Iterator[tuple[Job, Any]]:
+    """Lists of texts that hold about PIECE bytes each, or where documents must stay `whole`, at least one document;
+    with the state of the documents behind each that ends with one. A file of less is read where it is encoded."""
+    job: Job = []
+    size, state_of = 0, getattr(documents, "state", lambda: None)
+    state = state_of()
     for split, document in documents:
-        for number, text in enumerate([b"".join(pieces(document))] if whole else pieces(document)):
-            job.append((split, number == 0, text, document.path if isinstance(document, TextFile) else None))
-            size += len(text)
+        path = document.path if isinstance(document, TextFile) else None
+        length = document.size() if path else PIECE + 1
+        for number, text in enumerate([document] if length <= PIECE else _parts(document, whole)):
             if size >= PIECE // 2:
-                yield job
+                yield job, None if number else state
                 job, size = [], 0
+            job.append((split, number == 0, text, path))
+            size += len(text) if isinstance(text, bytes) else length
+        state = state_of()
     if job:
-        yield job
+        yield job, state
+
+
+def _parts(document: Document, whole: bool) -> Iterable[bytes]:
+    return [b"".join(pieces(document))] if whole else pieces(document)
 
 
 def pieces(document: Document) -> Iterator[bytes]:
@@ -274,6 +307,8 @@ def argument_parser(script: str, description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", metavar="DIR", default=_own_folder(script), help="default: its own folder")
     parser.add_argument("--threads", "--num-proc", type=positive, default=cpu_count(), help="default: every CPU")
+    shards = "a split above this size becomes several files (default: 1G)"
+    parser.add_argument("--shard-size", type=file_size, default=SHARD_BYTES, metavar="BYTES", help=shards)
     return parser
 
 
@@ -289,6 +324,14 @@ def positive(text: str) -> int:
     """A command line's number of things: at least one."""
     if (value := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"{value} is not positive")
+    return value
+
+
+def file_size(text: str) -> int:
+    """A command line's number of bytes, as 500M or 2G."""
+    number, unit = (text[:-1], text[-1].upper()) if text[-1:].upper() in ("K", "M", "G", "T") else (text, "")
+    if (value := int(number) << 10 * " KMGT".index(unit or " ")) < 1 << 16:
+        raise argparse.ArgumentTypeError(f"{text} is below 64K")
     return value
 
 
@@ -355,23 +398,3 @@ def characters_of(documents: Iterable[tuple[str, Document]]) -> str:
         for piece in pieces(document):
             characters.update(piece.decode(errors="replace"))
     return "".join(sorted(characters))
-
-
-def read_or_download(url: str, sha256: str, local: str | None) -> str:
-    """The text of the file `local`, or where that is None of the download, which must have this sha256."""
-    if local is not None:
-        try:
-            return Path(local).read_bytes().decode()
-        except OSError as error:
-            raise UserError(f"cannot read {local}: {error.strerror}") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{local} is not UTF-8 text ({error.reason} at byte {error.start})") from error
-    instead = "fetch it by other means and give it with --input FILE"
-    try:
-        with urllib.request.urlopen(url, timeout=30) as response:
-            data = response.read()
-    except OSError as error:  # URLError, timeouts and broken connections are all OSErrors
-        raise UserError(f"cannot download {url} ({getattr(error, 'reason', error)}): {instead}") from error
-    if hashlib.sha256(data).hexdigest() != sha256:
-        raise UserError(f"what {url} gives is not the file expected (its sha256 differs): {instead}")
-    return data.decode()

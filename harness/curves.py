@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 from matplotlib import ticker
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -19,6 +18,7 @@ from matplotlib.lines import Line2D
 
 from harness.errors import UserError
 from harness.figures import RUN_STYLES, integer_ticks, new_figure
+from harness.text_files import parse_json, read_yaml
 
 MAX_PANELS = 48
 GIVE = "give a run that has logged something: out/NAME or its metrics.jsonl"
@@ -121,10 +121,11 @@ def variants(configs: Mapping[str, dict | None]) -> dict[str, list[str]]:
     seeds all differ. Every other run, and one whose config is not known, is a variant of its own."""
     same: dict[str, list[str]] = {}
     for name, config in configs.items():
-        same.setdefault(json.dumps(_without_seed(config) if config else name, sort_keys=True), []).append(name)
+        trained = json.dumps(_without_seed(config) if config else name, sort_keys=True, default=str)
+        same.setdefault(trained, []).append(name)
     found: dict[str, list[str]] = {}
     for names in same.values():
-        seeds = {config["run"].get("seed") for name in names if (config := configs[name])}
+        seeds = {str(config["run"].get("seed")) for name in names if (config := configs[name])}
         if len(names) == 1 or len(seeds) < len(names):
             found |= {name: [name] for name in names}
             continue
@@ -144,10 +145,12 @@ def _without_seed(config: dict) -> dict:
 def config_beside(file: Path) -> dict | None:
     """The run's config.yaml beside its metrics.jsonl; None where there is none that could be read."""
     try:
-        config = yaml.safe_load((file.parent / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError):
+        config = read_yaml(file.parent / "config.yaml", "config")
+    except UserError:
         return None
-    return config if isinstance(config, dict) and isinstance(config.get("run"), dict) else None
+    sections = config.values() if isinstance(config, dict) and "run" in config else [None]
+    whole = all(isinstance(section, dict) and all(isinstance(key, str) for key in section) for section in sections)
+    return config if whole and all(isinstance(name, str) for name in config) else None
 
 
 def read_run(file: Path) -> Series:
@@ -178,14 +181,16 @@ def read_run(file: Path) -> Series:
 def parse_line(line: str, where: str) -> dict[str, Any]:
     """A line of metrics.jsonl: `step`, an int, and numbers or None. UserError, saying `where`, for anything else."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{where}: not JSON ({error.msg}, column {error.colno}); mend or remove this line") from None
+    except ValueError as error:
+        raise UserError(f"{where}: not a line of metrics ({error}); mend or remove it") from None
     if not isinstance(record, dict) or not isinstance(record.get("step"), int):
         raise UserError(f'{where}: not a line of metrics like {{"step": 10, "train/loss": 3.2}}; mend or remove it')
     for name, value in record.items():
-        if not isinstance(value, int | float | None):
-            raise UserError(f"{where}: the value of {name!r} is {value!r}, not a number; mend or remove this line")
+        if not isinstance(value, int | float | None) or (isinstance(value, int) and value.bit_length() > 1000):
+            raise UserError(f"{where}: the value of {name!r} is {value!r:.80}, not a number; mend or remove this line")
     return record
 
 

@@ -1,15 +1,35 @@
-"""Ranks: one process on its own, or one of several that torchrun started."""
+"""Ranks: one process on its own, or one of several that harness/machines.py or torchrun started; and how they end.
 
+Ranks that train together end together. What ends the first of them is written into the store where they met, so that
+one rank says it and the others end quietly. A rank that falls silent (stopped, its machine or network gone) is missed
+by the rank before it; a store that falls silent, by all.
+"""
+
+import contextlib
 import os
+import re
+import signal
+import socket
+import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from harness.device import choose_device
+from harness.errors import UserError
+
+LOST = os.EX_TEMPFAIL  # 75: the exit status of a rank that lost another one; the same command may well succeed
+CONTINUES = "the same command continues from the last checkpoint"
+_LEFT = "left"
+_GRACE = 3  # seconds in which a rank ends by itself once another one has
 
 
 @dataclass
@@ -19,7 +39,7 @@ class Ranks:
     device: torch.device
     rank: int = 0
     size: int = 1
-    background: threading.Thread | None = None  # which may still talk to the other ranks
+    watch: "Watch | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -53,10 +73,12 @@ class Ranks:
         return values
 
     def leave(self) -> None:
-        if self.background:
-            self.background.join()
+        """The end of a rank's work, when that of all has come: launchers kill what lives on after one has ended."""
         if self.size > 1:
+            self.max(0)
             dist.destroy_process_group()
+        if self.watch:
+            self.watch.leave()
 
 
 def join_ranks(device_name: str) -> Ranks:
@@ -67,6 +89,157 @@ def join_ranks(device_name: str) -> Ranks:
     if device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
+    watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), float(os.environ.get("RANK_TIMEOUT", 30)))
     # Gradients travel by NCCL; flags and sums of plain numbers stay on the CPU, so that they never wait for the GPU.
     dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30))
-    return Ranks(device, dist.get_rank(), dist.get_world_size())
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), watch)
+
+
+@contextlib.contextmanager
+def one_voice() -> Iterator[None]:
+    """Around the work of a rank. Of an error that several ranks meet, or that ends the others, the first one is raised,
+    and the other ranks end quietly with its status. Of a rank that was lost, each machine says one line, and the status
+    is LOST."""
+    try:
+        yield
+    except Exception as error:
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+            raise
+        lost = None if isinstance(error, UserError) else _lost_connection(error)
+        status = LOST if lost else 2 if isinstance(error, UserError) else 1
+        ending = Ending(status, lost or str(error), os.environ["RANK"])
+        first = ending
+        with contextlib.suppress(dist.DistError):  # the store may be what was lost
+            patience = _GRACE if lost else 0  # the cause of a loss may come after it
+            first = answer(lambda: ending.announced(meeting_store(), patience))
+        if lost or (first != ending and first.status != LOST):
+            sys.exit(first.say())
+        raise
+
+
+def _lost_connection(error: BaseException | None) -> str:
+    """What PyTorch says of a connection to another rank that broke; empty where the error is another one."""
+    while error:
+        if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "gloo/" in str(error)):
+            what = re.sub(r"^\[\S*gloo/\S*\] |\. .*", "", " ".join(str(error).split()))  # without file and advice
+            return f"the connection to another rank broke ({what})"
+        error = error.__cause__ or error.__context__
+    return ""
+
+
+def meeting_store() -> dist.Store:
+    """A connection to the store where the ranks meet, of one's own: calls on a shared one wait for each other."""
+    store = connected(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT")  # torchrun keeps one store for all of its attempts
+    return dist.PrefixStore(f"attempt{attempt}", store) if attempt else store
+
+
+def connected(address: str, port: int) -> dist.TCPStore:
+    """A connection to the store at this address; DistNetworkError where nothing answers within some seconds."""
+    try:
+        socket.create_connection((address, port), timeout=5).close()  # PyTorch's own attempts print pages when in vain
+    except OSError as error:
+        raise dist.DistNetworkError(f"{address}:{port}: {error}") from error
+    return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
+
+
+def answer(call: Callable[[], Any], seconds: float = 5) -> Any:
+    """What a call to the store returns. DistNetworkError after some seconds: where the other machine has gone without a
+    word, such a call would never return, nor let a signal in."""
+    future: Future = Future()
+
+    def ask() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=ask, daemon=True).start()
+    try:
+        return future.result(seconds)
+    except TimeoutError:
+        raise dist.DistNetworkError(f"no answer within {seconds} s") from None
+
+
+@dataclass
+class Ending:
+    """Why a run ends: the status of its ranks, one line, and by whom it was found."""
+
+    status: int
+    reason: str
+    by: str
+
+    KEY = "ending"
+
+    def announced(self, store: dist.Store, patience: float = 0) -> "Ending":
+        """The run's first ending, which is this one if there is none after `patience` seconds."""
+        deadline = time.monotonic() + patience
+        while not store.check([self.KEY]) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return Ending.read(store.compare_set(self.KEY, "", f"{self.status}\0{self.by}\0{self.reason}"))
+
+    @staticmethod
+    def read(value: bytes) -> "Ending":
+        status, by, reason = value.decode().split("\0")
+        return Ending(int(status), reason, by)
+
+    def say(self, store: dist.Store | None = None, machine: int | None = None) -> int:
+        """Print a loss, once a machine; other endings are said by who met them. Returns the status."""
+        if self.status == LOST:
+            machine = int(os.environ.get("GROUP_RANK", 0)) if machine is None else machine
+            try:
+                first = answer(lambda: (store or meeting_store()).add(f"said/{machine}", 1)) == 1
+            except dist.DistError:
+                first = os.environ.get("LOCAL_RANK", "0") == "0"
+            if first:
+                print(f"error: {self.reason}: {CONTINUES}", file=sys.stderr, flush=True)
+        return self.status
+
+
+class Watch:
+    """Two threads that end this process, whatever its main thread waits for, when the run has ended elsewhere or the
+    store, or the next rank, has been silent for `limit` seconds. A launcher that has gone is a request to stop."""
+
+    def __init__(self, rank: int, size: int, limit: float):
+        self._rank, self._next, self._limit = rank, (rank + 1) % size, limit
+        self._interval = min(1.0, limit / 10)  # silence is counted in these, so that a pause of this process is none
+        self._rounds, self._leaving, self._parent = 0, threading.Event(), os.getppid()
+        self._talker = threading.Thread(target=self._talk, daemon=True)  # it may wait for a dead store for ever
+        self._talker.start()
+        threading.Thread(target=self._guard, daemon=True).start()
+
+    def leave(self) -> None:
+        self._leaving.set()
+        self._talker.join(_GRACE)
+
+    def _talk(self) -> None:
+        with contextlib.suppress(dist.DistError, RuntimeError):  # then _guard counts
+            store, heard, silence = meeting_store(), "", 0
+            own, other = f"alive/{self._rank}", f"alive/{self._next}"
+            while not self._leaving.is_set():
+                self._rounds += 1
+                store.set(own, f"{self._rounds} on {socket.gethostname()}")
+                if store.check([Ending.KEY]) and (ending := Ending.read(store.get(Ending.KEY))).by != str(self._rank):
+                    self._leaving.wait(_GRACE)  # the main thread ends too, unless it waits for a rank that has ended
+                    os._exit(ending.say())
+                word = store.get(other).decode() if store.check([other]) else ""
+                silence = silence + 1 if word == heard and word not in ("", _LEFT) else 0
+                heard = word
+                if silence * self._interval >= self._limit:
+                    where = word.partition(" ")[2]
+                    reason = f"rank {self._next} {where} has not been heard of for {self._limit:g} s"
+                    os._exit(Ending(LOST, reason, str(self._rank)).announced(store).say())
+                self._leaving.wait(self._interval)
+            store.set(own, _LEFT)
+
+    def _guard(self) -> None:
+        rounds, silence = -1, 0
+        while not self._leaving.wait(self._interval):
+            if os.getppid() != self._parent:
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+            silence = silence + 1 if self._rounds == rounds else 0
+            rounds = self._rounds
+            if silence * self._interval >= self._limit:
+                where = f"{os.environ['MASTER_ADDR']}, where the ranks meet,"
+                os._exit(Ending(LOST, f"{where} has not answered for {self._limit:g} s", str(self._rank)).say())

@@ -3,10 +3,11 @@
 And whether they can be written at all, which a script asks before it works for hours.
 """
 
+import contextlib
 import errno
 import os
+import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from harness.errors import UserError
@@ -15,7 +16,7 @@ from harness.errors import UserError
 NOT_OFFERED = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.ENOLCK)
 
 
-@contextmanager
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder to write to, whose file takes the place of `path` when the block ends. If the
     block raises, the temporary file is removed and `path` stays as it was."""
@@ -24,7 +25,8 @@ def written_whole(path: Path) -> Iterator[Path]:
         yield temporary
         put_in_place({temporary: path})
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it is not there any more; or this would bury what has failed in the block
+            temporary.unlink()
 
 
 def put_in_place(targets: dict[Path, Path]) -> None:
@@ -50,6 +52,27 @@ def flush(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+def remove_leftovers(folder: Path, names: str = "*", owned: bool = False) -> None:
+    """Remove the temporary files of `written_whole`, for files of such `names`, that killed processes left in `folder`.
+    A process that still runs keeps its own, unless these files are `owned`: this process alone may write them."""
+    for path in folder.glob(f"{names}.*.tmp"):
+        pid = re.search(r"\.(\d+)\.tmp$", path.name)
+        if pid and path.is_file() and (owned or not _runs(int(pid[1]))):
+            with contextlib.suppress(OSError):  # another process has removed it just now, say; it does no harm
+                path.unlink()
+
+
+def _runs(pid: int) -> bool:
+    """Whether another process of this machine has that number."""
+    try:
+        os.kill(pid, 0)  # signal 0 only asks
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return pid != os.getpid()
 
 
 def write_text(path: Path, text: str) -> None:

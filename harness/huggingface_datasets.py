@@ -37,19 +37,46 @@ def load(name: str, split: str, *, config=None, revision=None, streaming=False, 
         ) from error
 
 
+class Texts:
+    """The strings of one column, those that are missing or empty left out. A stream's `state` is where it stands, as
+    JSON, and `go_on(state)`, before the first string, lets it begin there. UserError if there is no such column."""
+
+    def __init__(self, dataset, column: str):
+        known = dataset.column_names  # None where a stream does not know before its first row
+        if known is not None and column not in known:
+            found = ", ".join(known)
+            raise UserError(f"the dataset has no column {column!r} but {found}: choose one with --text-column")
+        self._dataset, self._column = dataset.select_columns(column), column
+        self._batch, self._rows = None, 0  # what `datasets` says of where a batch begins, and the rows taken of it
+
+    def state(self) -> dict:
+        return {"batch": self._batch, "rows": self._rows}
+
+    def go_on(self, state: dict) -> None:
+        self._batch, self._rows = state["batch"], state["rows"]
+        if self._batch:
+            self._dataset.load_state_dict(self._batch)
+
+    def __iter__(self) -> Iterator[str]:
+        try:
+            for batch in self._dataset.iter(batch_size=1000):
+                for text in batch[self._column][self._rows :]:
+                    self._rows += 1
+                    if text is not None and not isinstance(text, str):
+                        found = f"column {self._column!r} holds {type(text).__name__}"
+                        raise UserError(f"{found}: choose one with --text-column")
+                    if text:
+                        yield text
+                if hasattr(self._dataset, "state_dict"):
+                    self._batch, self._rows = self._dataset.state_dict(), 0
+                else:
+                    self._rows = 0
+        except UnicodeDecodeError as error:
+            raise UserError(f"the dataset holds text that is not UTF-8 ({error.reason}): convert it first") from error
+        except OSError as error:  # a connection lost for good: datasets itself has tried again by now
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"reading the dataset failed ({reason}): run it again") from error
+
+
 def texts(dataset, column: str) -> Iterator[str]:
-    """The strings of one column, those that are missing or empty left out; UserError if there is no such column."""
-    known = dataset.column_names  # None where a stream does not know before its first row
-    if known is not None and column not in known:
-        raise UserError(f"the dataset has no column {column!r} but {', '.join(known)}: choose one with --text-column")
-    try:
-        for batch in dataset.select_columns(column).iter(batch_size=1000):
-            for text in batch[column]:
-                if text is not None and not isinstance(text, str):
-                    raise UserError(f"column {column!r} holds {type(text).__name__}: choose one with --text-column")
-                if text:
-                    yield text
-    except UnicodeDecodeError as error:
-        raise UserError(f"the dataset holds text that is not UTF-8 ({error.reason}): convert it first") from error
-    except OSError as error:  # a connection lost for good: datasets itself has tried again by now
-        raise UserError(f"reading the dataset failed ({' '.join(str(error).split())[:200]}): run it again") from error
+    return iter(Texts(dataset, column))

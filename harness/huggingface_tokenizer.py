@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from harness.errors import UserError
+from harness.text_files import parse_json
 from harness.tokenizer import GPT2, Tokenizer, _as_text
 
 # How tokenizer.json has the text fall into words → the same as one pattern. Behind Digits a digit is a word of its own,
@@ -44,12 +45,15 @@ class HuggingFace(Tokenizer):
         self.vocabulary, self.separator = vocabulary, separator
         self._of_thread = threading.local()
         try:
-            self._content = json.loads(vocabulary)
+            self._content = parse_json(vocabulary)
             model, added = self._content["model"], self._content.get("added_tokens") or []
             names = model["vocab"]  # token → id; Unigram has [token, score] in the order of their ids
             self._names = names if isinstance(names, dict) else {token: i for i, (token, _) in enumerate(names)}
             self._added = {token["id"]: token for token in added}
-            self.vocab_size = 1 + max(*self._names.values(), *self._added)
+            ids = [*self._names.values(), *self._added]
+            if not all(type(i) is int and 0 <= i < len(vocabulary) for i in ids):  # an id takes some characters
+                raise ValueError("an id that is none")
+            self.vocab_size = 1 + max(ids)
             bytes_of = self._spelling()
             self._bytes = [b""] * self.vocab_size
             for token, i in self._names.items():
@@ -58,6 +62,8 @@ class HuggingFace(Tokenizer):
                 self._bytes[i] = token["content"].encode()
             self._pattern = self._known_pattern()
             self.begin = self._begin_of_text()
+            if self.begin is not None and not (type(self.begin) is int and 0 <= self.begin < self.vocab_size):
+                raise ValueError("a begin of text that is no token")
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             reason = f"{type(error).__name__}: {error}"[:120]
             raise UserError(f"this tokenizer.json does not say which text its tokens stand for ({reason})") from error

@@ -11,7 +11,9 @@ import torch
 
 from harness.config import Config
 from harness.config_files import main_config, parse_overrides
+from harness.corpus import is_prepared
 from harness.errors import UserError, run_cli
+from harness.machines import STOPS, Launcher, Machines, machines_of
 
 PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.reference")  # the options that take one
 
@@ -22,20 +24,19 @@ def main() -> int:
     if arguments and Path(arguments[0]).exists() and not Path(arguments[0]).is_file():
         raise UserError(f"{arguments[0]} is no file, as a config has to be: it is read more than once")
     config = main_config(arguments)
-    prepare(Path(config.data.corpus))
+    corpus = Path(config.data.corpus)
+    gpus = torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
+    machines = machines_of(os.environ, gpus, config.training.batch_size)
     checkpoint = config.folder / "ckpt.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
 
-    command, gpus = [sys.executable], torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
-    if gpus > 1:
-        usable = max(n for n in range(1, gpus + 1) if config.training.batch_size % n == 0)
-        if usable < gpus:
-            print(
-                f"using {usable} of {gpus} GPUs: they have to divide training.batch_size, {config.training.batch_size}"
-            )
-        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={usable}"]
-    status = run([*command, "train.py", *arguments])
-    if status == 0 and not config.evaluation.only:
+    command = [sys.executable, "train.py", *arguments]
+    if machines == Machines():
+        prepare(corpus)
+        status = run(command)
+    else:
+        status = Launcher(machines).run(command, lambda: prepare(corpus))
+    if status == 0 and machines.rank == 0 and not config.evaluation.only:
         if checkpoint.stat().st_mtime_ns != before:
             print("\na sample:", flush=True)
             run([sys.executable, "scripts/sample.py", str(checkpoint), "--max_new_tokens", "300"])
@@ -65,7 +66,7 @@ def as_typed(arguments: list[str], here: Path) -> list[str]:
 
 def prepare(corpus: Path) -> None:
     """Run the corpus's prepare.py if that has not been done."""
-    if (corpus / "val.bin").exists():  # prepare.py puts it into place last
+    if is_prepared(corpus):
         return
     script = corpus / "prepare.py"
     if not script.exists():
@@ -76,13 +77,13 @@ def prepare(corpus: Path) -> None:
 
 
 def run(command: list[str]) -> int:
-    """The exit status of `command`. SIGTERM is passed on; a Ctrl-C reaches it from the terminal by itself."""
+    """The exit status of `command`. Signals are passed on; a Ctrl-C reaches it from the terminal by itself."""
     child = subprocess.Popen(command)
+    former = {number: signal.signal(number, lambda got, _: child.send_signal(got)) for number in STOPS}
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, _frame: child.send_signal(number))
     status = child.wait()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for number, handler in former.items():
+        signal.signal(number, handler)
     return status if status >= 0 else 128 - status
 
 

@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,12 +15,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from harness.checkpoint import CONV1D, WRAPPERS, listed, read_torch_file, without_weights
+from harness.checkpoint import CONV1D, WRAPPERS, listed, parameter_count, without_weights
 from harness.errors import UserError
 from harness.families import Family, describe, read_config
 from harness.files import check_folder, make_folder, write_text, written_whole
 from harness.huggingface_tokenizer import HuggingFace
+from harness.text_files import read_json
 from harness.tokenizer import GPT2
+from harness.torch_files import read_torch_file
 from kernels.backends import FLOATS
 from model import GPT, GPTConfig
 
@@ -52,16 +55,23 @@ def load_hf(name_or_folder: str) -> GPT:
         family, config = read_config(c)
     except ValueError as e:
         raise UserError(f"{source}: {e}") from e
+    sizes = {path: path.stat().st_size for path in _weight_files(name_or_folder)}
+    if empty := [path.name for path, size in sizes.items() if not size]:
+        raise UserError(f"{source}: {empty[0]} is truncated: there is nothing in it")
     try:
+        count, size = parameter_count(config), sum(sizes.values())
+        # At least two bytes each, and the names of a layer's weights; what a small file lacks is named below.
+        if max(count, 100 * config.n_layer) > size + 100_000:
+            what = f"a GPT of {config.n_layer} layers, {config.n_embd} wide, with {count:,} parameters"
+            raise ValueError(f"the weights lack most of {what}: they are {size:,} bytes")
         model = without_weights(config).to_empty(device="cpu")
-    except (RuntimeError, TypeError, OverflowError) as e:  # the latter two where a size is no machine's integer
-        sizes = ", ".join(f"{name} {getattr(config, name)}" for name in ("n_layer", "n_embd", "n_inner", "vocab_size"))
-        raise UserError(f"{source}: its config.json makes a GPT that does not fit into memory, of {sizes}") from e
+    except (ValueError, RuntimeError, TypeError) as e:
+        raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
     if config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     try:
-        _fill(model, family, _read_weights(name_or_folder))
-    except (ValueError, RuntimeError) as e:  # the latter for tensors that are sparse, or otherwise no plain weights
+        _fill(model, family, (item for path in sizes for item in _read_file(path, source)))
+    except (ValueError, RuntimeError) as e:  # the latter for what is otherwise no plain weight
         raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
     return model
 
@@ -144,20 +154,21 @@ def stored_weights(parameters: dict[str, Tensor], config: GPTConfig, family: Fam
     return stored
 
 
-def _read_weights(name_or_folder: str) -> Iterator[tuple[str, Tensor]]:
-    """Every weight and its name. A file is in memory only while its weights are being asked for."""
+def _weight_files(name_or_folder: str) -> list[Path]:
+    """The files that hold the weights. UserError where there are none, or one is missing, empty or elsewhere."""
     source = f"hf:{name_or_folder}"
     for whole in ("model.safetensors", "pytorch_model.bin"):
         if (path := _find(name_or_folder, whole)) is not None:
-            yield from _read_file(path, source)
-            return
+            return [path]
         if (index := _find(name_or_folder, f"{whole}.index.json")) is not None:
-            parts = _read_json(index, source).get("weight_map")
+            parts, found = _read_json(index, source).get("weight_map"), []
             for part in sorted(set(map(str, parts.values() if isinstance(parts, dict) else ()))):
+                if Path(part).is_absolute() or ".." in Path(part).parts or "\0" in part:
+                    raise UserError(f"{source}: its {index.name} names {part!r:.80}, which is not in its folder")
                 if (path := _find(name_or_folder, part)) is None:
-                    raise UserError(f"{source}: its {index.name} names {part}, which is not there")
-                yield from _read_file(path, source)
-            return
+                    raise UserError(f"{source}: its {index.name} names {part:.80}, which is not there")
+                found.append(path)
+            return found
     raise UserError(f"{source}: cannot load a model from there: no model.safetensors and no pytorch_model.bin")
 
 
@@ -183,7 +194,7 @@ def _read_file(path: Path, source: str) -> Iterator[tuple[str, Tensor]]:
 
 def _read_json(path: Path, source: str) -> dict:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
     except (OSError, ValueError) as e:
         raise UserError(f"{source}: cannot read {path.name}: {e}") from e
     if not isinstance(content, dict):
@@ -195,7 +206,7 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
     """A file in the folder, or of the model of that name on the hub, from its cache or fetched; None if it has none."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return folder / filename if (folder / filename).exists() else None
+        return folder / filename if os.path.exists(folder / filename) else None  # not where its name is none, either
     hub = _import("huggingface_hub.errors")
     try:
         return Path(hub.hf_hub_download(name_or_folder, filename))
@@ -225,6 +236,8 @@ def tokenizer_of(name_or_folder: str) -> dict[str, Any] | None:
                     return _hugging_face(name_or_folder, content).describe()
             except UserError as e:
                 problem = str(e)
+            except (TypeError, ValueError, AttributeError, KeyError):  # something else by that name
+                pass
             return {"tokenizer": f"of its own ({file})", "problem": problem}
     return None
 

@@ -4,9 +4,11 @@ Everything here only reads, and raises a UserError, naming the key, where the co
 not fit together; train.py writes nothing before all of it has passed.
 """
 
+import contextlib
 import dataclasses
 import math
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ from harness.checkpoint import (
     build_model,
     check_finite,
     feedback_of,
+    in_own_memory,
+    is_mapping,
     load_model,
+    parameter_count,
     read_checkpoint,
     without_weights,
 )
@@ -26,9 +31,10 @@ from harness.corpus import Corpus
 from harness.distributed import Ranks
 from harness.errors import UserError
 from harness.kl_training import Reference
-from harness.parallel import like
+from harness.parallel import like, own_part
 from harness.runfolder import run_files
 from harness.tokenizer import different_tokenizers
+from kernels.backends import FLOATS
 from measure.feedback import apply_feedback
 from model import GPT, NORMALIZERS, GPTConfig
 
@@ -40,6 +46,22 @@ _HOW = re.compile(
     r"parallel|checkpoint_activations|nonfinite_limit|deterministic)"
 )
 _WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
+
+AS_INIT_FROM = "it can only start a run of another name, as its init_from"
+
+
+def _is_number(x: Any) -> bool:
+    return type(x) in (int, float) and not math.isnan(x)
+
+
+# What a resume takes from a checkpoint, beside what is checked of every one, and what it has to be.
+_SCALER = torch.amp.GradScaler("cpu").state_dict().keys()
+_HELD: dict[str, Callable[[Any], bool]] = {
+    "best_val_loss": _is_number,
+    "scaler": lambda x: is_mapping(x, int | float) and (not x or (x.keys() == _SCALER and min(x.values()) >= 0)),
+    "skipped": lambda x: is_mapping(x, int) and x.keys() == {"total", "in_a_row"} and min(x.values()) >= 0,
+    "corpus": lambda x: all(isinstance(x.get(key), str) for key in ("folder", "sha256")),
+}
 
 
 def checkpoint_to_resume(config: Config) -> dict | None:
@@ -57,25 +79,20 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         return None
     if path.exists():
         checkpoint = read_checkpoint(path)
-        needed = (
-            "step",
-            "shards" if "shards" in checkpoint else "optimizer",
-            "scaler",
-            "best_val_loss",
-            "config",
-            "corpus",
-            "machine",
-        )
-        if lacking := [key for key in needed if key not in checkpoint]:
-            problem = f"{path} has no {', '.join(lacking)}: it can only start a run of another name, as its init_from"
-            raise config.error("training.resume", problem)
+        needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
+        lacking = [key for key in needed if key not in checkpoint]
+        wrong = [key for key, fits in _HELD.items() if key in checkpoint and not fits(checkpoint[key])]
+        if lacking or wrong:
+            problem = f"has no {', '.join(lacking)}" if lacking else f"has a {wrong[0]} that no run has written"
+            raise config.error("training.resume", f"{path} {problem}: {AS_INIT_FROM}")
         former = checkpoint["config"].get("training", {}).get("init_from", "scratch")
         if config.evaluation.only and c.init_from not in ("scratch", former):
             return None  # not where this run once started from: other weights, asked for by name
         return checkpoint
     if c.resume == "must":
         raise config.error("training.resume", f"there is no {path} to resume")
-    if (config.folder / "best.pt").exists() and not config.evaluation.only:
+    best = config.folder / "best.pt"  # that of step 0 alone is left by a kill just before the first ckpt.pt
+    if best.exists() and not config.evaluation.only and read_checkpoint(best).get("step") != 0:
         problem = f"{config.folder} holds a best.pt but no ckpt.pt to go on from: give another run.name"
         raise config.error("training.resume", problem)
     return None
@@ -95,6 +112,13 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     if not checkpoint and init_from == "scratch":
         if config.evaluation.only:
             raise config.error("evaluation.only", f"no {config.folder}/ckpt.pt and no training.init_from to evaluate")
+        try:
+            needed, there = 4 * parameter_count(scratch), free_memory()
+        except ValueError as e:
+            raise config.error("model.n_embd", str(e)) from e
+        if there is not None and needed > there:
+            problem = f"its weights alone take {needed / 1e9:,.1f} GB, and {there / 1e9:,.1f} GB of memory are free"
+            raise config.error("model.n_embd", f"{problem}: make the model smaller")
         return with_feedback(GPT(scratch), config, {}, say)
 
     source = config.folder / "ckpt.pt" if checkpoint else init_from
@@ -144,6 +168,17 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
             say(f"what {source} has learned for its normalizer, {model.config.normalizer}, is left out")
     model = assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
     return with_feedback(model, config, checkpoint or {}, say)
+
+
+def free_memory() -> int | None:
+    """The bytes that this machine, or the container that this process is in, could give without swapping; None where
+    neither says."""
+    known = []
+    with contextlib.suppress(OSError):
+        known += [1024 * int(n) for n in re.findall(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())]
+    with contextlib.suppress(OSError, ValueError):  # the latter where it is "max"
+        known.append(int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    return min(known, default=None)
 
 
 def with_feedback(model: GPT, config: Config, checkpoint: dict, say) -> GPT:
@@ -254,7 +289,9 @@ def best_so_far(config: Config, checkpoint: dict, windows: int, say) -> float:
     try:
         best = read_checkpoint(config.folder / "best.pt")
         loss, then = best["best_val_loss"], measured(config.to_dict() | best["config"])
-    except (UserError, KeyError) as e:
+        if not _is_number(loss):
+            raise UserError(f"its best_val_loss is {loss!r:.20}")
+    except (UserError, KeyError, TypeError) as e:
         if checkpoint["best_val_loss"] < math.inf:
             say(f"best.pt starts anew with the next evaluation: {e}")
         return math.inf
@@ -270,17 +307,44 @@ def restore_optimizer(
     path: Path = Path("ckpt.pt"),
     ranks: Ranks | None = None,
 ) -> None:
-    """Give `optimizer` the state that the checkpoint's had, sharded or not. Only the state: the learning rate and the
-    other hyperparameters are the config's, which may have changed since."""
-    groups = optimizer.state_dict()["param_groups"]
+    """Give `optimizer` the state that the checkpoint's, read from `path`, had, sharded or not. Only the state: the
+    learning rate and the other hyperparameters are the config's, which may have changed since. UserError unless it is
+    that of these parameters, each in memory of its own, since the fused steps look at nothing but where a tensor
+    begins."""
+    saved, found, taken = checkpoint["optimizer"].get("state"), {}, set[int]()
     if "shards" in checkpoint:
         from harness.sharded import optimizer_state  # here: what it imports takes half a second
 
-        state = optimizer_state(checkpoint, path, optimizer, ranks)
-    else:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        state = {
-            i: {k: like(v, parameters[i]) if v.shape == parameters[i].shape else v for k, v in values.items()}
-            for i, values in checkpoint["optimizer"]["state"].items()
-        }
-    optimizer.load_state_dict({"state": state, "param_groups": groups})
+        saved = optimizer_state(checkpoint, path, optimizer, ranks)  # in memory of its own
+    groups = optimizer.state_dict()["param_groups"]
+    moments = [_moments(group) for group in groups]
+    skipped = checkpoint.get("config", {}).get("training", {}).get("on_nonfinite") == "skip"
+    if not saved and (not checkpoint.get("step") or checkpoint.get("scaler") or skipped or () in moments):
+        saved, moments = {}, [()] * len(groups)  # there was no step yet by which one has a state
+    try:
+        for numbered, group, names in zip(groups, optimizer.param_groups, moments, strict=True):
+            for number, parameter in zip(numbered["params"], group["params"], strict=True) if names else ():
+                own = found[number] = {name: saved[number][name] for name in names}
+                if "shards" not in checkpoint:
+                    own |= {name: in_own_memory(value.detach(), taken) for name, value in own.items()}
+                for name, value in own.items():
+                    shape = () if name == "step" else parameter.shape
+                    if value.shape != shape or value.dtype not in FLOATS or not own_part(value).isfinite().all():
+                        raise ValueError(f"{name} of {value.dtype}, {tuple(value.shape)}, is none of {tuple(shape)}")
+                    if value.shape == parameter.shape and "shards" not in checkpoint:
+                        own[name] = like(value, parameter)
+                if own.get("step", 0) < 0:
+                    raise ValueError("a step below 0")
+        if len(saved) > len(found) > 0:
+            raise ValueError(f"{len(saved)} states of {len(found)} parameters")
+    except (KeyError, TypeError, ValueError, AttributeError) as e:
+        problem = f"missing {e}" if isinstance(e, KeyError) else e
+        raise UserError(f"ckpt.pt: its optimizer's state is not of its model ({problem}): {AS_INIT_FROM}") from e
+    optimizer.load_state_dict({"state": found, "param_groups": groups})
+
+
+def _moments(group: dict[str, Any]) -> tuple[str, ...]:
+    """What an optimizer keeps of each parameter of a group."""
+    if "betas" in group:
+        return "step", "exp_avg", "exp_avg_sq"
+    return ("momentum_buffer",) if group["momentum"] else ()

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from harness.errors import UserError
-from harness.files import NOT_OFFERED
+from harness.files import NOT_OFFERED, remove_leftovers
 
-_FORMER = ".former"
-_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "steps", "curves.png", "wandb", "diagnostics")
+_OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "shards", "steps", "curves.png", "wandb", "diagnostics")
+# Where a former run lies while another takes its place: the first while its files move, in either direction; the second
+# when all of them are there; the third when the other run has begun, and the former may go. A folder is renamed at
+# once, so that a kill at any moment leaves it plain which run the files in place are of.
+_MOVING, _FORMER, _REPLACED = ".moving", ".former", ".replaced"
 
 
 class RunFolder:
@@ -21,34 +24,18 @@ class RunFolder:
         self.path = folder
         self.checkpoint, self.best = folder / "ckpt.pt", folder / "best.pt"
         try:
+            self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
-            self._lock = open(folder / ".lock", "a+")  # noqa: SIM115 (the lock lives as long as this object)
+            self._lock = _locked(folder)
         except OSError as e:
             raise UserError(
                 f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir"
             ) from e
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.seek(0)
-            pid = self._lock.read()
-            raise UserError(
-                f"process {pid} is training into {folder}: wait for it, or choose another run.name"
-            ) from None
-        except OSError as e:
-            if e.errno not in NOT_OFFERED:
-                raise
-            print(f"warning: {folder} is on a file system without locks: do not start this run twice at a time")
-        self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
-        self._lock.flush()
-        for leftover in (
-            *folder.glob("*.tmp"),
-            *folder.glob("steps/*.tmp"),
-        ):  # of a process killed while it wrote; only the lock's owner writes here
-            leftover.unlink()
-        if (folder / _FORMER).exists():
-            self._bring_back()
+        for name in ("config.yaml", "metrics.jsonl", "*.pt", "steps/*.pt"):  # which the lock's owner alone writes
+            remove_leftovers(folder, name, owned=True)
+        for name in ("curves.png", "wandb/run.json", "diagnostics/*"):  # scripts write these, and may do so just now
+            remove_leftovers(folder, name)
+        self._bring_back()
 
     def kept(self, step: int) -> Path:
         """Where the checkpoint of a step is kept for good, in a folder that is there."""
@@ -58,32 +45,77 @@ class RunFolder:
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
         """Without the files of a former run, of which none is removed before the block has succeeded."""
-        aside = self.path / _FORMER
-        aside.mkdir()
-        for name in run_files(self.path):
-            (self.path / name).rename(aside / name)
+        moving = self.path / _MOVING
+        moving.mkdir()
         try:
+            for name in run_files(self.path):
+                (self.path / name).rename(moving / name)
+            former = moving.rename(self.path / _FORMER)
             yield
         except BaseException:
-            self._bring_back()
+            with contextlib.suppress(OSError):  # the next start tries again: this one is to end with its own error
+                self._bring_back()
             raise
-        shutil.rmtree(aside)
+        shutil.rmtree(former.rename(self.path / _REPLACED), ignore_errors=True)
 
     def _bring_back(self) -> None:
-        """Undo a `cleared` that failed or was killed, with whatever was written since."""
-        for name in run_files(self.path):
-            _remove(self.path / name)
-        for former in (self.path / _FORMER).iterdir():
-            former.rename(self.path / former.name)
-        (self.path / _FORMER).rmdir()
+        """Undo a `cleared` that failed or was killed, with whatever was written since. Killed itself, it can be
+        repeated."""
+        moving, former = self.path / _MOVING, self.path / _FORMER
+        if former.exists():
+            for name in run_files(self.path):
+                _remove(self.path / name)
+            former.rename(moving)
+        if moving.exists():
+            for file in moving.iterdir():
+                file.rename(self.path / file.name)
+            moving.rmdir()
+        shutil.rmtree(self.path / _REPLACED, ignore_errors=True)
 
     def __enter__(self) -> "RunFolder":
         return self
 
     def __exit__(self, *_) -> None:
-        if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
-            shutil.rmtree(self.path)
-        self._lock.close()
+        with contextlib.suppress(OSError):  # the folder has gone, say: an error on its account would hide the run's
+            if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
+                (self.path / ".lock").unlink()
+                if self._made:
+                    self.path.rmdir()
+        os.close(self._lock)
+
+
+def _locked(folder: Path) -> int:
+    """The descriptor of `folder`'s .lock, which holds the owner's process id. UserError if another process has it, or
+    if it is something else: it may lead to a file of the user's, which is not to be written to."""
+    path = folder / ".lock"
+    while True:
+        foreign = UserError(f"{path} is not the lock of a run: move it away, or choose another run.name")
+        if path.is_symlink() or (path.exists() and not path.is_file()):
+            raise foreign
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        owner = os.read(lock, 32).decode(errors="replace")
+        if not (owner.isdecimal() or not owner) or os.fstat(lock).st_nlink > 1:
+            os.close(lock)
+            raise foreign
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as e:
+            if e.errno not in NOT_OFFERED:
+                os.close(lock)
+            if isinstance(e, BlockingIOError):
+                who = f"process {owner}" if owner else "another process"
+                raise UserError(f"{who} is training into {folder}: wait for it, or choose another run.name") from None
+            if e.errno not in NOT_OFFERED:
+                raise
+            print(f"warning: {folder} is on a file system without locks: do not start this run twice at a time")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(lock)):
+                break
+        os.close(lock)  # its owner has just removed it, and left
+    with contextlib.suppress(OSError):  # a full disk: others are refused without the number
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, str(os.getpid()).encode(), 0)
+    return lock
 
 
 def _remove(path: Path) -> None:

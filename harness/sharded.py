@@ -8,6 +8,7 @@ on on another number of ranks, sharded or not.
 """
 
 import pickle
+import re
 import shutil
 import threading
 import warnings
@@ -38,6 +39,7 @@ class BackgroundSaver:
     def __init__(self, folder: Path, ranks: Ranks):
         self._folder, self._ranks = folder, ranks
         self._group = dist.new_group(backend="gloo")  # what the background sends does not meet what training sends
+        self._thread: threading.Thread | None = None
         self._failure: str | None = None
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any], paths: list[Path]):
@@ -57,10 +59,8 @@ class BackgroundSaver:
             warnings.simplefilter("ignore")
             written = dcp.async_save(state, checkpoint_id=shards, process_group=self._group)
         del state
-        self._ranks.background = threading.Thread(
-            target=self._finish, args=(written, shards, content, of_optimizer, paths)
-        )
-        self._ranks.background.start()
+        self._thread = threading.Thread(target=self._finish, args=(written, shards, content, of_optimizer, paths))
+        self._thread.start()
 
     def _finish(self, written, shards: Path, content: dict, of_optimizer: dict, paths: list[Path]) -> None:
         try:
@@ -95,9 +95,9 @@ class BackgroundSaver:
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete. UserError, on every rank, if it could not be written."""
-        if self._ranks.background:
-            self._ranks.background.join()
-            self._ranks.background = None
+        if self._thread:
+            self._thread.join()
+            self._thread = None
         failure, self._failure = self._failure, None
         if failed := next(filter(None, self._ranks.gather(failure)), None):
             raise UserError(failed)
@@ -129,8 +129,12 @@ def optimizer_state(
     """The state of every parameter, by its number, in the checkpoint that was read from `path`: as `optimizer`, of any
     number of ranks, has its parameters. With `ranks` every rank calls this, and each looks at a part of the files.
     UserError if a file is missing, damaged, or holds anything but tensors."""
-    shards, ranks = path.parent / checkpoint["shards"]["folder"], ranks or Ranks(torch.device("cpu"))
-    check_files(shards, checkpoint["shards"]["crc32"], path, ranks)
+    ranks = ranks or Ranks(torch.device("cpu"))
+    named = checkpoint["shards"] if isinstance(checkpoint["shards"], dict) else {}
+    folder, crc32_of = named.get("folder"), named.get("crc32")
+    if not isinstance(folder, str) or not re.fullmatch(rf"{FOLDER}/\d+", folder) or not isinstance(crc32_of, dict):
+        raise UserError(f"{path} has a shards that no run has written")
+    check_files(shards := path.parent / folder, crc32_of, path, ranks)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[str, dict[str, Tensor]] = {}
     try:
@@ -152,9 +156,9 @@ def optimizer_state(
 def check_files(shards: Path, crc32_of: dict[str, int], path: Path, ranks: Ranks) -> None:
     """UserError, on every rank, unless each of the files has its CRC-32."""
     found = None
-    for name in sorted(crc32_of)[ranks.rank :: ranks.size]:
+    for name in sorted(crc32_of, key=str)[ranks.rank :: ranks.size]:
         try:
-            if Path(name).name != name or crc32(shards / name) != crc32_of[name]:
+            if Path(str(name)).name != name or crc32(shards / name) != crc32_of[name]:
                 found = found or f"{shards / name} is damaged"
         except OSError as error:
             found = found or f"cannot read {shards / name} ({error.strerror})"

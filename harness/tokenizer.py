@@ -221,6 +221,9 @@ def id_or_text(argument: str) -> int | str | None:
 def from_meta(meta: dict) -> Tokenizer:
     """The tokenizer that a corpus's meta.json describes; UserError if it describes none."""
     name, vocabulary, vocab_size = (meta.get(key) for key in ("tokenizer", "vocabulary", "vocab_size"))
+    for key in ("document_separator", "begin_of_text"):
+        if not isinstance(meta.get(key), int | None):
+            raise UserError(f"{key} is {meta[key]!r:.40}, but must be a token's id")
     if name == "chars" and isinstance(vocabulary, str):
         return Chars(vocabulary, meta.get("begin_of_text"))
     if name in ("bytes", "gpt2"):

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import secrets
 import struct
 import sys
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -18,7 +19,7 @@ from tqdm import tqdm
 from harness.config import Config
 from harness.config_files import load_config
 from harness.errors import UserError
-from harness.files import write_text
+from harness.files import flush, write_text
 
 
 class Tracker:
@@ -32,52 +33,70 @@ class Tracker:
 
     def __init__(self, folder: Path, config, resume_step: int | None):
         self.path = folder / "metrics.jsonl"
-        kept = [line for line in self._read() if resume_step is not None and line["step"] <= resume_step]
+        kept = read_metrics(self.path, resume_step) if resume_step is not None else []
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (open for the whole run)
+        self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
+        self._unwritten = b""  # what a full disk has had no room for
 
         run_id = known_id(folder) or secrets.token_hex(4)
-        (folder / "wandb").mkdir(exist_ok=True)
-        write_text(folder / "wandb" / "run.json", json.dumps({"id": run_id}))
+        try:
+            (folder / "wandb").mkdir(exist_ok=True)
+            write_text(folder / "wandb" / "run.json", json.dumps({"id": run_id}))
+        except OSError as e:
+            print(f"wandb: {folder}/wandb cannot be written ({e.strerror}): a resume may be another run there")
         self._run = start_wandb(folder, run_id, config.run.name, config.tracking, config.to_dict())
         if not self._run:
             print("wandb: disabled; the curves are in", self.path)
             return
-        self._stored: Container[int] = range(self._run.starting_step)  # what the server has
+        self._stored: Collection[int] = range(self._run.starting_step)  # what the server has
         if self._run.offline:
             self._stored = stored_steps(folder, run_id)
+        self._sent = 0
         for line in kept:
             self._send(line["step"], {k: v for k, v in line.items() if k != "step"})
 
-    def _read(self) -> list[dict[str, Any]]:
-        lines = []
-        for text in self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []:
-            try:
-                lines.append(json.loads(text))
-            except json.JSONDecodeError:  # the last line, cut off by a kill: its step is run again
-                break
-        return lines
-
     def log(self, step: int, metrics: dict[str, float | None]) -> None:
-        """One line for `step`; a value that is not finite is written as null."""
+        """One line for `step`; a value that is not finite is written as null. What a full disk has no room for is
+        written with one of the next lines, or by `sync`."""
         finite = {k: v if v is not None and abs(v) < float("inf") else None for k, v in metrics.items()}
-        self._file.write(json.dumps({"step": step} | finite, allow_nan=False) + "\n")
-        self._file.flush()  # before wandb's, so that a resume finds here every step that wandb has seen
+        waiting = bool(self._unwritten)
+        self._unwritten += (json.dumps({"step": step} | finite, allow_nan=False) + "\n").encode()
+        try:
+            self._write()  # before wandb's, so that a resume finds here every step that wandb has seen
+        except OSError as e:
+            if not waiting:
+                tqdm.write(f"warning: {self.path} cannot be written at step {step} ({e.strerror}): tried again later")
         self._send(step, finite)
+
+    def sync(self) -> None:
+        """Return once every line is on the disk, as it has to be before a checkpoint of its step is. OSError if that
+        cannot be."""
+        try:
+            self._write()
+            flush(self.path)
+        except OSError as e:
+            e.filename = str(self.path)  # a full disk does not say where
+            raise
+
+    def _write(self) -> None:
+        while self._unwritten:
+            self._unwritten = self._unwritten[self._file.write(self._unwritten) :]
 
     def _send(self, step: int, metrics: dict[str, float | None]) -> None:
         if self._run and step not in self._stored:
             finite = {k: v for k, v in metrics.items() if v is not None}
             self._try(lambda run: run.log(finite, step=step, commit=True))
-
-    def sync(self) -> None:
-        """Return once every line is on the disk."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+            self._sent += 1
 
     def close(self) -> None:
+        self.sync()
         self._file.close()
         self._try(lambda run: run.finish())
+        if self._run and self._run.offline:  # whose service does not say that its disk is full
+            there = len(stored_steps(self.path.parent, self._run.id))
+            if lacking := len(self._stored) + self._sent - there:
+                problem = f"lacks {lacking} steps, its disk may be full; a resume would send them"
+                print(f"wandb: {self.path.parent}/wandb {problem}. The curves are in {self.path}")
 
     def _try(self, call) -> None:
         """`call` the wandb run, unless it has failed before."""
@@ -88,7 +107,31 @@ class Tracker:
             self._run = None
             with contextlib.suppress(Exception):  # else its own end, when this process ends, fails with a traceback
                 sys.modules["wandb"].teardown()
-            tqdm.write(f"wandb: stopped: {' '.join(str(e).split())}; training goes on, the curves are in {self.path}")
+            why = " ".join(str(e).split()) or type(e).__name__
+            tqdm.write(f"wandb: stopped: {why}; training goes on, the curves are in {self.path}")
+
+
+def read_metrics(path: Path, last: int) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl up to the step `last`; none where there is no file. A last line that a kill has cut
+    off is left out: its step is run again. UserError for any other line that is not as it was written."""
+    lines: list[dict[str, Any]] = []
+    texts = path.read_bytes().split(b"\n") if path.exists() else []
+    for number, text in enumerate(texts, 1):
+        if lines and lines[-1]["step"] >= last:  # all that follows is run again
+            break
+        try:
+            line = json.loads(text)
+            if not line["step"] > (lines[-1]["step"] if lines else -1):
+                raise ValueError("its step is not beyond the one before")
+        except (ValueError, KeyError, TypeError, RecursionError) as e:  # no UTF-8, no JSON, or JSON of something else
+            if number == len(texts):
+                break
+            problem = f"{path}, line {number} is not what was written ({e}): nothing was changed"
+            raise UserError(f"{problem}. Mend that line, or remove it, and run this again") from e
+        if line["step"] > last:
+            break
+        lines.append(line)
+    return lines
 
 
 def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: dict):
@@ -97,6 +140,7 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
     mode, reason = wandb_mode(tracking)
     if mode == "disabled":
         return None
+    logging.raiseExceptions = False  # else a full disk gives a traceback for each line of wandb's log
 
     def start(mode: Any):
         import wandb  # here: it takes a second
@@ -110,7 +154,16 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
             resume="allow",
             config=config,
             # What is not flushed yet is lost where the process is killed; by default that is 15 seconds.
-            settings=wandb.Settings(silent=mode == "offline", console="off", x_transaction_log_flush_interval=1),
+            # Nor may a server that does not answer hold up the run: by default it is waited for 90 seconds at the start
+            # and, at the end, until it has everything. What it lacks then is in the folder, for `wandb sync`.
+            settings=wandb.Settings(
+                silent=mode == "offline",
+                console="off",
+                x_transaction_log_flush_interval=1,
+                init_timeout=90 if tracking.wandb == "online" else 20,
+                finish_timeout=60,
+                finish_timeout_raises=True,
+            ),
         )
 
     try:
@@ -125,6 +178,8 @@ def start_wandb(folder: Path, run_id: str, name: str | None, tracking, config: d
         if tracking.wandb == "online":
             raise UserError(f"tracking.wandb: online: {e}; auto would go on without it") from e
         mode, reason = "offline", f"cannot go online: {e}"
+        with contextlib.suppress(Exception):  # there may be no wandb
+            sys.modules["wandb"].teardown()  # else its service still holds the run that could not start
         try:
             run = start(mode)
         except Exception as e:

@@ -22,8 +22,9 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
-import tempfile
+import sys
 import warnings
 from pathlib import Path
 
@@ -34,6 +35,7 @@ from kernels.normalizers import TILES
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
+PATIENCE = (10, 120)  # seconds: when a build that takes long is said, and when it is given up
 BACKWARDS = ("full", "diagonal", "ste", "values", "detached")  # kernels/cpu.cpp's enum Backward; values: dV alone
 
 # There are two ways to STE's dQ and dK, which are products with the masked matrix tril(g Vᵀ): to compute that matrix
@@ -73,8 +75,8 @@ def load() -> ctypes.CDLL | None:
     words = os.environ.get("CXX", "").strip() or "c++"
     try:
         path = build(shlex.split(words))
-        library = _opened(path) if path else None
-    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        library = _opened(path, shlex.split(words)) if path else None
+    except (OSError, ValueError, subprocess.SubprocessError) as error:
         message = (getattr(error, "stderr", None) or b"").decode(errors="replace").strip() or str(error)
         warnings.warn(
             f"no kernel from {SOURCE.name} by {words}: attention runs on PyTorch's, slower. Mend it, "
@@ -88,27 +90,32 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
-def _opened(path: Path) -> ctypes.CDLL:
-    try:
+def _opened(path: Path, compiler: list[str]) -> ctypes.CDLL | None:
+    """The library at `path`, built anew if that cannot be loaded: another system may have built it."""
+    with contextlib.suppress(OSError):
         return ctypes.CDLL(str(path))
+    path.unlink()
+    anew = build(compiler)
+    try:
+        return ctypes.CDLL(str(anew)) if anew else None
     except OSError:
-        path.unlink(missing_ok=True)  # or the next process would try it again instead of building it
+        path.unlink(missing_ok=True)  # or the next process would try it again
         raise
 
 
 def build(compiler: list[str]) -> Path | None:
-    """The shared library of this source, this compiler and this processor, made if it is not there yet.
+    """The shared library of this source, this compiler and this processor, made if it is not there yet, whole.
 
     It lies in `__pycache__` beside the source, or in the user's cache where that cannot be written to. No compiler is
     needed once it is there. None where there is no `c++`. Raises OSError where another compiler is not found or neither
-    folder can be written to, CalledProcessError where the compiler fails.
+    folder can be written to, SubprocessError where the compiler fails or takes longer than PATIENCE.
     """
     parts = (SOURCE.read_bytes(), compiler, FLAGS, processor())
     name = f"{SOURCE.stem}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}.so"
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     folders = (SOURCE.parent / "__pycache__", Path(cache, "offbyone"))
     for folder in folders:
-        if os.path.exists(folder / name):  # Path.exists raises in a folder that may not be read
+        if _is_whole(folder / name):
             return folder / name
     if shutil.which(compiler[0]) is None:
         if compiler == ["c++"]:
@@ -121,9 +128,58 @@ def build(compiler: list[str]) -> Path | None:
             break
     else:
         raise OSError(f"no folder to keep it in: neither {folders[0]} nor {folders[1]} can be written to")
-    with tempfile.TemporaryDirectory(dir=folder, ignore_cleanup_errors=True) as made:
-        subprocess.run([*compiler, *FLAGS, SOURCE, "-o", f"{made}/{name}"], capture_output=True, check=True)
-        return Path(made, name).replace(folder / name)  # atomic: other processes may build the same
+    _remove_leftovers(folder)
+    made = folder / f"{name}.{os.getpid()}.tmp"
+    try:
+        _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
+        with open(made, "r+b") as file:
+            file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
+            os.fsync(file.fileno())  # or a crash of the machine may leave the name with a part of the content
+        return made.replace(folder / name)  # atomic: other processes may build the same
+    finally:
+        with contextlib.suppress(OSError):
+            made.unlink()
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the library is there, and ends with the hash of the rest. One that is cut short would not fail to load,
+    but end the process by a SIGBUS."""
+    try:
+        content = path.read_bytes()
+    except OSError:  # it is not there, or may not be read
+        return False
+    return hashlib.sha256(content[:-32]).digest() == content[-32:]
+
+
+def _run(command: list[str]) -> None:
+    """Run the compiler, which is said if it takes long; CalledProcessError if it fails, TimeoutExpired if it hangs."""
+    # With its children in a group of its own, so that all of them can be ended.
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    try:
+        said, limit = PATIENCE
+        try:
+            output, _ = process.communicate(timeout=said)
+        except subprocess.TimeoutExpired:
+            line = (
+                f"{command[0]} is still building {SOURCE.name}: {limit - said:g} s more, and attention does without it"
+            )
+            print(line, file=sys.stderr, flush=True)
+            output, _ = process.communicate(timeout=limit - said)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, command, stderr=output)
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Remove what processes that were killed have left of a library."""
+    for path in folder.glob(f"{SOURCE.stem}-*.so.*.tmp"):
+        pid = path.name.split(".")[-2]
+        if pid.isdecimal() and not Path("/proc", pid).exists():
+            with contextlib.suppress(OSError):
+                path.unlink()
 
 
 def processor() -> str:

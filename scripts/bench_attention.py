@@ -18,12 +18,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 
 from harness.bench_attention import FIRST, bench_length, draw, names, peak_of
 from harness.device import choose_device, keep_freed_memory, processor_name
 from harness.diagnostics import write_json
-from harness.errors import UserError, run_cli
 from harness.figures import print_table
 from harness.files import check_folder
 from model import attention_backend

@@ -18,13 +18,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 from tqdm import tqdm
 
 from harness.bench_diagnostics import DIAGNOSTICS, bench
 from harness.config_files import load_config
 from harness.device import choose_device, processor_name
-from harness.errors import UserError, run_cli
 from harness.figures import print_table
 from harness.files import check_file, make_folder, write_text
 from model import GPTConfig

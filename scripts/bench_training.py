@@ -21,13 +21,15 @@ from typing import get_args, get_type_hints
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 
 from harness.config import OptimizerConfig
 from harness.config_files import load_config
 from harness.corpus import Corpus
 from harness.device import processor_name
-from harness.errors import UserError, run_cli
 from harness.figures import print_table
 from harness.files import check_file, make_folder, write_text
 from harness.stepping import PHASES, Stepper

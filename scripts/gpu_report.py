@@ -26,10 +26,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 
 from harness.device import commit
-from harness.errors import UserError, run_cli
 from harness.files import make_folder, write_text
 from harness.gpu_report.document import markdown, print_section, wrong_rows
 from harness.gpu_report.plan import SECTIONS

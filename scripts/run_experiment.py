@@ -15,9 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 
-from harness.errors import UserError, run_cli
 from harness.experiments.claims import load_claims
 from harness.experiments.estimate import STEPS, estimate
 from harness.experiments.grid import ROOT, Experiment, load_experiment

@@ -7,12 +7,14 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import torch
 
 from harness.checkpoint import load_model
 from harness.corpus import Corpus
 from harness.device import choose_device
-from harness.errors import UserError, run_cli
 from harness.generation import generate
 from harness.tokenizer import Ids, Tokenizer, from_meta
 from measure.perplexity import nonfinite

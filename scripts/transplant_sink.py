@@ -12,13 +12,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from harness.errors import UserError, run_cli  # before torch, which takes seconds: a Ctrl-C meanwhile ends quietly
+
+# isort: split
 import numpy as np
 import torch
 
 from harness.checkpoint import FORMAT, check_finite, save_checkpoint
 from harness.corpus import SPLITS
 from harness.diagnostics import Subject
-from harness.errors import UserError, run_cli
 from harness.figures import print_table
 from harness.files import check_folder, make_folder
 from measure.transplant import first_tokens, transplanted

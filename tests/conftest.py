@@ -40,6 +40,14 @@ def pytest_configure(config) -> None:
         os.environ["TIKTOKEN_CACHE_DIR"] = folder
 
 
+def pytest_collection_modifyitems(config, items) -> None:
+    """What is marked `faults` takes minutes, and runs only where -m names that mark."""
+    if "faults" not in config.option.markexpr:
+        left_out = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
 def gpt2_ranks() -> bytes | None:
     """tiktoken's file of GPT-2's tokens, built from the merges in a package of data; None without the package.
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from multiprocessing import forkserver
 from pathlib import Path
@@ -240,6 +241,25 @@ def run_python(*arguments, cwd: Path = ROOT, **environment: str) -> subprocess.C
     )
 
 
+def forked(function, stdout: int | None = None, stderr: int | None = None) -> int:
+    """The exit status of `function()` in a fork of this process, which has these descriptors (None: closed) for its
+    standard output and error."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    try:
+        for number, name, given in ((1, "stdout", stdout), (2, "stderr", stderr)):
+            if given is None:
+                os.close(number)
+            else:
+                os.dup2(given, number)
+            setattr(
+                sys, name, None if given is None else os.fdopen(number, "w", closefd=False)
+            )  # as Python itself does
+        os._exit(function() or 0)
+    except BaseException:
+        os._exit(99)
+
+
 def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
     """torchrun in the current folder, a thread a rank."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
@@ -288,10 +308,11 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-def _child(arguments, log, signal_at, patch, environment):
+def _child(arguments, log, signal_at, environment, inject):
     with open(log, "w") as f:
-        os.dup2(f.fileno(), 1)
-        os.dup2(f.fileno(), 2)
+        for number, name in ((1, "stdout"), (2, "stderr")):
+            os.dup2(f.fileno(), number)
+            setattr(sys, name, os.fdopen(number, "w", 1, closefd=False))  # the server's may be files, and this a pipe
     import train
 
     os.environ.update(environment)
@@ -303,8 +324,8 @@ def _child(arguments, log, signal_at, patch, environment):
             os.kill(os.getpid(), signal_at[1])
 
     train.Tracker.log = log_metrics
-    if patch:
-        patch(train)
+    if inject:
+        inject()
     torch.set_num_threads(1)
     sys.argv = ["train.py", *arguments]
     sys.exit(run_cli(train.main))
@@ -313,16 +334,30 @@ def _child(arguments, log, signal_at, patch, environment):
 class TrainingRun:
     """`train.py config.yaml --run.name NAME …` in the current folder. With `signal_at`, a step and a signal, it is sent
     that signal between the step's line of metrics and its checkpoint: from outside a loaded machine may miss the step.
-    `patch` is a function of a module that may change the module train, in the run's process alone.
+    `inject` is called in the run's process before it begins.
     """
 
-    def __init__(self, name: str, *arguments: str, signal_at: tuple[int, int] | None = None, patch=None, **environment):
+    def __init__(
+        self,
+        name: str,
+        *arguments: str,
+        signal_at: tuple[int, int] | None = None,
+        inject: Callable[[], None] | None = None,
+        **environment: str,
+    ):
         self.folder, self.log = Path("out") / name, Path(f"{name}{environment.get('RANK', '')}.log")
         arguments = ("config.yaml", "--run.name", name, *arguments)
-        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, patch, environment))
+        self.process = CONTEXT.Process(target=_child, args=(arguments, self.log, signal_at, environment, inject))
         with contextlib.chdir(ROOT):  # the server, started by the first run, finds what it imports from here
             forkserver.ensure_running()
         self.process.start()
+
+    @classmethod
+    def read(cls, name: str) -> "TrainingRun":
+        """A run that others have written."""
+        run = cls.__new__(cls)
+        run.folder = Path("out") / name
+        return run
 
     def wait(self) -> int:
         self.process.join(900)
@@ -353,12 +388,22 @@ def finished(name: str, *arguments: str) -> TrainingRun:
     return run
 
 
-def finished_on_ranks(number: int, name: str, *arguments: str) -> TrainingRun:
-    """As so many processes of torchrun, which keeps the store where they meet and tells them so by these variables."""
+def started_on_ranks(size: int, name: str, *arguments: str, inject=None) -> list[TrainingRun]:
+    """As processes of torchrun, which keeps the store where they meet and tells them so by these variables. The first
+    one alone is injected something."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    meeting["WORLD_SIZE"] = str(number)
-    ranks = [TrainingRun(name, *arguments, RANK=str(n), LOCAL_RANK=str(n), **meeting) for n in range(number)]
+    meeting |= {"WORLD_SIZE": str(size)}
+    ranks = [
+        TrainingRun(name, *arguments, inject=None if rank else inject, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
+        for rank in range(size)
+    ]
+    ranks[0].store = store  # it lives as long as they
+    return ranks
+
+
+def finished_on_ranks(size: int, name: str, *arguments: str) -> TrainingRun:
+    ranks = started_on_ranks(size, name, *arguments)
     for rank in ranks:
         assert rank.wait() == 0, rank.output()
     return ranks[0]

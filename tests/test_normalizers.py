@@ -6,7 +6,6 @@ al. 2024), with a bias that each head learns, and with rows whose mass may excee
 
 import json
 import math
-import signal
 import sys
 from pathlib import Path
 
@@ -81,10 +80,6 @@ def workplace(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("config.yaml").write_text(CONFIG)
     squares_corpus()
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def command(monkeypatch, main, *arguments) -> int:

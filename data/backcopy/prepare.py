@@ -73,6 +73,7 @@ def main():
         Chars(vocabulary + BEGIN, begin=len(vocabulary)),
         source=f"Bigram-Backcopy of {args.input.name if args.input else 'the standard library'}",
         threads=args.threads,
+        shard_bytes=args.shard_size,
         extra={"sequence_length": LENGTH, "triggers": trigger_ids, "seed": args.seed},
     )
 

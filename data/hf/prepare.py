@@ -5,9 +5,10 @@ python data/hf/prepare.py HuggingFaceFW/fineweb-edu --config sample-10BT --strea
 python data/hf/prepare.py my_texts.jsonl --text-column body --out data/my_texts
 """
 
-import itertools
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -28,7 +29,11 @@ def main():
         "--val-fraction", type=fraction, default=0.005, metavar="F", help="chosen by a hash of the text"
     )
     parser.add_argument("--text-column", default="text", metavar="NAME", help="default: text")
-    parser.add_argument("--streaming", action="store_true", help="encode while downloading, keep no copy of the text")
+    parser.add_argument(
+        "--streaming",
+        action="store_true",
+        help="encode while downloading, keep no copy of the text; when it was interrupted, the same command goes on",
+    )
     parser.add_argument("--max-documents", type=positive, metavar="N", help="stop after N documents of --split")
     parser.add_argument(
         "--tokenizer",
@@ -37,21 +42,59 @@ def main():
         help="gpt2, bytes, or hf:NAME_OR_FOLDER for that of a Hugging Face model (default: gpt2)",
     )
     args = parser.parse_args()
+    path = Path(args.name)
+    source = "/".join(part for part in (path.name if path.exists() else args.name, args.config, args.split) if part)
+    write_corpus(
+        args.out,
+        Documents(args),
+        from_name(args.tokenizer),
+        source=source,
+        threads=args.threads,
+        shard_bytes=args.shard_size,
+        arguments=what_decides(args) if args.streaming else None,
+    )
 
-    def texts(split):
+
+class Documents:
+    """Those of --split and then those of --val-split, as pairs of "train" or "val" and a text."""
+
+    def __init__(self, args):
+        self._args, self._splits = args, [args.split, *([args.val_split] if args.val_split else [])]
+        self._texts: huggingface_datasets.Texts | None = None
+        self._begin: dict[str, Any] = {"split": 0, "documents": 0, "texts": None}
+        self._at = self._begin
+
+    def state(self) -> dict:
+        return self._at | {"texts": self._texts.state() if self._texts else None}
+
+    def go_on(self, state: dict) -> None:
+        self._begin = self._at = state
+
+    def __iter__(self) -> Iterator[tuple[str, str]]:
+        args, begin = self._args, self._begin
         options = dict(config=args.config, revision=args.revision, streaming=args.streaming, num_proc=args.threads)
-        return huggingface_datasets.texts(huggingface_datasets.load(args.name, split, **options), args.text_column)
+        for number, split in enumerate(self._splits[begin["split"] :], begin["split"]):
+            self._texts = huggingface_datasets.Texts(
+                huggingface_datasets.load(args.name, split, **options), args.text_column
+            )
+            taken = 0
+            if begin["texts"] and number == begin["split"]:
+                self._texts.go_on(begin["texts"])
+                taken = begin["documents"]
+            for text in self._texts:
+                if number == 0 and taken == args.max_documents:
+                    break
+                taken += 1
+                self._at = {"split": number, "documents": taken}
+                share = 1 if number else 0 if args.val_split else args.val_fraction
+                yield "val" if position(text.encode(errors="replace")) < share else "train", text
 
-    def documents():
-        for text in itertools.islice(texts(args.split), args.max_documents):
-            validates = not args.val_split and position(text.encode(errors="replace")) < args.val_fraction
-            yield "val" if validates else "train", text
-        for text in texts(args.val_split) if args.val_split else ():
-            yield "val", text
 
-    name = Path(args.name).name if Path(args.name).exists() else args.name
-    source = "/".join(part for part in (name, args.config, args.split) if part)
-    write_corpus(args.out, documents(), from_name(args.tokenizer), source=source, threads=args.threads)
+def what_decides(args) -> dict:
+    """All that the text depends on: the command line, and of a local dataset its files' sizes and dates."""
+    path, decides = Path(args.name), {key: value for key, value in vars(args).items() if key not in ("out", "threads")}
+    files = sorted(path.rglob("*")) if path.is_dir() else [path] if path.exists() else []
+    return decides | {"files": [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]}
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main():
         GPT2(),
         source=NAME,
         threads=args.threads,
+        shard_bytes=args.shard_size,
         total_bytes=dataset.data.nbytes,
     )
 

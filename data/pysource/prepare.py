@@ -47,6 +47,7 @@ def main():
         GPT2(),
         source=f"packages installed for Python {platform.python_version()}",
         threads=args.threads,
+        shard_bytes=args.shard_size,
         total_bytes=sum(path.stat().st_size for path in files),
         max_tokens=args.max_tokens,
         extra={"python_version": platform.python_version()},

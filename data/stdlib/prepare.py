@@ -37,6 +37,7 @@ def main():
         Bytes(),
         source=f"standard library of Python {platform.python_version()}",
         threads=args.threads,
+        shard_bytes=args.shard_size,
         total_bytes=sum(path.stat().st_size for path in files),
         extra={"python_version": platform.python_version()},
     )

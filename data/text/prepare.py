@@ -25,6 +25,7 @@ from harness.corpus_writing import (
     write_corpus,
 )
 from harness.errors import UserError, run_cli
+from harness.shard_writing import former_files
 from harness.tokenizer import Chars, Tokenizer, from_name
 
 
@@ -60,8 +61,8 @@ def main():
             found = find_files(path, patterns) if path.is_dir() else {path: ""}
             for file, key in found.items():
                 files.setdefault(file, (Path(path.name) / key).as_posix())
-        for name in ("meta.json", "train.bin", "val.bin"):  # of a former corpus, where it lies among the texts
-            files.pop(Path(args.out, name).resolve(), None)
+        for path in former_files(Path(args.out)):  # where a former corpus lies among the texts
+            files.pop(path.resolve(), None)
         if not files:
             wanted = " or ".join(map(repr, patterns))
             raise UserError(f"no file matches {wanted} in {', '.join(map(str, args.paths))}: choose with --glob")
@@ -74,6 +75,7 @@ def main():
             tokenizer,
             source=", ".join(names),
             threads=args.threads,
+            shard_bytes=args.shard_size,
             total_bytes=sum(path.stat().st_size for path in files),
         )
 

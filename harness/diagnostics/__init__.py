@@ -28,6 +28,7 @@ from harness.errors import UserError
 from harness.figures import print_table, save_figure, share_scales
 from harness.files import check_folder, make_folder, write_text
 from harness.resuming import crop_block_size
+from harness.text_files import read_json
 from harness.tokenizer import from_meta, id_or_text
 from harness.tracking import log_diagnostic, wandb_run
 
@@ -135,7 +136,7 @@ class Subject:
         if not self.args.data and not Path(folder).is_dir():
             raise UserError(f"{folder}, the corpus that {self.path} was trained on, is not here: name one with --data")
         vocab_size = self.model.config.vocab_size
-        corpus = Corpus(folder, [self.args.split], vocab_size)
+        corpus = Corpus(folder, [self.args.split], vocab_size, lazily=True)
         corpus.check_fits(self.path, self.info, vocab_size)
         return corpus
 
@@ -374,12 +375,11 @@ def write_json(path: Path, entries: list[dict]) -> Path:
 
 def keep_results(path: Path, content: dict) -> None:
     """Move the JSON at `path` and its pictures to a folder in earlier/, unless `content` answers the same question: the
-    same scripts, of the same checkpoints at the same steps, with the same arguments. What is none of our results is
-    kept too."""
+    same scripts, of the same checkpoints and steps, with the same arguments. What is none of ours is kept too."""
     now = _questions(content)
     try:
-        before = _questions(json.loads(path.read_bytes()))
-    except (ValueError, AttributeError):
+        before = _questions(read_json(path))
+    except (ValueError, AttributeError, TypeError):
         before = [{"checkpoint": None, "foreign": sha256(path.read_bytes()).hexdigest()}]
     asked, asking = (json.dumps(questions, sort_keys=True) for questions in (before, now))
     if asked == asking:

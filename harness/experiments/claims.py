@@ -27,11 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from harness.config_files import read_yaml
 from harness.errors import UserError
 from harness.experiments.grid import Experiment
 from harness.experiments.results import Results
 from harness.figures import number
+from harness.text_files import read_yaml
 from measure.seeds import LEVEL, Difference, difference, holm
 
 HELD, FAILED, OPEN = "held", "did not hold", "not decided"

@@ -27,9 +27,10 @@ from typing import Any
 
 from harness.comparison import find_diagnostic
 from harness.config import Config
-from harness.config_files import load_config, read_yaml
+from harness.config_files import load_config
 from harness.diagnostics import Diagnostic, argument_parser, arguments_for
 from harness.errors import UserError
+from harness.text_files import read_yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 _KEYS = {"question", "base", "seeds", "variants", "config", "diagnostics", "prepare", "machine"}

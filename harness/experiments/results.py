@@ -7,7 +7,6 @@ time at which the fastest of the variants compared ends: train.py's own clock, w
 median speed. A slower variant is then in the middle of its schedule, at a higher learning rate.
 """
 
-import json
 import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
@@ -15,10 +14,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from harness.checkpoint import is_step
 from harness.curves import read_run
 from harness.errors import UserError
 from harness.experiments.grid import Cell, Experiment
 from harness.experiments.state import changed_keys, other_options
+from harness.text_files import read_json
 
 Points = list[tuple[int, float]]  # (step, value), by step
 
@@ -137,13 +138,13 @@ def _read(experiment: Experiment, cell: Cell) -> Run:
                 problems.append(f"{measurement.name} was measured with other options: run the experiment again")
                 continue
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                content = read_json(path)
                 entries = content.get("checkpoints", [content])
                 for entry in entries:
                     _take(run, heads, measurement.name, entry, path.parent.name == "along")
             except (FileNotFoundError, IsADirectoryError):
                 problems.append(f"{measurement.name} was not measured")
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
                 problems.append(f"{path} is no result of {measurement.name}: delete it and run the experiment again")
     run.heads = list(heads.values())
     run.problem = "; ".join(dict.fromkeys(problems)) or None
@@ -151,7 +152,9 @@ def _read(experiment: Experiment, cell: Cell) -> Run:
 
 
 def _take(run: Run, heads: dict, script: str, entry: dict, along: bool) -> None:
-    """Add what one checkpoint's JSON says to the run."""
+    """Add what one checkpoint's JSON says to the run. An error of any kind for what a diagnostic does not write."""
+    if not is_step(entry["step"]):
+        raise TypeError(f"step {entry['step']!r:.20}")
     for name, value in entry["summary"].items():
         if isinstance(value, int | float) and math.isfinite(value):
             points = run.along.setdefault(f"{script}/{name}", [])
@@ -163,4 +166,5 @@ def _take(run: Run, heads: dict, script: str, entry: dict, along: bool) -> None:
     if not along:
         for row in [*entry.get("heads", []), *entry["rows"]]:
             if row.get("layer") is not None and row.get("head") is not None:
-                heads.setdefault((row["layer"], row["head"]), {}).update(row)
+                numbers = {name: value for name, value in row.items() if isinstance(value, int | float | None)}
+                heads.setdefault((row["layer"], row["head"]), {}).update(numbers)

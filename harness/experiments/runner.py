@@ -19,12 +19,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from harness.corpus import is_prepared
 from harness.device import commit, processor_name
 from harness.errors import UserError
 from harness.experiments.grid import ROOT, Cell, Experiment
 from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_measure, trained
 from harness.files import NOT_OFFERED, make_folder, write_text
 from harness.launch import prepare
+from harness.signals import heeded
+from harness.text_files import read_json
 
 TRAINED, FINISHED, UNMEASURED, FAILED = "trained", "finished", "trained, but not all measured", "not trained"
 
@@ -147,7 +150,7 @@ def run_experiment(experiment: Experiment, jobs: int | None, command: str) -> in
             if error.errno not in NOT_OFFERED:
                 raise
         prepare_corpora(experiment)
-        handlers = {n: signal.signal(n, _interrupt) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        handlers = {number: signal.signal(number, _interrupt) for number in heeded()}
         try:
             return Schedule(experiment, jobs, command).run()
         finally:
@@ -304,7 +307,7 @@ def clock(seconds: float) -> str:
 def prepare_corpora(experiment: Experiment) -> None:
     """Prepare the corpora that are not there yet."""
     for folder in dict.fromkeys(cell.config.data.corpus for cell in experiment.cells):
-        if experiment.prepare and not (Path(folder) / "val.bin").exists():
+        if experiment.prepare and not is_prepared(Path(folder)):
             print(f"preparing {folder}", flush=True)
             if subprocess.run([sys.executable, *experiment.prepare], cwd=ROOT).returncode:
                 raise UserError(f"{experiment.path}: prepare: python {shlex.join(experiment.prepare)} failed")
@@ -334,7 +337,7 @@ def write_facts(experiment: Experiment, command: str, jobs: int) -> None:
     }
     earlier: list[dict] = []
     with contextlib.suppress(OSError, ValueError, AttributeError, TypeError, KeyError):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_json(path)
         earlier = before.pop("earlier", [])
         before["machine"]["jobs"] = jobs  # how many at a time makes no other result
         another = any(before.get(key) != facts[key] for key in ("commit", "date", "machine"))

@@ -1,14 +1,12 @@
 """What is there of an experiment's cells: whether they are trained, by which config, and what has been measured."""
 
-import json
 import shlex
 from pathlib import Path
-
-import yaml
 
 from harness.checkpoint import read_checkpoint
 from harness.errors import UserError
 from harness.experiments.grid import Cell, Experiment
+from harness.text_files import read_json, read_yaml
 
 ANEW = "remove that folder to train it anew, or give the variant another name"
 # Keys that say where a run writes and who looks on: they make no other run of it.
@@ -33,10 +31,10 @@ def changed_keys(cell: Cell) -> list[str]:
     now". What a run finds out by itself, as its vocabulary, is no difference."""
     path = cell.folder / "config.yaml"
     try:
-        then = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, yaml.YAMLError) as error:
+        then = read_yaml(path, "config")
+    except UserError as error:
+        if not path.exists():
+            return []
         raise UserError(f"{path} cannot be read: {error}; {ANEW}") from error
     if not isinstance(then, dict) or not all(isinstance(entries, dict) for entries in then.values()):
         raise UserError(f"{path} is no config of a run; {ANEW}")
@@ -77,7 +75,7 @@ def other_options(experiment: Experiment, words: list[str], path: Path) -> bool:
 def recorded(experiment: Experiment) -> dict[str, dict]:
     """The result files of diagnostics → `as_run` of the commands that wrote them."""
     try:
-        record = json.loads((experiment.folder / "measured.json").read_text(encoding="utf-8"))
+        record = read_json(experiment.folder / "measured.json")
     except (OSError, ValueError):  # then everything is measured again, and nothing is lost
         return {}
     return record if isinstance(record, dict) and all(isinstance(entry, dict) for entry in record.values()) else {}

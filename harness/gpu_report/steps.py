@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.bench_attention import VARIANTS
 from harness.config_files import load_config
+from harness.corpus import is_prepared
 from harness.gpu_report import Section, Table, Task, with_error
 from harness.stepping import Stepper
 from harness.timing import median, median_ratio
@@ -51,9 +52,8 @@ def overrides(task: Task, **changed) -> list[str]:
 
 def corpus_of(task: Task) -> str:
     """The corpus asked for, or else any that is prepared, which the report then names: speed does not depend on it."""
-    prepared = [str(path.parent) for path in sorted(Path("data").glob("*/val.bin"))]
-    for folder in (task.corpus, *prepared):
-        if (Path(folder) / "val.bin").exists():
+    for folder in (task.corpus, *map(str, sorted(Path("data").glob("*")))):
+        if is_prepared(Path(folder)):
             return folder
     raise RuntimeError(f"{task.corpus} is not prepared, nor is any other: run python data/stdlib/prepare.py at least")
 

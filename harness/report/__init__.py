@@ -18,6 +18,7 @@ from harness.files import make_folder, write_text, written_whole
 from harness.report import charts, html, markdown
 from harness.report.document import Download, Figure
 from harness.report.findings import page
+from harness.text_files import read_json
 
 FACTS = "experiment.json"
 
@@ -57,7 +58,7 @@ def _facts(folder: Path) -> dict:
     path = folder / FACTS
     give = "give a folder that scripts/run_experiment.py has made, out/NAME"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = read_json(path)
     except FileNotFoundError:
         raise UserError(f"{folder}: there is no {FACTS} in it; {give}") from None
     except (OSError, ValueError) as error:

@@ -285,6 +285,27 @@ def test_a_newer_format_is_refused(tmp_path, version):
     assert f"ckpt.pt is a checkpoint of format {version!r}, and this version reads up to 1: update it" in message
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -5},
+        {"step": "5"},
+        {"step": True},
+        {"config": [1]},
+        {"config": {"data": 3}},
+        {"corpus": 5},
+        {"machine": 5},
+        {"config": {"optimizer": {"lr": [1]}}},
+        {"corpus": {"folder": [1]}},
+        {"optimizer": [1]},
+        {"reference": {}},
+    ],
+)
+def test_what_stands_beside_the_weights_is_what_it_should_be(path, change):
+    torch.save(checkpoint_of(random_gpt()) | change, path)
+    assert f"its {next(iter(change))} is not what this project or nanoGPT writes" in refusal(path, load_model)
+
+
 @pytest.mark.parametrize("write", [torch.save, save_pickle])
 def test_code_in_a_file_is_never_run(tmp_path, write):
     victim, path = tmp_path / "victim", tmp_path / "ckpt.pt"
@@ -330,6 +351,8 @@ def test_a_path_through_a_file(path):
         {"model_args": asdict(CONFIG) | {"n_embd": "8"}},
         {"model_args": asdict(CONFIG) | {"n_embd": 16}},
         {"model_args": asdict(CONFIG) | {"n_layer": 1}},
+        {"model_args": asdict(CONFIG) | {"n_layer": 10**5}},
+        {"model_args": asdict(CONFIG) | {"vocab_size": 10**9, "block_size": 2**61}},
         {"model_args": asdict(CONFIG) | {"bias": False}},
         {"model_args": asdict(CONFIG) | {"normalizer": "softmax2"}},
         {"model_args": asdict(CONFIG) | {"n_head": 2.5}},

@@ -146,6 +146,16 @@ def test_a_missing_base_is_named_with_the_file_that_wants_it():
     assert all(part in message for part in ("experiment.yaml", "extends", "nowhere.yaml"))
 
 
+@pytest.mark.parametrize("text", ["root:secret:0:0", "- secret", "model: secret", "secret: {}", "run: {seed: 'secret'"])
+def test_nothing_of_a_file_that_another_names_is_printed_unless_it_is_a_config(text):
+    """`extends: /etc/passwd` printed that file."""
+    write("other", text)
+    message = refusal(write("experiment.yaml", "extends: other"))
+    assert "other" in message
+    assert "root" not in message
+    assert ("secret" in message) == text.startswith(("model", "secret"))  # a section's name, or what stands in one
+
+
 def test_a_mistake_in_the_base_is_blamed_on_the_base():
     write("base.yaml", "optimizer: {lr: fast}")
     message = refusal(write("experiment.yaml", "extends: base.yaml\nmodel: {n_layer: 2}"))

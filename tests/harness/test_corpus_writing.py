@@ -20,7 +20,7 @@ from harness.corpus import Corpus
 from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Chars
-from tests.helpers import DOCUMENTS, ROOT, corpus_error, write_documents
+from tests.helpers import DOCUMENTS, ROOT, write_documents
 
 
 def test_documents_are_joined_by_the_separator(tmp_path):
@@ -201,23 +201,6 @@ def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     assert temporary.exists()
     write_documents(tmp_path)  # what the dead left behind goes with the next prepare
     assert len(list(tmp_path.iterdir())) == 3
-
-
-@pytest.mark.parametrize("renamed", [1, 2])
-def test_a_prepare_killed_between_its_renames_is_noticed(tmp_path, monkeypatch, renamed):
-    write_documents(tmp_path)
-    replace, left = os.replace, [renamed]
-
-    def interrupted(source, target):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        replace(source, target)
-
-    monkeypatch.setattr(os, "replace", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_documents(tmp_path, [("train", "sixteen"), ("val", "owt")])
-    assert "sha256 differs" in corpus_error(tmp_path)
 
 
 def test_split_depends_on_each_path_alone(tmp_path):

@@ -100,7 +100,7 @@ def test_a_script_that_could_not_write_says_so_before_it_measures(main, argument
 
 
 @pytest.mark.parametrize("refused", [stat.S_ISDIR, stat.S_ISREG])
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.ENOSYS])
 def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch, number, refused):
     flushed = []
 

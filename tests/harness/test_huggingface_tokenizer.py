@@ -155,7 +155,17 @@ def test_merges_that_tiktoken_would_do_otherwise_are_left_to_tokenizers():
 
 
 @pytest.mark.parametrize(
-    "content", ["{}", "[]", "no JSON", '{"model": {"vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}']
+    "content",
+    [
+        '{"model": {"vocab": {"a": 1000000000000}}, "decoder": {"type": "ByteLevel"}}',
+        '{"model": {"vocab": {"a": -1}}, "decoder": {"type": "ByteLevel"}}',
+        '{"model": {"vocab": {"a": true}}, "decoder": {"type": "ByteLevel"}}',
+        "[" * 100_000,
+        "{}",
+        "[]",
+        "no JSON",
+        '{"model": {"vocab": {"a": 0}}, "decoder": {"type": "WordPiece"}}',
+    ],
 )
 def test_a_file_that_does_not_say_what_its_tokens_spell_is_refused_in_a_line(tmp_path, content):
     with pytest.raises(UserError, match="does not say which text"):

@@ -151,6 +151,54 @@ def test_mistakes_get_one_line_and_status_2(arguments, expected, launched, capsy
     assert capsys.readouterr().err == f"error: {expected}\n"
 
 
+def test_a_mistake_about_machines_is_one_line_before_anything_is_prepared(config, launched, monkeypatch, capsys):
+    monkeypatch.setenv("NNODES", "two")
+    assert launched(config) == 2
+    assert capsys.readouterr().err == "error: NNODES: 'two' is not a whole number from 1 to 100000\n"
+    assert not (config.parent / "digits" / "val.bin").exists()
+
+
+def rank_ids(launcher: int) -> dict[int, int]:
+    """The process of each rank that the launcher has started."""
+    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
+    environments = {int(pid): Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
+    variables = {pid: dict(v.split("=", 1) for v in lines if "=" in v) for pid, lines in environments.items()}
+    return {int(v["RANK"]): pid for pid, v in variables.items() if "RANK" in v}
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize(
+    ("number", "whom", "status", "lines"),
+    [
+        (signal.SIGKILL, 0, 137, ["error: rank 0 on "]),
+        (signal.SIGKILL, 1, 137, ["error: rank 1 on "]),
+        (signal.SIGSTOP, 0, 75, ["error: rank 0 on "]),
+        (signal.SIGSTOP, 1, 75, ["error: rank 1 on "]),
+        (signal.SIGTERM, "launcher", 143, ["", "finishing this step", "stopped at step "]),
+        (signal.SIGINT, "launcher", 130, ["", "finishing this step", "stopped at step "]),
+        (signal.SIGKILL, "launcher", -9, ["stopped at step "]),
+    ],
+)
+def test_two_ranks_end_with_one_line_that_matters(config, number, whom, status, lines):
+    log = config.parent / "log"
+    settings = {"NPROC_PER_NODE": "2", "RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    command = [str(ROOT / "run_training.sh"), str(config), "--training.max_steps", "1000000"]
+    with log.open("w") as file:
+        process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT)
+    while "step 20/" not in log.read_text():
+        assert process.poll() is None, log.read_text()
+        time.sleep(0.05)
+    ranks = rank_ids(process.pid)
+    os.kill(process.pid if whom == "launcher" else ranks[whom], number)
+    assert process.wait(60) == status
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+        time.sleep(0.05)
+    progress = [line.startswith("step ") for line in log.read_text().splitlines()]
+    said = log.read_text().splitlines()[len(progress) - progress[::-1].index(True) :]
+    assert len(said) == len(lines), said
+    assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
+
+
 @pytest.mark.slow
 def test_help_needs_no_config():
     shown = run_training("--help")

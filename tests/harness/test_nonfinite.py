@@ -16,8 +16,10 @@ SKIP = ("--training.on_nonfinite", "skip", "--training.keep_interval", "1")
 POISONED = (3, 4, 12)
 
 
-def poison(train, steps: tuple[int, ...]) -> None:
+def poison(steps: tuple[int, ...]) -> None:
     """At these steps the first gradient has a NaN, as one element that overflows in a kernel leaves it."""
+    import train
+
     clip, set_rates, now = torch.nn.utils.clip_grad_norm_, train.set_learning_rates, [0]
 
     def set_learning_rates(optimizer, step, config):
@@ -34,7 +36,7 @@ def poison(train, steps: tuple[int, ...]) -> None:
 
 
 def poisoned(*arguments, steps=POISONED, status: int = 0, **how) -> TrainingRun:
-    run = TrainingRun(*arguments, patch=partial(poison, steps=steps), **how)
+    run = TrainingRun(*arguments, inject=partial(poison, steps=steps), **how)
     assert run.wait() == status, run.output()
     return run
 

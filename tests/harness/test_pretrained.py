@@ -405,6 +405,25 @@ def test_weights_as_other_versions_wrote_them_give_the_peers_logits(tmp_path, ch
         torch.testing.assert_close(load_hf(str(tmp_path))(IDX)[0], peer(IDX).logits, **SAME_LOGITS)
 
 
+@pytest.mark.parametrize(
+    "part", ["../outside.safetensors", "{folder}/outside.safetensors", "a/../../outside.safetensors"]
+)
+def test_weights_outside_of_the_folder_are_not_read(tmp_path, part):
+    save_peer(tmp_path / "peer")
+    (tmp_path / "peer" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    (tmp_path / "peer" / "a").mkdir()
+    index = {"weight_map": {"a": part.format(folder=tmp_path)}}
+    (tmp_path / "peer" / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "outside.safetensors', which is not in its folder" in refusal(tmp_path / "peer")
+
+
+@pytest.mark.parametrize("changes", [{"n_layer": 10**6}, {"vocab_size": 10**9}, {"n_positions": 10**12}])
+def test_a_model_far_larger_than_its_weights_is_not_made(tmp_path, changes):
+    save_peer(tmp_path)
+    edit_config(tmp_path, **changes)
+    assert "the weights lack most of a GPT of" in refusal(tmp_path)
+
+
 def test_weights_in_several_files(tmp_path):
     peer = save_peer(tmp_path)
     peer.save_pretrained(tmp_path / "parts", max_shard_size="2KB")

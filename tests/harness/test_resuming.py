@@ -28,7 +28,8 @@ def config(*changes: str):
 
 def whole(path: str, **more) -> None:
     """A checkpoint that has what a resume needs."""
-    needed = {key: {} for key in ("optimizer", "scaler", "config", "corpus", "machine")} | {"best_val_loss": 1.0}
+    needed = {key: {} for key in ("optimizer", "scaler", "config", "machine")} | {"best_val_loss": 1.0}
+    needed["corpus"] = {"folder": "corpus", "sha256": "of it"}
     save_model(tiny_gpt(**SHAPE), path, **needed | more)
 
 
@@ -303,6 +304,93 @@ def test_the_optimizer_goes_on_with_its_state_and_the_configs_rate():
     assert [group["lr"] for group in second.param_groups] == [0.25, 0.25]
     for a, b in zip(first.state.values(), second.state.values(), strict=True):
         assert torch.equal(a["exp_avg"], b["exp_avg"])
+
+
+def moments(settings):
+    """A model that has made a step, and its optimizer's state, by the numbers of the parameters."""
+    model, x = tiny_gpt(), random_ids(2, 12)
+    optimizer = make_optimizer(model, settings)
+    model(x, x)[1].backward()
+    optimizer.step()
+    return model, optimizer.state_dict()
+
+
+def unlike(state: dict, change) -> None:
+    first = next(iter(state["state"].values()))
+    name = "exp_avg" if "exp_avg" in first else "momentum_buffer"
+    match change:
+        case "shape":
+            first[name] = torch.zeros(3)
+        case "count":
+            state["state"].popitem()
+        case "more":
+            state["state"][99] = first
+        case "names":
+            del first[name]
+        case "dtype":
+            first[name] = first[name].int()
+        case "nan":
+            first[name] = first[name] * math.nan
+        case "list":
+            state["state"] = [1]
+        case "none":
+            state["state"] = {}
+        case "step":
+            first["step"] = torch.tensor(-5.0)
+        case "steps":
+            first["step"] = torch.ones(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [(name, change) for name in ("adamw", "muon", "sgd") for change in ("shape", "count", "more", "names", "dtype")]
+    + [("adamw", change) for change in ("nan", "list", "none", "step", "steps")],
+)
+def test_an_optimizers_state_that_is_not_of_its_parameters_is_refused(name, change):
+    """The fused step of AdamW read beyond moments of another shape, and crashed; others went on with what there was."""
+    settings = config("--optimizer.name", name).optimizer
+    model, state = moments(settings)
+    unlike(state, change)
+    with pytest.raises(UserError, match=r"its optimizer's state is not of its model .*as its init_from"):
+        restore_optimizer(make_optimizer(model, settings), {"optimizer": state, "step": 1})
+
+
+def test_moments_that_share_memory_or_lie_otherwise_in_it_get_their_own():
+    settings = config().optimizer
+    model, state = moments(settings)
+    first, second = state["state"][0], state["state"][1]
+    first["exp_avg"] = torch.full((1,), 0.5).expand(first["exp_avg"].shape)
+    second["exp_avg"] = second["exp_avg_sq"]
+    second["exp_avg_sq"] = second["exp_avg_sq"].t().contiguous().t()
+    wanted = {i: {name: value.clone() for name, value in held.items()} for i, held in state["state"].items()}
+    optimizer = make_optimizer(model, settings)
+    restore_optimizer(optimizer, {"optimizer": state, "step": 1})
+    found, places = optimizer.state_dict()["state"], set()
+    for i, held in wanted.items():
+        for key, value in held.items():
+            assert torch.equal(found[i][key], value)
+            assert found[i][key].is_contiguous()
+            assert found[i][key].untyped_storage().nbytes() == found[i][key].nbytes
+            places.add(found[i][key].data_ptr())
+    assert len(places) == 3 * len(wanted)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"best_val_loss": math.nan}, {"best_val_loss": "1"}, {"scaler": {"scale": 2.0}}, {"scaler": None}, {"corpus": {}}],
+)
+def test_what_a_resume_takes_beside_the_weights_is_what_a_run_writes(change):
+    whole("out/run/ckpt.pt", **change)
+    with pytest.raises(UserError, match=f"has a {next(iter(change))} that no run has written: .*as its init_from"):
+        checkpoint_to_resume(config())
+
+
+def test_a_model_that_memory_cannot_hold_is_not_begun(monkeypatch):
+    monkeypatch.setattr(resuming, "free_memory", lambda: 10**9)
+    with pytest.raises(UserError, match=r"model\.n_embd: its weights alone take [\d,.]+ GB, and 1\.0 GB of memory are"):
+        initial_model(config("--model.n_layer", "1000000"), Corpus("corpus"), None)
+    with pytest.raises(UserError, match=r"model\.n_embd: a GPT of .* does not fit into any memory"):
+        initial_model(config("--model.n_embd", str(2**40)), Corpus("corpus"), None)
 
 
 # --- feedback -------------------------------------------------------------------------------------------------------

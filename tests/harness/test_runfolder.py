@@ -1,7 +1,10 @@
 """A run's folder: one process at a time, nothing left of a run that wrote nothing, nothing removed but the run."""
 
+import contextlib
 import errno
+import itertools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,15 +112,140 @@ def test_a_run_that_cannot_begin_or_is_killed_then_takes_the_place_of_none(forme
         assert all((former / name).read_text() == "former" for name in OURS)
 
 
+class Killed(BaseException):
+    """Nothing of the process runs after it."""
+
+
+CHANGES = ("rename", "unlink", "rmdir", "mkdir")  # all that changes a folder
+
+
+def killed_at(monkeypatch, moment: int) -> None:
+    """Of the next changes to folders only so many happen."""
+    left = iter(range(moment))
+
+    def or_killed(change):
+        def changed(*arguments, **options):
+            if next(left, None) is None:
+                raise Killed
+            return change(*arguments, **options)
+
+        return changed
+
+    for name in CHANGES:
+        monkeypatch.setattr(os, name, or_killed(getattr(os, name)))
+
+
+def begins(path, fails: bool) -> RunFolder:
+    """A new run in the place of another, which fails or not."""
+    folder = RunFolder(path)
+    with contextlib.suppress(UserError), folder.cleared():
+        for name in ("config.yaml", "metrics.jsonl"):
+            (path / name).write_text("new")
+        if fails:
+            raise UserError("wandb cannot go online")
+    return folder
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_kill_at_any_moment_of_a_change_of_runs_leaves_one_of_them_whole(former, tmp_path, fails):
+    """Also one while what an earlier kill left is put right."""
+    runs = {"former": names_in(former), "new": ["config.yaml", "metrics.jsonl", "notes.md", "plots"]}
+    found = []
+    for first in itertools.count():
+        second, killed = 7 * first % 12, 0
+        path = tmp_path / str(first)
+        shutil.copytree(former, path, ignore=lambda *_: {p.name for p in tmp_path.iterdir()} - set(runs["former"]))
+        for moment, again in ((first, begins), (second, lambda path, _: RunFolder(path))):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr("harness.runfolder.fcntl.flock", lambda *_: None)  # as after the end of the process
+                killed_at(patch, moment)
+                try:
+                    os.close(again(path, fails)._lock)
+                except Killed:
+                    killed += 1
+        with RunFolder(path):
+            content = {p.read_text() for name in ("config.yaml", "metrics.jsonl") for p in [path / name]}
+            (which,) = content
+            assert names_in(path) == runs[which], (first, second)
+            assert (path / "plots" / "mine.png").read_text() == "former"
+            if which == "former":
+                assert all((path / name).read_text() == "former" for name in OURS)
+        found.append(which)
+        if not killed:
+            break
+    assert len(found) > 12
+    assert found[-1] == ("former" if fails else "new")
+    assert set(found) == ({"former"} if fails else {"former", "new"})
+
+
+def test_what_is_not_a_runs_stays(tmp_path):
+    """A folder that was there and empty, temporary files of others, what .lock leads to."""
+    run = tmp_path / "run"
+    run.mkdir()
+    with RunFolder(run):
+        pass
+    assert [*run.iterdir()] == []
+    (run / "wandb").mkdir()
+    (run / "diagnostics").mkdir()
+    dead, alive, own = 2**22 + 1, os.getppid(), os.getpid()
+    theirs = ("notes.tmp", "notes.12.tmp", "ckpt.pt.old.tmp", f"curves.png.{alive}.tmp", f"diagnostics/a.{alive}.tmp")
+    ours = (
+        *(f"{name}.{alive}.tmp" for name in ("ckpt.pt", "best.pt", "config.yaml", "metrics.jsonl")),
+        *(f"{name}.{pid}.tmp" for name in ("curves.png", "wandb/run.json", "diagnostics/x.png") for pid in (dead, own)),
+    )
+    for name in (*theirs, *ours):
+        (run / name).touch()
+    with RunFolder(run):
+        assert [name for name in theirs if not (run / name).exists()] == []
+        assert [name for name in ours if (run / name).exists()] == []
+
+
+@pytest.mark.parametrize("link", [os.symlink, os.link, None])
+def test_a_lock_that_is_something_else_is_refused_and_kept(tmp_path, link):
+    (tmp_path / "run").mkdir()
+    lock, thesis = tmp_path / "run" / ".lock", tmp_path / "thesis.tex"
+    thesis.write_text("mine")
+    link(thesis, lock) if link else lock.write_text("mine")
+    with pytest.raises(UserError, match=r"run/\.lock is not the lock of a run"):
+        RunFolder(tmp_path / "run")
+    assert thesis.read_text() == lock.read_text() == "mine"
+
+
+@pytest.mark.parametrize("gone", ["vanished", "linked"])
+def test_a_folder_that_has_gone_hides_no_error(tmp_path, gone):
+    run = tmp_path / "run"
+
+    def fail():
+        with RunFolder(run):
+            shutil.move(run, tmp_path / "elsewhere")
+            if gone == "linked":
+                run.symlink_to(tmp_path / "elsewhere")
+            raise UserError("the run's own error")
+
+    with pytest.raises(UserError, match="the run's own error"):
+        fail()
+
+
+def test_a_folder_that_has_gone_hides_no_error_of_a_run_that_begins_anew(former):
+    def fail():
+        with RunFolder(former) as folder, folder.cleared():
+            shutil.rmtree(former)
+            raise UserError("the run's own error")
+
+    with pytest.raises(UserError, match="the run's own error"):
+        fail()
+
+
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/run.*run\.out_dir"):
         RunFolder(tmp_path / "file" / "run")
 
 
-def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL])
+def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, capsys, number):
     def flock(*_):
-        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+        raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", flock)
     with RunFolder(tmp_path / "run") as folder:

@@ -1,5 +1,7 @@
 """Curves that stay right over kills and resumes, in metrics.jsonl and in wandb."""
 
+import contextlib
+import errno
 import json
 import math
 import os
@@ -91,6 +93,78 @@ def test_a_last_line_that_was_cut_off_is_dropped(tmp_path, rest):
         f.write(rest)
     session(tmp_path, 5, range(6, 8))
     assert steps(tmp_path) == list(range(8))
+
+
+def flipped(line: bytes) -> bytes:
+    return line.replace(b"step", b"s\xf4ep")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        lambda line: line.replace(b"}", b"]"),
+        lambda line: line.replace(b"10", b"50", 1),  # a step out of order
+        lambda line: line.replace(b"10", b"9", 1),  # a step twice
+        lambda line: line.replace(b"\n", b"\r"),  # two lines in one
+        lambda line: b"[" * 100_000 + b"\n",
+        lambda line: b"\n",
+        lambda line: b"null\n",
+    ],
+)
+def test_a_line_that_is_not_as_it_was_written_is_refused_and_nothing_lost(tmp_path, damage):
+    session(tmp_path, None, range(66))
+    path = tmp_path / "metrics.jsonl"
+    written = path.read_bytes().splitlines(keepends=True)
+    written[10] = damage(written[10])
+    path.write_bytes(b"".join(written))
+    with pytest.raises(UserError, match=r"metrics\.jsonl, line 1[12] is not what was written .* remove it") as caught:
+        session(tmp_path, 65, [])
+    assert "\n" not in str(caught.value)
+    assert path.read_bytes() == b"".join(written)
+    session(tmp_path, 9, range(10, 12))  # of no account to a resume from before it
+    assert steps(tmp_path) == list(range(12))
+
+
+def test_sync_returns_once_the_lines_are_on_the_disk(tmp_path, monkeypatch):
+    flushed = []
+    tracker = Tracker(tmp_path, config(), None)
+    tracker.log(0, {"train/loss": 1.0})
+    monkeypatch.setattr("os.fsync", lambda descriptor: flushed.append(os.pread(descriptor, 10**6, 0)))
+    tracker.sync()
+    assert flushed == [(tmp_path / "metrics.jsonl").read_bytes()]
+    assert steps(tmp_path) == [0]
+
+
+class Disk:
+    """A file on a disk with room for so many bytes more."""
+
+    def __init__(self, file, room: int):
+        self.file, self.room = file, room
+
+    def write(self, data: bytes) -> int:
+        if not self.room:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        written = self.file.write(data[: self.room])
+        self.room -= written
+        return written
+
+    def close(self) -> None:
+        self.file.close()
+
+
+def test_a_disk_that_is_full_for_a_while_costs_no_line(tmp_path, capsys):
+    tracker = Tracker(tmp_path, config(), None)
+    tracker._file = Disk(tracker._file, 100)
+    for step in range(10):
+        tracker.log(step, {"train/loss": step / 10})
+    assert capsys.readouterr().out.count("warning: ") == 1
+    with pytest.raises(OSError, match=r"No space left on device: '.*metrics\.jsonl'"):
+        tracker.sync()
+    tracker._file.room = 10**6
+    tracker.log(10, {"train/loss": 1.0})
+    tracker.close()
+    assert lines(tmp_path) == [{"step": step, "train/loss": step / 10} for step in range(11)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, None])
@@ -221,6 +295,39 @@ def test_a_wandb_that_cannot_start_is_an_error_only_where_online_was_asked_for(t
         assert capsys.readouterr().out.count("wandb: cannot start: ") == 1
     with pytest.raises(UserError, match=r"tracking\.wandb: online: "):
         session(tmp_path / "online", None, range(3), "online")
+
+
+@pytest.mark.parametrize(("setting", "patience"), [("auto", 20), ("online", 90)])
+def test_a_server_that_does_not_answer_holds_nothing_up(tmp_path, monkeypatch, capsys, setting, patience):
+    """By the limits that wandb is given; faults/test_logging.py has a server that does not answer."""
+    fake, ended = FakeWandb(monkeypatch), []
+
+    def init(mode, **arguments):
+        if mode == "online":
+            fake.starts.append(arguments)
+            raise TimeoutError("Timed out initializing run")
+        assert ended  # the service does not start a run anew under an id that it still holds
+        return fake.init(**arguments)
+
+    monkeypatch.setattr("wandb.init", init)
+    monkeypatch.setattr("wandb.teardown", lambda: ended.append(True))
+    monkeypatch.setattr("wandb.login", lambda **_: True)
+    monkeypatch.setattr("wandb.setup", lambda *_: None)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    with contextlib.nullcontext() if setting == "auto" else pytest.raises(UserError, match="Timed out"):
+        session(tmp_path, None, range(3), setting)
+        assert "wandb: offline (cannot go online: Timed out initializing run)" in capsys.readouterr().out
+        assert steps(tmp_path) == [step for step, _ in fake.steps] == [0, 1, 2]
+    settings = fake.starts[0]["settings"]
+    assert (settings.init_timeout, settings.finish_timeout, settings.finish_timeout_raises) == (patience, 60, True)
+
+
+def test_a_wandb_folder_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    FakeWandb(monkeypatch)
+    (tmp_path / "wandb").write_text("a file in the way")
+    session(tmp_path, None, range(3), "online")
+    assert steps(tmp_path) == [0, 1, 2]
+    assert f"wandb: {tmp_path}/wandb cannot be written (File exists)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])

@@ -1,12 +1,15 @@
 """The CPU's own kernel beyond what test_fused.py asks of every kernel: how it is built, vectors, threads, NaN."""
 
 import contextlib
+import hashlib
 import itertools
 import math
+import os
 import platform
 import re
 import shutil
 import subprocess
+import time
 import warnings
 from pathlib import Path
 
@@ -110,13 +113,77 @@ def test_it_is_compiled_once_and_then_needs_no_compiler(anew):
     assert cpu.load() is not None
 
 
-def test_a_library_that_cannot_be_opened_is_built_anew(built_anew):
-    built_anew.delenv("CXX", raising=False)
-    cpu.build(["c++"]).write_bytes(b"no library")
-    with pytest.warns(UserWarning, match="cpu.cpp"):
-        assert cpu.load() is None
-    cpu.load.cache_clear()
+@pytest.fixture
+def compiler(anew, tmp_path) -> Path:
+    """A compiler that takes no time for a source in tmp_path: it gives what `$TO_GIVE` names, the library as built."""
+    built = cpu.build(["c++"])
+    script = tmp_path / "compiler"
+    script.write_text('#!/bin/sh\nfor last; do :; done\ncat "$TO_GIVE" > "$last"\necho >> builds\n')
+    script.chmod(0o755)
+    (tmp_path / "built.so").write_bytes(built.read_bytes()[:-32])  # without the hash that follows it
+    (tmp_path / "cpu.cpp").touch()
+    anew.setattr(cpu, "SOURCE", tmp_path / "cpu.cpp")
+    anew.setenv("TO_GIVE", str(tmp_path / "built.so"))
+    anew.setenv("CXX", str(script))
+    anew.chdir(tmp_path)
+    return script
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "of another system"])
+def test_a_library_that_is_damaged_or_does_not_load_is_built_anew(compiler, damage):
+    """One that is cut short would end every process that loads it, by a SIGBUS."""
+    path = cpu.build([str(compiler)])
+    content = bytearray(path.read_bytes())
+    if damage == "of another system":
+        content = bytearray(b"\x7fELF of none" + hashlib.sha256(b"\x7fELF of none").digest())
+    elif damage == "flipped":
+        content[len(content) // 2] ^= 4
+    path.write_bytes({"cut": content[: len(content) // 3], "empty": b""}.get(damage, content))
     assert cpu.load() is not None
+    assert Path("builds").read_text().count("\n") == 2
+    cpu.load.cache_clear()
+    assert cpu.load() is not None  # as it stands now
+    assert Path("builds").read_text().count("\n") == 2
+
+
+def test_a_compiler_whose_library_never_loads_is_tried_twice_and_said(compiler, anew):
+    anew.setenv("TO_GIVE", str(compiler))
+    with pytest.warns(UserWarning, match=r"no kernel from cpu\.cpp"):
+        assert cpu.load() is None
+    assert not [*compiler.parent.rglob("*.so.*"), *compiler.parent.glob("__pycache__/*")]
+
+
+def test_a_library_is_on_the_disk_before_it_has_its_name(compiler, anew):
+    happened = []
+    fsync, replace = os.fsync, Path.replace
+    anew.setattr(os, "fsync", lambda descriptor: (happened.append("fsync"), fsync(descriptor)))
+    anew.setattr(Path, "replace", lambda path, target: (happened.append("replace"), replace(path, target))[1])
+    assert cpu.load() is not None
+    assert happened == ["fsync", "replace"]
+
+
+def test_a_compiler_that_hangs_is_said_and_given_up(compiler, anew, capsys):
+    anew.setattr(cpu, "PATIENCE", (0.05, 1))
+    compiler.write_text("#!/bin/sh\nsleep 50 &\necho $! > sleeper\nwait\n")
+    with pytest.warns(UserWarning, match=r"no kernel from cpu\.cpp by .*(?s:.*)timed out"):
+        assert cpu.load() is None
+    assert re.search(r"compiler is still building cpu\.cpp: 0\.95 s more", capsys.readouterr().err)
+    process = Path("/proc", Path("sleeper").read_text().strip(), "stat")  # what it had started ends with it
+    deadline = time.time() + 60
+    while process.exists() and process.read_text().split()[2] != "Z":
+        assert time.time() < deadline
+        time.sleep(0.001)
+
+
+def test_what_a_killed_build_left_is_removed_by_the_next(compiler):
+    folder = compiler.parent / "__pycache__"
+    folder.mkdir()
+    dead, alive = (folder / f"cpu-0123.so.{pid}.tmp" for pid in (2**22 + 1, os.getppid()))
+    for path in (dead, alive):
+        path.touch()
+    assert cpu.load() is not None
+    assert not dead.exists()
+    assert alive.exists()
 
 
 @pytest.mark.parametrize("words", ["c++ -DNDEBUG", " "])  # as make takes them; none but the default

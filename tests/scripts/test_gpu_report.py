@@ -3,7 +3,6 @@
 import json
 import math
 import runpy
-import signal
 import sys
 from pathlib import Path
 
@@ -41,7 +40,6 @@ def report_in(folder: Path) -> tuple[dict, str]:
 def without_processes(monkeypatch, forked_workers):
     """Sections and the programs that they start run in this process, which has imported what they need; what one of its
     own adds has tests of its own. What the sections measure still has one each."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def section(name, options, limit, work) -> dict:
         rows = [*SECTIONS[name].run(Task(**options, seconds=limit))]
@@ -58,9 +56,6 @@ def without_processes(monkeypatch, forked_workers):
     monkeypatch.setattr(training, "together", together)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the processes that measure
     monkeypatch.chdir(ROOT)
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 @pytest.mark.slow

@@ -164,7 +164,10 @@ def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, mo
         run_experiment(experiment, 3, "")
 
 
-def test_an_interruption_lets_the_running_cells_save_and_starts_no_others(experiment, processes, capsys, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_an_interruption_lets_the_running_cells_save_and_starts_no_others(
+    experiment, processes, capsys, monkeypatch, number
+):
     saved = experiment.folder / "saved"
     waits = f"""
 import signal, sys, time
@@ -181,15 +184,15 @@ time.sleep(60)
         log = experiment.folder / "logs" / "a_s1.log"
         while not (log.exists() and log.read_text().endswith("ready\n")):
             time.sleep(0.02)
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), number)
 
-    handler = signal.getsignal(signal.SIGINT)
+    handler = signal.getsignal(number)
     threading.Thread(target=interrupt).start()
-    assert run_experiment(experiment, 1, "") == 130
+    assert run_experiment(experiment, 1, "") == 128 + number
     assert saved.exists()
     assert sorted(path.stem for path in (experiment.folder / "logs").iterdir()) == ["a_s1"]
     assert "stopped with 0 of 6 cells: the same command continues" in capsys.readouterr().out
-    assert signal.getsignal(signal.SIGINT) == handler
+    assert signal.getsignal(number) == handler
 
 
 def test_time_is_shown_in_hours_minutes_and_seconds():

@@ -1,0 +1,289 @@
+"""This machine's ranks, started, ended together and, where asked, started again, and the machines that train with it.
+
+This is torchrun's part, and ranks started by torchrun train as well. Here a user's mistake is one line and is not tried
+again, a rank that was lost is one line, a request to stop has the time that saving takes, and a machine that comes back
+is taken in again, the one where the ranks meet included: every attempt meets in a store of its own.
+"""
+
+import contextlib
+import fcntl
+import math
+import os
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
+
+import torch.distributed as dist
+
+from harness.distributed import CONTINUES, LOST, Ending, answer, connected
+from harness.errors import UserError
+
+_GRACE = 5  # seconds in which the others end by themselves once one rank, or one machine, has ended
+_PATIENCE = 30 * 60  # seconds to wait for another machine, as PyTorch waits for another rank
+_TICK = 0.1  # seconds between two looks
+_SIOCGIFADDR = 0x8915  # Linux: an interface's address
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
+
+
+@dataclass(frozen=True)
+class Machines:
+    """Those that train together, as many ranks on each, and which one this is. All meet at the first's `address`."""
+
+    size: int = 1
+    rank: int = 0
+    address: str = "localhost"
+    port: int = 0  # one that is free
+    ranks: int = 1
+    restarts: int = 0
+
+
+def machines_of(environment: Mapping[str, str], gpus: int, batch_size: int) -> Machines:
+    """What NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE and MAX_RESTARTS say, or in a step that `srun`
+    started SLURM's own variables; UserError for a mistake in them. A machine has a rank a GPU by default, or as many as
+    can share a batch of `batch_size` sequences."""
+
+    def number(default: int | None, least: int, most: int, *names: str) -> int:
+        name = next((n for n in names if environment.get(n)), None)
+        if name is None and default is None:
+            raise UserError(f"{names[0]} is not set: with several machines it counts them, from 0 on")
+        value = environment[name] if name else str(default)
+        if not value.isascii() or not value.isdigit() or not least <= int(value) <= most:
+            raise UserError(f"{name}: {value!r} is not a whole number from {least} to {most}")
+        return int(value)
+
+    size = number(1, 1, 100_000, "NNODES", "SLURM_STEP_NUM_NODES")
+    restarts = number(0, 0, 1_000_000, "MAX_RESTARTS")
+    number(30, 1, 86_400, "RANK_TIMEOUT")  # read by each rank
+    usable = max((n for n in range(1, gpus + 1) if batch_size % (n * size) == 0), default=max(gpus, 1))
+    ranks = number(usable, 1, gpus or 10_000, "NPROC_PER_NODE")
+    if usable < gpus and not environment.get("NPROC_PER_NODE"):
+        print(f"using {usable} of {gpus} GPUs: they have to divide training.batch_size, {batch_size}")
+    if size == 1:
+        return Machines(ranks=ranks, restarts=restarts)
+    rank = number(None, 0, size - 1, "NODE_RANK", "SLURM_NODEID")
+    tasks = environment.get("SLURM_STEP_NUM_TASKS")
+    if not environment.get("NNODES") and tasks != str(size):
+        raise UserError(f"srun started {tasks} tasks on {size} nodes: start one a node, by srun --ntasks-per-node=1")
+    if not (address := environment.get("MASTER_ADDR") or _first_slurm_host(environment)):
+        raise UserError("MASTER_ADDR is not set: with several machines it is the address of the one with NODE_RANK 0")
+    port = 29500 + int(environment.get("SLURM_JOB_ID", 0)) % 1000  # two jobs may share a node
+    return Machines(size, rank, address, number(port, 1, 65535, "MASTER_PORT"), ranks, restarts)
+
+
+def _first_slurm_host(environment: Mapping[str, str]) -> str:
+    """The first of the names that stand for `node[01-04,7]`."""
+    if not (nodes := environment.get("SLURM_STEP_NODELIST")):
+        return ""
+    try:
+        named = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+        return named.stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        raise UserError(f"scontrol show hostnames {nodes} names none: set MASTER_ADDR to the first of them") from None
+
+
+class Launcher:
+    """Starts this machine's ranks, and ends when they have ended. Signals are this process's from here on: SIGINT,
+    SIGTERM, SIGHUP, SIGUSR1 and SIGXCPU reach every rank once, as SIGTERM, and have all the time that saving takes. A
+    second Ctrl-C kills. Ctrl-Z and `fg` pause and continue the ranks too."""
+
+    def __init__(self, machines: Machines):
+        self.machines, self._asked, self._killed = machines, 0, False
+        self._processes: list[subprocess.Popen] = []
+        for number in STOPS:
+            signal.signal(number, self._ask)
+        signal.signal(signal.SIGTSTP, self._pause)
+
+    def run(self, command: list[str], prepare: Callable[[], None]) -> int:
+        """The exit status of the first rank that failed, 128 + a signal's number after that signal, or 0. `prepare` is
+        called on the first machine before any rank starts, and the others wait for it."""
+        for restarts in range(self.machines.restarts, -1, -1):
+            code = self._attempt(command, prepare, again=restarts < self.machines.restarts)
+            if self._asked and code != 2:
+                return 128 + self._asked
+            if not restarts or code in (0, 2) or code > 128:  # done, a user's mistake, or stopped on another machine
+                break
+            print(f"starting the ranks again, from the last checkpoint (restarts left: {restarts - 1})", flush=True)
+        return code if code >= 0 else 128 - code
+
+    def _attempt(self, command: list[str], prepare: Callable[[], None], again: bool) -> int:
+        """0, or the first failure's return code, which is negative after a signal."""
+        m = self.machines
+        try:
+            store = self._meet(again)
+            if m.rank == 0:
+                self._make_ready(store, prepare)
+            else:
+                self._until(lambda: store.check(["ready"]), f"{m.address} to prepare the corpus")
+                if code := int(answer(lambda: store.get("ready"))):
+                    self._part(store)
+                    return code
+        except _NotCome as error:
+            return error.code
+        except dist.DistError:
+            print(f"error: {m.address} was lost while this machine waited for it: {CONTINUES}", file=sys.stderr)
+            return LOST
+        self._start(command, store)
+        code = self._wait(store)
+        self._part(store)
+        return code
+
+    def _meet(self, again: bool) -> dist.TCPStore:
+        """The store of an attempt: a new one on the first machine, which keeps it, and a connection to it on others."""
+        m = self.machines
+        stores: list[dist.TCPStore] = []
+
+        def come() -> bool:
+            try:
+                if m.rank == 0:
+                    patience = timedelta(seconds=_GRACE)
+                    store = dist.TCPStore(m.address, m.port, None, True, patience, wait_for_workers=False)
+                else:
+                    store = connected(m.address, m.port)
+                store.set(f"shape/{m.rank}", f"{m.size} × {m.ranks}")
+                if store.add(f"come/{m.rank}", 1) == 1:  # else it is of an attempt that lost this machine, and will end
+                    stores.append(store)
+            except dist.DistError as error:
+                if isinstance(error.__cause__, socket.gaierror):
+                    raise UserError(f"MASTER_ADDR: {m.address} is not the name of a machine known here") from None
+                if m.rank == 0 and not again:  # where the port is perhaps not free again yet
+                    raise UserError(
+                        f"MASTER_ADDR, MASTER_PORT: {m.address}:{m.port} cannot be opened on this machine, which has "
+                        f"NODE_RANK 0 ({str(error).partition('. ')[0]})"
+                    ) from None
+            return bool(stores)
+
+        self._until(come, f"{m.address}, port {m.port}")
+        return stores[0]
+
+    def _make_ready(self, store: dist.TCPStore, prepare: Callable[[], None]) -> None:
+        """On the first machine: when all is prepared and everyone has come, the word to start; else that to end."""
+        m, code = self.machines, 2
+        try:
+            prepare()
+            for other in range(1, m.size):
+                self._until(partial(store.check, [f"come/{other}"]), f"the machine with NODE_RANK {other}")
+                if (shape := store.get(f"shape/{other}").decode()) != f"{m.size} × {m.ranks}":
+                    here = f"NNODES × NPROC_PER_NODE is {m.size} × {m.ranks}"
+                    raise UserError(f"{here} here and {shape} on the machine with NODE_RANK {other}: make them equal")
+            code = 0
+        except _NotCome as error:
+            code = error.code
+            raise
+        finally:
+            store.set("ready", str(code))
+            if code:
+                self._part(store)
+
+    def _start(self, command: list[str], store: dist.TCPStore) -> None:
+        m = self.machines
+        shared = {
+            "MASTER_ADDR": m.address,
+            "MASTER_PORT": str(store.port),
+            "WORLD_SIZE": str(m.size * m.ranks),
+            "LOCAL_WORLD_SIZE": str(m.ranks),
+            "GROUP_RANK": str(m.rank),
+            "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there: no rank has to keep it
+            "PYTHONUNBUFFERED": "1",
+        }
+        usual = {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // m.ranks)),
+            "TORCH_CPP_LOG_LEVEL": "ERROR",  # PyTorch warns of every connection that closes
+        }
+        if m.size > 1 and (interface := _interface_towards(m.address)):
+            usual["GLOO_SOCKET_IFNAME"] = interface  # gloo asks for the host's name, which is often 127.0.1.1
+        for local in range(m.ranks):
+            own = {"RANK": str(m.rank * m.ranks + local), "LOCAL_RANK": str(local)}
+            # in a group of its own, which a terminal's Ctrl-C does not reach
+            process = subprocess.Popen(command, env=usual | os.environ | shared | own, process_group=0)
+            self._processes[local:] = [process]
+        if self._asked:
+            self._signal(signal.SIGTERM)
+
+    def _wait(self, store: dist.TCPStore) -> int:
+        """The first failure's return code, or 0, when every rank has ended: after a failure within some seconds, after
+        a request to stop whenever it has saved."""
+        failure, deadline = 0, math.inf
+        while True:
+            codes = [process.poll() for process in self._processes]
+            if not failure and (failed := [code for code in codes if code]):
+                failure = min(failed, key=lambda code: (code == LOST, code > 0))  # the cause before what follows
+                if failure < 0 and not self._asked:
+                    self._announce(codes.index(failure), failure, store)
+                if failure <= 128:
+                    deadline = time.monotonic() + _GRACE
+            if None not in codes:
+                return failure
+            if time.monotonic() > deadline:
+                self._signal(signal.SIGKILL)
+            time.sleep(_TICK)
+
+    def _announce(self, local: int, code: int, store: dist.TCPStore) -> None:
+        """To all ranks, and here in a line: one was killed, and cannot say it itself."""
+        name = signal.Signals(-code).name + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        rank = self.machines.rank * self.machines.ranks + local
+        killed = Ending(LOST, f"rank {rank} on {socket.gethostname()} was killed by {name}", f"launcher of {rank}")
+        with contextlib.suppress(dist.DistError):
+            killed = answer(lambda: killed.announced(store))
+        killed.say(store, self.machines.rank)
+
+    def _part(self, store: dist.TCPStore) -> None:
+        """The first machine keeps the store until the others have ended, or were silent for a while."""
+        if self.machines.rank:
+            with contextlib.suppress(dist.DistError):
+                answer(lambda: store.add("parted", 1))
+            return
+        deadline = time.monotonic() + _GRACE
+        while store.add("parted", 0) < self.machines.size - 1 and time.monotonic() < deadline and not self._killed:
+            time.sleep(_TICK)
+
+    def _until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for the condition. _NotCome if a signal asks for an end, or after half an hour, which is said."""
+        deadline = time.monotonic() + _PATIENCE
+        while not answer(condition, 3 * _GRACE):
+            if self._asked:
+                raise _NotCome(128 + self._asked)
+            if time.monotonic() > deadline:
+                print(f"error: waited {_PATIENCE // 60} minutes for {what}: {CONTINUES}", file=sys.stderr)
+                raise _NotCome(LOST)
+            time.sleep(_TICK)
+
+    def _ask(self, number: int, _frame) -> None:
+        self._killed = self._killed or (number == signal.SIGINT and bool(self._asked))
+        self._asked = self._asked or number
+        self._signal(signal.SIGKILL if self._killed else signal.SIGTERM)
+
+    def _pause(self, _number: int, _frame) -> None:
+        self._signal(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)  # until SIGCONT
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        for process in self._processes:
+            if process.poll() is None:  # what a rank has started is asked to end by the rank alone
+                (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+
+
+class _NotCome(Exception):
+    """What was waited for has not come; `code` is the status."""
+
+    def __init__(self, code: int):
+        self.code = code
+
+
+def _interface_towards(address: str) -> str | None:
+    """The name of the network interface over which `address` is reached, or which has it; None where none is found."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp, contextlib.suppress(OSError):
+        udp.connect((address, 9))  # nothing is sent
+        own = socket.inet_aton(udp.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # one without an address
+                if fcntl.ioctl(udp, _SIOCGIFADDR, struct.pack("256s", name.encode()))[20:24] == own:
+                    return name
+    return None

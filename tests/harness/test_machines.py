@@ -1,0 +1,345 @@
+"""The ranks of a machine end together, as asked, in one line; two machines do, whatever becomes of one of them."""
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+
+import pytest
+
+from harness import machines
+from harness.distributed import LOST
+from harness.errors import run_cli
+from harness.launch import prepare
+from harness.machines import STOPS, Launcher, Machines, machines_of
+from tests.helpers import CONTEXT, ROOT, TrainingRun, assert_same_run, finished_on_ranks
+
+TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
+SLURM = {
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NUM_TASKS": "2",
+    "SLURM_NODEID": "1",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_JOB_ID": "7042",
+}
+
+
+@pytest.fixture
+def scontrol(tmp_path, monkeypatch):
+    """What SLURM's own command says of `node[3-4]`, and of nothing else."""
+    path = tmp_path / "scontrol"
+    path.write_text('#!/bin/sh\ntest "$*" = "show hostnames node[3-4]" && printf "node3\\nnode4\\n"\n')
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+
+
+@pytest.mark.parametrize(
+    ("environment", "gpus", "expected"),
+    [
+        ({}, 0, Machines()),
+        ({"MASTER_ADDR": "left over", "NODE_RANK": ""}, 1, Machines()),
+        ({}, 8, Machines(ranks=6)),  # which divides 12
+        ({"NPROC_PER_NODE": "3", "MAX_RESTARTS": "2"}, 0, Machines(ranks=3, restarts=2)),
+        (TWO, 0, Machines(2, 1, "a", 1234)),
+        (TWO, 8, Machines(2, 1, "a", 1234, 6)),
+        (SLURM, 4, Machines(2, 1, "node3", 29542, 3)),
+        (SLURM | {"MASTER_ADDR": "b", "MASTER_PORT": "80"}, 4, Machines(2, 1, "b", 80, 3)),
+        (SLURM | TWO | {"NNODES": "3"}, 0, Machines(3, 1, "a", 1234)),
+        ({"SLURM_NNODES": "2", "SLURM_NODEID": "0"}, 0, Machines()),  # a job's script, which srun has not started
+    ],
+)
+def test_the_environment_says_which_machines_train(environment, gpus, expected, scontrol):
+    assert machines_of(environment, gpus, batch_size=12) == expected
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"NNODES": "two"}, "NNODES: 'two' is not a whole number from 1 to 100000"),
+        (TWO | {"NODE_RANK": "2"}, "NODE_RANK: '2' is not a whole number from 0 to 1"),
+        (TWO | {"NODE_RANK": ""}, "NODE_RANK is not set: with several machines it counts them, from 0 on"),
+        (TWO | {"MASTER_ADDR": ""},
+         "MASTER_ADDR is not set: with several machines it is the address of the one with NODE_RANK 0"),
+        (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT: '70000' is not a whole number from 1 to 65535"),
+        ({"NPROC_PER_NODE": "9"}, "NPROC_PER_NODE: '9' is not a whole number from 1 to 4"),  # GPUs
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: '-1' is not a whole number from 0 to 1000000"),
+        ({"RANK_TIMEOUT": "½"}, "RANK_TIMEOUT: '½' is not a whole number from 1 to 86400"),
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "8"},
+         "srun started 8 tasks on 2 nodes: start one a node, by srun --ntasks-per-node=1"),
+        (SLURM | {"SLURM_STEP_NODELIST": "x"},
+         "scontrol show hostnames x names none: set MASTER_ADDR to the first of them"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_it_is_one_line(environment, expected, scontrol, capsys):
+    assert run_cli(lambda: machines_of(environment, 4, 12)) == 2
+    assert capsys.readouterr().err == f"error: {expected}\n"
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# --- one machine, whose ranks are shells ------------------------------------------------------------------------------
+
+
+def launch(script: str, ranks: int = 3, prepare=lambda: None, **more) -> int:
+    """The status of ranks that run a shell script."""
+    former = [(number, signal.getsignal(number)) for number in (*STOPS, signal.SIGTSTP)]
+    try:
+        return Launcher(Machines(ranks=ranks, **more)).run(["sh", "-c", script], prepare)
+    finally:
+        for number, handler in former:
+            signal.signal(number, handler)
+
+
+def test_ranks_know_their_places(here):
+    assert launch('echo "$RANK $LOCAL_RANK $GROUP_RANK $WORLD_SIZE $MASTER_ADDR" > $RANK', ranks=2) == 0
+    assert [Path(rank).read_text() for rank in "01"] == ["0 0 0 2 localhost\n", "1 1 0 2 localhost\n"]
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "said", "starts"),
+    [
+        ("exit 2", 2, "", 1),  # a user's mistake stays one
+        ("exit 75", 75, "", 3),
+        ("test $RANK = 1 && exit 1; sleep 0.2; exit 75", 1, "", 3),  # the first is the cause
+        ("test $RANK = 1 && kill -9 $$; sleep 0.2; exit 75", 137, "error: rank 1 on HOST was killed by SIGKILL", 3),
+        ("exit 143", 143, "", 1),  # a signal to another machine
+        ("test $(cat starts | wc -l) -gt 5 || exit 75", 0, "", 2),  # all is well the second time
+    ],
+)
+def test_a_failure_ends_all_is_said_once_and_tried_again_where_that_may_help(
+    script, status, said, starts, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.chdir(tmp_path)
+    assert launch(f"echo $RANK >> starts; sleep 0.1; {script}", restarts=2) == status
+    errors = capfd.readouterr().err.splitlines()
+    assert len(Path("starts").read_text().split()) == 3 * starts
+    assert len(errors) == (starts if said else 0)
+    assert all(line.startswith(said.replace("HOST", socket.gethostname())) for line in errors)
+
+
+def test_what_does_not_end_by_itself_is_killed(monkeypatch):
+    monkeypatch.setattr(machines, "_GRACE", 0.1)
+    start = time.monotonic()
+    assert launch("trap '' TERM; test $RANK = 1 && exit 75; test $RANK = 2 && kill -STOP $$; sleep 60") == LOST
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("number", STOPS)
+def test_a_signal_reaches_every_rank_once_and_waits_for_what_it_saves(number, tmp_path, monkeypatch):
+    """Longer than others are waited for after a failure, and whichever rank ends first."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(machines, "_GRACE", 0.1)
+    script = "trap 'echo $RANK >> saved; sleep 0.$RANK; test $RANK = 2 && sleep 0.3; touch done$RANK; exit 143' TERM; "
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
+    timer.start()
+    assert launch(script + "while :; do sleep 0.02; done", restarts=3) == 128 + number
+    assert sorted(Path("saved").read_text().split()) == ["0", "1", "2"]
+    assert all(Path(f"done{rank}").exists() for rank in "012")
+
+
+def test_a_second_ctrl_c_kills_and_a_pause_is_none():
+    def press():
+        for number, seconds in ((signal.SIGTSTP, 0.2), (signal.SIGINT, 0.2), (signal.SIGINT, 0)):
+            os.kill(os.getpid(), number)
+            time.sleep(seconds)
+
+    with pytest.MonkeyPatch.context() as patch:
+        kill = os.kill
+        patch.setattr(machines.os, "kill", lambda pid, number: number == signal.SIGSTOP or kill(pid, number))
+        timer = threading.Timer(0.3, press)
+        timer.start()
+        assert launch("trap '' TERM; while :; do sleep 0.02; done") == 130
+        timer.join()
+
+
+# --- two machines on loopback, whose ranks are shells -----------------------------------------------------------------
+
+
+def free_port() -> int:
+    with socket.create_server(("localhost", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _machine(rank: int, port: int, log: str, arguments: dict) -> None:
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    script, corpus = arguments.pop("script"), arguments.pop("corpus", None)
+    launcher = Launcher(Machines(**{"size": 2, "rank": rank, "address": "localhost", "port": port} | arguments))
+    sys.exit(run_cli(lambda: launcher.run(["sh", "-c", script], lambda: corpus and prepare(Path(corpus)))))
+
+
+class Machine:
+    def __init__(self, rank: int, port: int, script: str, **arguments):
+        self.log = Path(f"machine{rank}.log")
+        with contextlib.chdir(ROOT):
+            forkserver.ensure_running()
+        target = (rank, port, str(self.log.resolve()), {"script": script} | arguments)
+        self.process = CONTEXT.Process(target=_machine, args=target)
+        self.process.start()
+
+    def wait(self) -> tuple[int, str]:
+        self.process.join(60)
+        return self.process.exitcode, self.log.read_text()
+
+
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_machine_that_dies_is_taken_in_again_by_the_same_command(dying, here):
+    """The first one too, at which all meet. A rank that lost it ends with 75."""
+    port = free_port()
+    script = f"cd {here}; test -e back && exit 0; touch started$RANK; "
+    script += "while kill -0 $PPID; do test -e dead && exit 75; sleep 0.05; done"
+    two = [Machine(rank, port, script, restarts=1) for rank in (0, 1)]
+    while len([*here.glob("started*")]) < 2:
+        assert two[dying].process.is_alive(), two[dying].log.read_text()
+        time.sleep(0.05)
+    two[dying].process.kill()
+    two[dying].process.join()
+    (here / "dead").touch()
+    time.sleep(0.3)
+    (here / "back").touch()
+    two[dying] = Machine(dying, port, script, restarts=1)
+    assert [machine.wait()[0] for machine in two] == [0, 0]
+    assert "starting the ranks again" in two[1 - dying].log.read_text()
+
+
+@pytest.mark.parametrize(
+    ("changes", "statuses", "error"),
+    [
+        ({"ranks": 2}, (2, 2),
+         "error: NNODES × NPROC_PER_NODE is 2 × 1 here and 2 × 2 on the machine with NODE_RANK 1: make them equal\n"),
+        ({"corpus": "nowhere"}, (2, 2),
+         "error: data.corpus: nowhere has neither a val.bin nor a prepare.py to make one\n"),
+        ({}, (0, 0), ""),
+    ],
+)  # fmt: skip
+def test_all_wait_for_the_first_machine_and_a_mistake_is_said_there(here, changes, statuses, error):
+    port = free_port()
+    second = Machine(1, port, "exit 0", **{k: v for k, v in changes.items() if k == "ranks"})
+    first = Machine(0, port, "exit 0", **{k: v for k, v in changes.items() if k != "ranks"})
+    assert (first.wait(), second.wait()) == ((statuses[0], error), (statuses[1], ""))
+
+
+# --- two hosts, each with a network of its own, that train ------------------------------------------------------------
+
+
+class Hosts:
+    """Two network namespaces with a cable between them, a rank on each."""
+
+    def __init__(self, config: Path):
+        self.names, self.config = [f"obo{os.getpid()}{side}" for side in "ab"], config
+        for name in self.names:
+            ip("netns", "add", name)
+        ip("link", "add", self.names[0], "type", "veth", "peer", "name", self.names[1])
+        for i, name in enumerate(self.names):
+            ip("link", "set", name, "netns", name)
+            ip("-n", name, "address", "add", f"10.77.0.{i + 1}/24", "dev", name)
+            ip("-n", name, "link", "set", "lo", "up")
+        self.cable("up")
+
+    def cable(self, state: str) -> None:
+        for name in self.names:
+            ip("-n", name, "link", "set", name, state)
+
+    def start(self, host: int, *arguments: str, **environment: str) -> subprocess.Popen:
+        there = {"NNODES": "2", "NODE_RANK": str(host), "MASTER_ADDR": "10.77.0.1", "NPROC_PER_NODE": "1"}
+        there |= {
+            "RANK_TIMEOUT": "3",
+            "OMP_NUM_THREADS": "1",
+            "TORCH_CPP_LOG_LEVEL": "ERROR",
+            "PYTHONWARNINGS": "ignore",
+        } | environment
+        folder = self.config.parent
+        options = ("--data.corpus", str(folder / "corpus"), "--run.out_dir", str(folder / "out"), "--run.name", "two")
+        command = (sys.executable, "-m", "harness.launch", str(ROOT), str(self.config), *options, *arguments)
+        with open(folder / f"host{host}.log", "w") as log:
+            return subprocess.Popen(
+                ["ip", "netns", "exec", self.names[host], *command], cwd=ROOT, env=os.environ | there,
+                stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def kill(self, host: int) -> None:
+        """Every process at once, as a machine that loses its power; but its network says that they are gone."""
+        for pid in ip("netns", "pids", self.names[host]).split():
+            os.kill(int(pid), signal.SIGKILL)
+
+    def remove(self) -> None:
+        for i, name in enumerate(self.names):
+            self.kill(i)
+            ip("netns", "delete", name)
+
+
+def ip(*arguments: str) -> str:
+    return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True).stdout
+
+
+@pytest.fixture
+def hosts(training_folder):
+    if not shutil.which("ip"):
+        pytest.skip("needs the command ip (iproute2), to make hosts of network namespaces")
+    try:
+        made = Hosts(Path("config.yaml").resolve())
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr}")
+    yield made
+    made.remove()
+
+
+STEPS = ("--training.max_steps", "300", "--training.checkpoint_interval", "50", "--tracking.log_interval", "10")
+STEPS += ("--evaluation.interval", "100")
+
+
+def wait_for_step(folder: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while not (folder / "metrics.jsonl").exists() or f'"step": {step},' not in (folder / "metrics.jsonl").read_text():
+        assert time.monotonic() < deadline, Path("host0.log").read_text()
+        time.sleep(0.02)
+
+
+def lines_after_the_last_step(host: int) -> list[str]:
+    lines = Path(f"host{host}.log").read_text().splitlines()
+    return lines[max((i + 1 for i, line in enumerate(lines) if line.startswith("step ")), default=0) :]
+
+
+@pytest.mark.faults
+def test_hosts_whose_cable_is_cut_end_in_a_line_and_the_same_commands_continue(hosts):
+    uninterrupted = finished_on_ranks(2, "whole", *STEPS)
+    both = [hosts.start(host, *STEPS) for host in (0, 1)]
+    wait_for_step(Path("out/two"), 70)
+    hosts.cable("down")
+    start = time.monotonic()
+    assert [host.wait(60) for host in both] == [LOST, LOST]
+    print(f"a cut cable: both ended after {time.monotonic() - start:.1f} s")
+    for host, reason in ((0, "rank 1 on "), (1, "10.77.0.1, where the ranks meet, has not answered for 3 s")):
+        (line,) = lines_after_the_last_step(host)
+        assert line.startswith(f"error: {reason}")
+    hosts.cable("up")
+    both = [hosts.start(host, *STEPS) for host in (0, 1)]
+    assert [host.wait(120) for host in both] == [0, 0], Path("host0.log").read_text()
+    assert_same_run(TrainingRun.read("two"), uninterrupted)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("dying", [0, 1])
+def test_a_host_that_dies_is_waited_for_and_the_run_continues(dying, hosts):
+    uninterrupted = finished_on_ranks(2, "whole", *STEPS)
+    both = [hosts.start(host, *STEPS, MAX_RESTARTS="1") for host in (0, 1)]
+    wait_for_step(Path("out/two"), 70)
+    hosts.kill(dying)
+    time.sleep(1)
+    both[dying] = hosts.start(dying, *STEPS, MAX_RESTARTS="1")
+    assert [host.wait(120) for host in both] == [0, 0], Path("host0.log").read_text()
+    said = [line for line in Path(f"host{1 - dying}.log").read_text().splitlines() if line.startswith("error: ")]
+    assert len(said) == 1
+    assert_same_run(TrainingRun.read("two"), uninterrupted)
