@@ -15,6 +15,7 @@ import contextlib
 from collections import Counter
 from dataclasses import asdict, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from kernels.backends import use_backend
 from kernels.loss import ROWS, cross_entropy
 from model import GPT, NORMALIZERS, GPTConfig, rotation
 
-Bytes = Counter  # kind → bytes
+Bytes = Counter[str]  # kind → bytes
 
 
 class Plan:
@@ -95,7 +96,7 @@ class Plan:
         C, inner, T = c.n_embd, c.resolved()["n_inner"], c.block_size
         q, kv = c.n_head * c.head_size, c.kv_heads * c.head_size  # channels
         in_parts = 4 * self.by_parts  # of RMSNorm, where what is scaled is kept too
-        kept = Bytes()
+        kept: Bytes = Counter()
         kept["residual stream"] = 4 * n * C * (1 if c.parallel_residual else 2)
         # Each linear layer casts its input by itself, and two read the same one.
         casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < 4 and not self.compiled)
@@ -108,7 +109,7 @@ class Plan:
         kept["dropout masks"] *= 2
         qkv, has_null_key = q + 2 * kv, "null_key" in NORMALIZERS[c.normalizer].parameters
         if has_null_key:
-            qkv *= (T + 1) / T  # copies of all three, with a row more
+            qkv += -(-qkv // T)  # copies of all three, with a row more
         elif c.position == "rope":
             qkv += q + kv  # beside what they are rotated from, which v is a part of
         qkv += q * (NORMALIZERS[c.normalizer].queries is not None)
@@ -143,10 +144,10 @@ class Plan:
         c, n, L, first_step = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
         stream, head, weights, copies = 4 * n * c.n_embd, 4 * self.of_head, 4 * self.parameters, self._copies
         shards = self.gpus if self.sharded else 1
-        base = Bytes({"parameters": weights / shards, "optimizer state": self.state_bytes / shards, "batch": 16 * n})
-        base["KL reference"] = weights / shards * bool(self.config.kl.reference)  # as if it had the model's shape
+        base = Bytes({"parameters": weights // shards, "optimizer state": self.state_bytes // shards, "batch": 16 * n})
+        base["KL reference"] = weights // shards * bool(self.config.kl.reference)  # as if it had the model's shape
         base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
-        grads = Bytes({"gradients": weights / shards})
+        grads = Bytes({"gradients": weights // shards})
         former = Bytes() if first_step else grads
         inputs = Bytes({"residual stream": stream})
         kept = inputs if self.recomputed else self.block + copies
@@ -167,7 +168,7 @@ class Plan:
 
         # Where the head is the embedding its gradient waits for the embedding's, and under FSDP for all of the root's.
         waiting = Bytes({"gradients": head * (c.tie_embeddings or first_step or self.sharded)})
-        after = waiting + (former or Bytes({"gradients": 4 * self.of_block * (L - 1) / shards}))
+        after = waiting + (former or Bytes({"gradients": 4 * self.of_block * (L - 1) // shards}))
         for name, work, done in self._at_work:
             found[f"the last block, {name}"] = alive + waiting + anew + work - done + sharding["last"]
             found[f"the first block, {name}"] = base + after + self.block + copies + work - done + sharding["first"]
@@ -201,7 +202,7 @@ class Plan:
             "forward": root + block,
             "gathered": root + (2 + gloo) * block,
             "last": root + 2 * block,
-            "summed": root + block + (1 + gloo + 1 / self.gpus) * sums,
+            "summed": root + block + (1 + gloo) * sums + sums // self.gpus,
             "between": sums,
             "first": root + block + sums,
             "embedding": root + (1 + gloo) * sums,
@@ -220,8 +221,8 @@ class Plan:
             # which on a CPU become log p in another tensor. Backward, both sums are multiplied into new tensors.
             chunks = -(-n // ROWS[self.device])
             rows = min(n, -(-n // (128 * chunks)) * 128)
-            logits = rows * V * (half if self.device == "cuda" else 8 if half == 4 else 10)
-            forward = Bytes({"loss": n * c.n_embd * half + head + logits + copy, "norms": outputs})
+            chunk = rows * V * (half if self.device == "cuda" else 8 if half == 4 else 10)
+            forward = Bytes({"loss": n * c.n_embd * half + head + chunk + copy, "norms": outputs})
             return forward, Bytes({"loss": 2 * (n * c.n_embd * half + head)}), Bytes()
         # All logits at once: train.py holds the last ones until it has the next.
         logits = Bytes({"logits": n * V * half})
@@ -261,7 +262,7 @@ class Plan:
         found = [("MLP", Bytes({"at work": gradient + hidden + C * inner * half}), Bytes())]
         if self.attention:
             work = self.attention.backward - self.attention.kept + 4 * n * C
-            done = Bytes({"MLP": self.block["MLP"], "norms": self.block["norms"] / 2})
+            done = Bytes({"MLP": self.block["MLP"], "norms": self.block["norms"] // 2})
             done["residual stream"] = 4 * n * C * (not c.parallel_residual)
             found.append(("attention", Bytes({"at work": work}), done))
         return found
@@ -290,7 +291,7 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        return round(sum(self.peak[1].values()))
+        return sum(self.peak[1].values())
 
     # --- what moves, what is written, and what would fit --------------------------------------------------------------
 
@@ -333,7 +334,7 @@ class Plan:
 def ways_to_fit(plan: Plan, limit: float) -> list[Plan]:
     """Plans that stay within so many bytes: fewer sequences at a time, activations computed again, a sharded model and
     both; where none of these does, the fewest devices, of 2, 4, 8 …, that share the model so."""
-    again = {"checkpoint_activations": True}
+    again: dict[str, Any] = {"checkpoint_activations": True}
     options = [{}, again, {"parallel": "fsdp"}, again | {"parallel": "fsdp"}]
     given = plan.config.training
     new = [o for o in options if not o or any(getattr(given, key) != value for key, value in o.items())]
@@ -354,5 +355,5 @@ def _without_memory(shape: tuple) -> GPT:
         return GPT(GPTConfig(**dict(shape)))
 
 
-def times(kinds: Bytes, factor: float) -> Bytes:
+def times(kinds: Bytes, factor: int) -> Bytes:
     return Bytes({kind: size * factor for kind, size in kinds.items()})

@@ -52,9 +52,10 @@ def shape_of(config: Config) -> GPTConfig:
     """That of the checkpoint that training starts from, or the config's own."""
     if config.training.init_from != "scratch":
         return load_model(config.training.init_from)[0].config
-    if config.model.vocab_size is None:
-        return config.model.gpt_config(Corpus(config.data.corpus, ()).vocab_size)
-    return config.model.gpt_config(config.model.vocab_size)
+    try:
+        return config.model.gpt_config(config.model.vocab_size or Corpus(config.data.corpus, ()).vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}; or say how many ids it will have, by --model.vocab_size") from error
 
 
 def report(plan: Plan, args: argparse.Namespace) -> dict:
@@ -98,18 +99,17 @@ def show(plan: Plan, found: dict, args: argparse.Namespace) -> None:
     print_table([{"memory": kind, "GiB": size / GiB} for kind, size in kinds.items()], ["memory", "GiB"])
     print(f"\nIt {'fits' if found['fits'] else 'does NOT fit'} into {USABLE:.0%} of {args.memory:g} GiB")
     for other in found["would_fit"]:
-        options = " ".join(f"--{key} {str(value).lower()}" for key, value in other.items() if key != "bytes")
-        print(f"This would: {options}: {other['bytes'] / GiB:.1f} GiB")
+        size = other.pop("bytes") / GiB
+        print("This would:", *(f"--{key} {str(value).lower()}" for key, value in other.items()), f"({size:.1f} GiB)")
     if not found["fits"] and not found["would_fit"]:
         print("No number of devices that share training.batch_size makes it fit: a shorter model.block_size would")
     print()
     rows = [{"sent": kind, "GiB": v["bytes"] / GiB, "seconds": v["seconds"]} for kind, v in found["moved"].items()]
     print_table(rows or [{"sent": "nothing"}], ["sent", "GiB", "seconds"])
-    print()
     checkpoint, days = found["checkpoint"], found["steps"] / 86400
     weights, state = checkpoint["weights_bytes"] / GiB, checkpoint["optimizer_bytes"] / GiB
     print(
-        f"A checkpoint: weights {weights:.3g} GiB, optimizer {state:.3g} GiB, {checkpoint['seconds']:.3g} s\n"
+        f"\nA checkpoint: weights {weights:.3g} GiB, optimizer {state:.3g} GiB, {checkpoint['seconds']:.3g} s\n"
         f"A step: {step['computing']:.3g} s of computing, {step['moving']:.3g} s of sending, perhaps beside it\n"
         f"{found['steps']:,} steps, {found['tokens']:.4g} tokens: {days * max(step.values()):.3g} to "
         f"{days * sum(step.values()):.3g} days"

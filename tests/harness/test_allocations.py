@@ -2,32 +2,41 @@
 
 import pytest
 import torch
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.allocations import follow
 from tests.helpers import allocated
 
-
-def squares(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Keeps x·weight, and x as it was given; has exp(x)·2 for a while."""
-    (x.exp() * 2).sum()
-    return (x * weight).square().sum(0)
+ROWS, COLUMNS = 300, 50
+SIZE, ROW = 4 * ROWS * COLUMNS, 4 * COLUMNS
 
 
-@pytest.mark.parametrize("rows", [1, 300])
-def test_the_bytes_of_each_pass_are_those_of_the_tensors_that_it_makes(rows):
-    size, row = 4 * rows * 50, 4 * 50
+def weighted(x: Tensor, weight: Tensor) -> Tensor:
+    (x.detach().exp() * 2).sum()  # twice the size for a while, and nothing kept
+    return (x * weight).square().sum(0)  # keeps the product
+
+
+def smooth(x: Tensor, weight: Tensor) -> Tensor:
+    return (x.sigmoid() * weight).tanh()  # keeps both functions' results, of which tanh's is the result
+
+
+@pytest.mark.parametrize(("function", "kept", "forward"), [(weighted, SIZE, 2 * SIZE), (smooth, SIZE, 2 * SIZE)])
+def test_what_is_followed_is_what_is_allocated(function, kept, forward):
     with FakeTensorMode():
-        x, weight = torch.empty(rows, 50, requires_grad=True), torch.empty(50)
-        found = follow(lambda x: squares(x, weight), x, known=[weight])
-    assert found.kept == size  # x·weight; exp(x) is kept by nothing, since nothing leads to the sum
-    assert found.forward == 2 * size  # with exp(x) and twice that, or with the square and the product
-    # The result's gradient, expanded, is a view: its factor 2 x·weight, their product, and then that by weight.
-    assert 3 * size <= found.backward <= 3 * size + row
+        x, weight = torch.empty(ROWS, COLUMNS, requires_grad=True), torch.empty(COLUMNS)
+        found = follow(lambda x: function(x, weight), x, known=[weight])
+        result = function(x, weight).nbytes
+    assert (found.kept, found.forward) == (kept, forward)
 
-    def whole() -> None:
-        own, other = torch.ones(rows, 50, requires_grad=True), torch.ones(50)
-        squares(own, other).backward(torch.ones(50))
+    x, weight, gradient = torch.ones(ROWS, COLUMNS, requires_grad=True), torch.ones(COLUMNS), torch.ones(result // 4)
+    shape = (ROWS, COLUMNS) if result == SIZE else (COLUMNS,)
 
-    whole()
-    assert allocated(whole) == pytest.approx(size + row + max(found.forward, found.backward) + 2 * row, abs=3 * row)
+    def run() -> None:
+        y = function(x, weight)
+        y.backward(gradient.view(shape))
+        x.grad = None
+
+    run()
+    peak = result + max(found.forward, found.backward)
+    assert allocated(run) == pytest.approx(peak, abs=3 * ROW)  # sums have a few rows more
