@@ -11,6 +11,7 @@ what a normalizer learns travel in bfloat16 with the matrices beside them.
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,10 @@ def looked_into(sharded: bool, autocast) -> Iterator[None]:
 def on_all_ranks(model: Any, ranks: Ranks) -> Any:
     """The model, of which each rank has a copy, with gradients that are averaged over the ranks."""
     cards = [ranks.device] if ranks.device.type == "cuda" else None
-    # The only buffers, those of a feedback, are the same everywhere, and never change.
-    return DistributedDataParallel(model, cards, broadcast_buffers=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for it, which 2.11 has not
+        # The only buffers, those of a feedback, are the same everywhere, and never change.
+        return DistributedDataParallel(model, cards, broadcast_buffers=False)
 
 
 def background_saver(folder: Path, ranks: Ranks):
