@@ -25,7 +25,7 @@ from harness.allocations import Followed, follow
 from harness.config import Config
 from harness.kl_training import position_kl
 from harness.optimizers import BY_MUON, kinds_of
-from kernels.backends import use_backend
+from kernels.backends import native, use_backend
 from kernels.loss import ROWS, cross_entropy
 from model import GPT, NORMALIZERS, GPTConfig, rotation
 
@@ -78,7 +78,7 @@ class Plan:
         c, entry, on_cpu = self.shape, NORMALIZERS[self.shape.normalizer], self.device == "cpu"
         if entry.tile == "softmax" and not (on_cpu and c.dropout):
             return None
-        if entry.tile is not None and not c.dropout and (on_cpu or c.head_size <= 128):
+        if entry.tile is not None and not c.dropout and (native() if on_cpu else c.head_size <= 128):
             return None
         with FakeTensorMode(), contextlib.nullcontext() if on_cpu else use_backend("materialized"):
             module = GPT(replace(c, n_layer=1)).transformer.h[0].attn
@@ -119,6 +119,7 @@ class Plan:
             as_output = half * (c.position == "learned")
             kept["queries, keys, values"] += n * (q + kv) * (in_parts + as_input + as_output)
         copies = 1 + (c.normalizer == "clipped") + has_null_key
+        copies += self.device == "cpu" and c.position == "rope" and not native()  # PyTorch's kernel, laid out as q is
         kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
         kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
         return kept
