@@ -147,6 +147,7 @@ class Plan:
         shards = self.gpus if self.sharded else 1
         base = Bytes({"parameters": weights // shards, "optimizer state": self.state_bytes // shards, "batch": 16 * n})
         base["KL reference"] = weights // shards * bool(self.config.kl.reference)  # as if it had the model's shape
+        base["feedback"] = self._feedback
         base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
         grads = Bytes({"gradients": weights // shards})
         former = Bytes() if first_step else grads
@@ -267,6 +268,13 @@ class Plan:
             done["residual stream"] = 4 * n * C * (not c.parallel_residual)
             found.append(("attention", Bytes({"at work": work}), done))
         return found
+
+    @property
+    def _feedback(self) -> int:
+        """The fixed matrices by which errors go back: as the weights, or from the logits to each layer's outputs."""
+        how, linears = self.config.training.feedback, [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        to_each = self.shape.vocab_size * sum(m.out_features for m in linears if m is not self.model.lm_head)
+        return 4 * {"fa": sum(m.weight.numel() for m in linears), "dfa": to_each}.get(how, 0)
 
     @property
     def _stepping(self) -> int:
