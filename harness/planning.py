@@ -119,7 +119,7 @@ class Plan:
             as_output = half * (c.position == "learned")
             kept["queries, keys, values"] += n * (q + kv) * (in_parts + as_input + as_output)
         copies = 1 + (c.normalizer == "clipped") + has_null_key
-        copies += self.device == "cpu" and c.position == "rope" and not native()  # PyTorch's kernel, laid out as q is
+        copies += self.dtype == torch.float32 and self.device == "cpu" and c.position == "rope" and not native()
         kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
         kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
         return kept

@@ -89,7 +89,7 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
         ({"normalizer": "entmax15"}, TWICE, "adamw", "the loss"),
         ({"normalizer": "sink", "dropout": 0.1}, {}, "adamw", "the loss"),
         ({"dropout": 0.1}, BFLOAT16, "adamw", "the loss"),
-        ({}, {"feedback": "fa"} | BFLOAT16, "adamw", None),
+        ({}, {"feedback": "fa"}, "adamw", None),
         ({"block_size": 16}, {"batch_size": 1}, "sgd", "the optimizer's step"),
         ({"block_size": 16}, {"batch_size": 1}, "muon", "the optimizer's step"),
         ({"vocab_size": 4096, "block_size": 16}, {"batch_size": 1}, "adamw", "the embedding"),
@@ -98,7 +98,7 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
 def test_the_peak_of_a_step_is_what_is_allocated(shape, training, optimizer, moment):
     plan = Plan(config_of(training, optimizer), GPTConfig(**SHAPE | shape), device="cpu")
     # Left out are tensors of a number a token or a row, and dropout's and checkpoints' states of the generator.
-    assert plan.peak_bytes == pytest.approx(measured(plan), rel=0.02)
+    assert plan.peak_bytes == pytest.approx(measured(plan), rel=0.01)
     assert moment in (None, plan.peak[0])
 
 
@@ -108,7 +108,7 @@ def test_the_logits_that_a_reference_needs_are_counted(tmp_path):
     config = config_of(reference=str(save_model(GPT(shape), tmp_path / "reference.pt", tmp_path / "corpus")))
     plan = Plan(config, shape, device="cpu")
     found = measured(plan, reference=Reference(config, shape, corpus, torch.device("cpu")))
-    assert plan.peak_bytes == pytest.approx(found, rel=0.02)
+    assert plan.peak_bytes == pytest.approx(found, rel=0.01)
 
 
 class Sent(TorchDispatchMode):
