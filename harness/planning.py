@@ -2,8 +2,8 @@
 
 Memory has its peak at one of a few moments of a step: while the loss is computed or goes back, in the backward pass of
 the last block (all activations are there) or of the first (all gradients are), or in the optimizer's step. `Plan` adds
-up, for each moment, what is alive then, kind by kind; the peak is the largest sum. Of n tokens and C channels that
-are 4·n·C bytes in the residual stream, which is float32, and half·n·C where matrix products read it.
+up, for each moment, what is alive then, kind by kind; the peak is the largest sum. A tensor of n tokens and C channels
+has 4·n·C bytes in the residual stream, which is float32, and half·n·C where matrix products read it.
 
 What is counted is what autograd keeps of the operations in model.py and kernels/, so that a change there wants one
 here: tests/harness/test_planning.py compares the sums with what PyTorch allocates. Two parts are not added up by hand
@@ -25,7 +25,7 @@ from harness.allocations import Followed, follow
 from harness.config import Config
 from harness.kl_training import position_kl
 from harness.optimizers import BY_MUON, kinds_of
-from kernels.backends import use_backend
+from kernels.backends import native, use_backend
 from kernels.loss import ROWS, cross_entropy
 from model import GPT, NORMALIZERS, GPTConfig, rotation
 
@@ -78,7 +78,7 @@ class Plan:
         c, entry, on_cpu = self.shape, NORMALIZERS[self.shape.normalizer], self.device == "cpu"
         if entry.tile == "softmax" and not (on_cpu and c.dropout):
             return None
-        if entry.tile is not None and not c.dropout and (on_cpu or c.head_size <= 128):
+        if entry.tile is not None and not c.dropout and (native() if on_cpu else c.head_size <= 128):
             return None
         with FakeTensorMode(), contextlib.nullcontext() if on_cpu else use_backend("materialized"):
             module = GPT(replace(c, n_layer=1)).transformer.h[0].attn
@@ -119,6 +119,7 @@ class Plan:
             as_output = half * (c.position == "learned")
             kept["queries, keys, values"] += n * (q + kv) * (in_parts + as_input + as_output)
         copies = 1 + (c.normalizer == "clipped") + has_null_key
+        copies += self.dtype == torch.float32 and self.device == "cpu" and c.position == "rope" and not native()
         kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
         kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
         return kept
@@ -141,14 +142,15 @@ class Plan:
     @cached_property
     def moments(self) -> dict[str, Bytes]:
         """What is alive at each moment that may be the peak."""
-        c, n, L, first_step = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
+        c, n, L, at_once = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
         stream, head, weights, copies = 4 * n * c.n_embd, 4 * self.of_head, 4 * self.parameters, self._copies
         shards = self.gpus if self.sharded else 1
         base = Bytes({"parameters": weights // shards, "optimizer state": self.state_bytes // shards, "batch": 16 * n})
         base["KL reference"] = weights // shards * bool(self.config.kl.reference)  # as if it had the model's shape
+        base["feedback"] = self._feedback
         base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
         grads = Bytes({"gradients": weights // shards})
-        former = Bytes() if first_step else grads
+        former = Bytes() if at_once else grads
         inputs = Bytes({"residual stream": stream})
         kept = inputs if self.recomputed else self.block + copies
         anew = self.block + copies - inputs if self.recomputed else Bytes()
@@ -167,7 +169,7 @@ class Plan:
             found["the last block, forward"] = before + own + sharding["forward"]
 
         # Where the head is the embedding its gradient waits for the embedding's, and under FSDP for all of the root's.
-        waiting = Bytes({"gradients": head * (c.tie_embeddings or first_step or self.sharded)})
+        waiting = Bytes({"gradients": head * (c.tie_embeddings or at_once or self.sharded)})
         after = waiting + (former or Bytes({"gradients": 4 * self.of_block * (L - 1) // shards}))
         for name, work, done in self._at_work:
             found[f"the last block, {name}"] = alive + waiting + anew + work - done + sharding["last"]
@@ -181,7 +183,7 @@ class Plan:
             found["the embedding, summed"] = base + grads + sharding["root, summed"]
 
         # The embedding's gradient is a tensor of its own before it is added to the head's, and to former ones.
-        more = (c.tie_embeddings + (self.sharded or not first_step)) * head
+        more = (c.tie_embeddings + (self.sharded or not at_once)) * head
         work = Bytes({"at work": stream, "gradients": more})
         found["the embedding"] = base + grads + work + sharding["embedding"]
         found["the optimizer's step"] = base + grads + Bytes({"at work": self._stepping})
@@ -268,6 +270,13 @@ class Plan:
         return found
 
     @property
+    def _feedback(self) -> int:
+        """The fixed matrices by which errors go back: as the weights, or from the logits to each layer's outputs."""
+        how, linears = self.config.training.feedback, [m for m in self.model.modules() if isinstance(m, nn.Linear)]
+        to_each = self.shape.vocab_size * sum(m.out_features for m in linears if m is not self.model.lm_head)
+        return 4 * {"fa": sum(m.weight.numel() for m in linears), "dfa": to_each}.get(how, 0)
+
+    @property
     def _stepping(self) -> int:
         """What the optimizer makes beside its state: AdamW nothing, Muon the iterates of a matrix, SGD one parameter's
         gradient with weight decay and then with momentum, or on CUDA all gradients with weight decay."""
@@ -339,12 +348,12 @@ def ways_to_fit(plan: Plan, limit: float) -> list[Plan]:
     given = plan.config.training
     new = [o for o in options if not o or any(getattr(given, key) != value for key, value in o.items())]
     new = [o for o in new if plan.gpus > 1 or "parallel" not in o]
-    if found := [fitting for option in new if (fitting := plan.changed(**option).largest(limit))]:
+    if found := [way for option in new if (way := plan.changed(**option).largest(limit))]:
         return found
     gpus = 2
     while given.batch_size % gpus == 0:
-        if gpus > plan.gpus and (fitting := plan.changed(gpus, **options[-1]).largest(limit)):
-            return [fitting]
+        if gpus > plan.gpus and (way := plan.changed(gpus, **options[-1]).largest(limit)):
+            return [way]
         gpus *= 2
     return []
 
