@@ -93,7 +93,7 @@ class Corpus:
             before = described
 
     def _open(self, described: bytes | None, verify: Collection[str], vocab_size: int | None) -> None:
-        self._remedy = f"run python {self.folder / 'prepare.py'}"
+        self._described, self._remedy = described, f"run python {self.folder / 'prepare.py'}"
         if not (self.folder / "prepare.py").exists():
             self._remedy = f"prepare it with a data/<corpus>/prepare.py --out {self.folder}"
         self.note: str | None = None
@@ -134,6 +134,9 @@ class Corpus:
         return self.meta.get("splits", {}).get(split, {"tokens": 0})
 
     def _broken(self, name: str, problem: str) -> UserError:
+        if self._description() != self._described:
+            changed = f"{META} has changed since this program opened the corpus, which may have been prepared anew"
+            return UserError(f"{self.folder / name} {problem}. {changed}: start the program again")
         return UserError(f"{self.folder / name} {problem}: {self._remedy}")
 
     def _read_meta(self, described: bytes) -> dict:

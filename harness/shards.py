@@ -8,10 +8,12 @@ ids, whatever their number, and no id is returned from a block whose checksum di
 
 import base64
 import hashlib
+import io
 import json
 import mmap
 import os
 import resource
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -44,6 +46,12 @@ class IdFile(NamedTuple):
         """Where it is now."""
         return self.waiting if self.sha256 and self.waiting.exists() else self.path
 
+    def open(self) -> io.FileIO:
+        try:
+            return open(self.find(), "rb", buffering=0)
+        except FileNotFoundError:  # it has been put in its place in between
+            return open(self.find(), "rb", buffering=0)
+
     def checksums(self) -> np.ndarray | None:
         """The CRC-32 of each block, uint32; None where they were not written down. ValueError for others than those
         that meta.json tells of."""
@@ -51,7 +59,8 @@ class IdFile(NamedTuple):
             return None
         if isinstance(self.crc32, dict):
             table = IdFile(self.path.parent / self.crc32["file"], 0, self.crc32["sha256"])
-            content = table.find().read_bytes()
+            with table.open() as file:
+                content = file.read()
             if hashlib.sha256(content).hexdigest() != table.sha256:
                 raise ValueError(f"{table.path.name} is not the file that {META} describes")
         else:
@@ -76,14 +85,16 @@ def digest(meta: dict) -> str:
 class Tokens:
     """The ids of a split, read-only: (tokens,) of `dtype`, indexed by integers, slices and integer arrays of any shape.
 
-    A file is mapped when it is first touched, and each of its blocks checked when *it* is: `broken(name, problem)` is
-    the error where its checksum differs, or an id is none of `vocab_size`.
+    A file is mapped when it is first touched, and each of its blocks is checked when *that* is first touched. Where a
+    checksum differs, a file is gone or shorter than it was, or an id is none of `vocab_size`, `broken(name, problem)`
+    makes the error.
     """
 
     def __init__(self, files: list[IdFile], dtype: str, vocab_size: int, broken: Callable[[str, str], UserError]):
         self.files, self.dtype, self._vocab_size, self._broken = files, np.dtype(dtype), vocab_size, broken
         self._ends = np.cumsum([file.tokens for file in files])
         self.shape, self._per_block = (int(self._ends[-1]),), BLOCK // self.dtype.itemsize
+        self._lock = threading.Lock()  # a thread may read batches ahead while another evaluates
         self._mapped: dict[int, np.ndarray] = {}
         self._opened: dict[int, Any] = {}
         self._checksums: dict[int, np.ndarray] = {}
@@ -149,6 +160,8 @@ class Tokens:
     def _checked(self, number: int, index: np.ndarray | slice) -> np.ndarray:
         """A file's ids, those at `index` checked."""
         ids = self._map(number)
+        if os.fstat(self._opened[number].fileno()).st_size < ids.nbytes:  # to read what was cut off ends the process
+            raise self._broken(self.files[number].path.name, "has been cut short since it was opened")
         if (unchecked := self._unchecked.get(number)) is None:
             return ids
         if isinstance(index, slice):
@@ -180,15 +193,20 @@ class Tokens:
     def _map(self, number: int) -> np.ndarray:
         if (ids := self._mapped.get(number)) is not None:
             return ids
+        with self._lock:
+            if number not in self._mapped:
+                self._mapped[number] = self._open(number)
+            return self._mapped[number]
+
+    def _open(self, number: int) -> np.ndarray:
         file = self.files[number]
         try:
-            try:
-                opened = open(file.find(), "rb", buffering=0)  # noqa: SIM115 (it is read as long as this object lives)
-            except FileNotFoundError:  # it has been put in its place in between
-                opened = open(file.find(), "rb", buffering=0)  # noqa: SIM115
+            opened = file.open()  # to be read as long as this object lives
             pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             ids = np.frombuffer(pages, self.dtype)
             checksums = file.checksums()
+        except FileNotFoundError as error:
+            raise self._broken(file.path.name, "or the file of its checksums is gone") from error
         except OSError as error:
             raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -202,5 +220,4 @@ class Tokens:
             if hasattr(mmap, "MADV_RANDOM"):
                 pages.madvise(mmap.MADV_RANDOM)  # a window is a page or two: nothing around it is read for it
         self._opened[number] = opened
-        self._mapped[number] = ids  # last, since another thread may look
         return ids
