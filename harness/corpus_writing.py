@@ -19,8 +19,8 @@ import numpy as np
 
 from harness.corpus import SPLITS, describe_corpus
 from harness.errors import UserError
-from harness.files import make_folder
-from harness.shard_writing import SHARD_BYTES, Journal, SplitWriter, remove_leftovers, remove_unfinished, swap
+from harness.files import make_folder, remove_leftovers
+from harness.shard_writing import NAMES, SHARD_BYTES, Journal, SplitWriter, remove_unfinished, swap
 from harness.shards import IdFile, digest
 from harness.tokenizer import Bytes, Tokenizer
 
@@ -75,7 +75,7 @@ def write_corpus(
 
     folder = Path(folder)
     make_folder(folder)
-    remove_leftovers(folder)
+    remove_leftovers(folder, *NAMES)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
     begins = tokenizer.separator == tokenizer.begin
     counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}

@@ -31,10 +31,9 @@ class RunFolder:
             raise UserError(
                 f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir"
             ) from e
-        for name in ("config.yaml", "metrics.jsonl", "*.pt", "steps/*.pt"):  # which the lock's owner alone writes
-            remove_leftovers(folder, name, owned=True)
-        for name in ("curves.png", "wandb/run.json", "diagnostics/*"):  # scripts write these, and may do so just now
-            remove_leftovers(folder, name)
+        # The lock's owner alone writes the former; scripts write the latter, and may do so just now.
+        remove_leftovers(folder, "config.yaml", "metrics.jsonl", "*.pt", "steps/*.pt", owned=True)
+        remove_leftovers(folder, "curves.png", "wandb/run.json", "diagnostics/*")
         self._bring_back()
 
     def kept(self, step: int) -> Path:

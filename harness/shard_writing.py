@@ -30,6 +30,8 @@ SHARD_BYTES = 1 << 30
 _JOURNAL, _PART = "unfinished.json", "part"
 _JOURNAL_SECONDS = 10.0  # as much work is lost where the process is killed
 _NAME = r"(?:train|val)(?:_\d{5,})?\.(?:bin|crc)"  # of the files that are this module's to remove
+NAMES = (META, _JOURNAL, *(f"{split}{rest}" for split in ("train", "val") for rest in (".bin", "_*.bin", "_*.crc")))
+"""patterns of the files that this module writes under temporary names"""
 
 
 class Unusable(Exception):
@@ -95,7 +97,7 @@ class SplitWriter:
 
     def sync(self) -> None:
         self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file.fileno())
 
     def finish(self, itemsize: int) -> tuple[dict, dict[Path, IdFile]]:
         """What meta.json says of the files, and each file with the description of what it becomes."""
@@ -207,18 +209,6 @@ def former_files(folder: Path) -> list[Path]:
     """The files of a corpus that is in the folder, or was to be."""
     names = rf"(?:{_NAME}|{re.escape(META)}|{re.escape(_JOURNAL)})(?:\.\w+\.(?:tmp|new)|\.{_PART})?"
     return [path for path in folder.glob("*") if re.fullmatch(names, path.name)]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a writer that was killed; one that still runs keeps its own."""
-    for path in folder.glob("*.tmp"):
-        if match := re.fullmatch(rf"(?:{_NAME}|{re.escape(META)}|{re.escape(_JOURNAL)})\.(\d+)\.tmp", path.name):
-            try:
-                os.kill(int(match[1]), 0)  # signal 0 only asks whether the process exists
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except PermissionError:
-                pass  # it exists, and is another user's
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------
