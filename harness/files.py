@@ -56,7 +56,7 @@ def flush(file: Path | int) -> None:
 
 
 def remove_leftovers(folder: Path, *names: str, owned: bool = False) -> None:
-    """Remove the temporary files `NAME.<process id>.tmp` that killed processes left in `folder`. `names` are patterns. A
+    """Remove the temporary files `NAME.<process id>.tmp` that killed processes left in `folder`; `names` are globs. A
     process that still runs keeps its own, unless these files are `owned`: this process alone may write them."""
     for path in (path for name in names for path in folder.glob(f"{name}.*.tmp")):
         pid = re.search(r"\.(\d+)\.tmp$", path.name)
