@@ -101,11 +101,15 @@ def out_of_memory(error: BaseException, config) -> UserError:
 
 
 @contextlib.contextmanager
-def advising_on_memory(config) -> Iterator[None]:
-    """A training run's block; its running out of memory becomes the UserError that says what to change."""
+def advising(config) -> Iterator[None]:
+    """A training run's block. Where it runs out of memory, or into what has no deterministic form, the UserError says
+    which keys to change."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, config) from error
+        if config.training.deterministic and "deterministic" in str(error):
+            found = str(error).partition(". ")[0]
+            raise config.error("training.deterministic", f"{found}: leave it out, or change the model") from error
         raise

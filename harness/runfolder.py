@@ -41,6 +41,10 @@ class RunFolder:
         (self.path / "steps").mkdir(exist_ok=True)
         return self.path / "steps" / f"{step}.pt"
 
+    def remove_shards(self) -> None:
+        """Those of a former, sharded checkpoint, which the one in place does not name."""
+        shutil.rmtree(self.path / "shards", ignore_errors=True)
+
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
         """Without the files of a former run, of which none is removed before the block has succeeded."""

@@ -39,8 +39,7 @@ class BackgroundSaver:
     def __init__(self, folder: Path, ranks: Ranks):
         self._folder, self._ranks = folder, ranks
         self._group = dist.new_group(backend="gloo")  # what the background sends does not meet what training sends
-        self._thread: threading.Thread | None = None
-        self._failure: str | None = None
+        self._failure = ""
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, content: dict[str, Any], paths: list[Path]):
         """Copy the model's and the optimizer's state, and return: they may change again. What is then written, on rank
@@ -59,48 +58,65 @@ class BackgroundSaver:
             warnings.simplefilter("ignore")
             written = dcp.async_save(state, checkpoint_id=shards, process_group=self._group)
         del state
-        self._thread = threading.Thread(target=self._finish, args=(written, shards, content, of_optimizer, paths))
-        self._thread.start()
+        how = (written, shards, content, of_optimizer, paths)
+        self._ranks.background = threading.Thread(target=self._finish, args=how)
+        self._ranks.background.start()
 
     def _finish(self, written, shards: Path, content: dict, of_optimizer: dict, paths: list[Path]) -> None:
+        """On every rank the end of a save, in a thread. All ranks meet twice, whatever has failed on one of them, so
+        that none waits for ever and each knows in the end what is to be told."""
+        sums, failure = {}, ""
         try:
             written.result()
-            own = shards.glob(f"__{self._ranks.rank}_*") if not self._ranks.is_main else [shards / ".metadata"]
-            if self._ranks.is_main:
-                own = [*own, *shards.glob("__0_*")]
-            sums: list[Any] = [None] * self._ranks.size
-            dist.all_gather_object(sums, {path.name: crc32(path) for path in own}, group=self._group)
-            if self._ranks.is_main:
-                files = {name: crc for of_rank in sums for name, crc in of_rank.items()}
-                for folder in (shards, shards.parent, self._folder):
-                    flush(folder)
-                weights = whole_weights(shards)
-                if content["model_args"]["tie_embeddings"]:
-                    weights["lm_head.weight"] = weights["transformer.wte.weight"]
-                whole = {"model": weights} | content
-                for path in paths[:-1]:
-                    save_checkpoint(path, whole)
-                named = {"folder": f"{FOLDER}/{shards.name}", "crc32": files}
-                save_checkpoint(paths[-1], whole | {"shards": named, "optimizer": of_optimizer})
-                for former in shards.parent.iterdir():
-                    if former != shards:
-                        shutil.rmtree(former)
-        except UserError as error:
-            self._failure = str(error)
-        except dcp.api.CheckpointException as error:  # what another rank met too, each with its traceback
-            first = next(iter(error.failures.values()))[0]
-            self._failure = f"cannot write {shards}: {first}; the former checkpoint is intact"
+            names = [*shards.glob(f"__{self._ranks.rank}_*"), *([shards / ".metadata"] * self._ranks.is_main)]
+            sums = {path.name: crc32(path) for path in names}
+        except dcp.api.CheckpointException as error:  # what other ranks met too, each with its traceback
+            failure = str(next(iter(error.failures.values()))[0])
         except Exception as error:
-            self._failure = f"cannot write {shards}: {error}; the former checkpoint is intact"
+            failure = str(error) or type(error).__name__
+        found = self._gather((sums, failure))
+        failure = next((failed for _, failed in found if failed), "")
+        if self._ranks.is_main and not failure:
+            try:
+                crc32_of = {name: crc for own, _ in found for name, crc in own.items()}
+                self._make_whole(shards, crc32_of, content, of_optimizer, paths)
+            except Exception as error:
+                failure = str(error) or type(error).__name__
+        failure = next(filter(None, self._gather(failure)), "")
+        if failure:
+            failure = " ".join(failure.split())
+            known = failure.startswith("cannot write")  # it says the rest itself
+            self._failure = failure if known else f"cannot write {shards}: {failure}; the former checkpoint is intact"
+
+    def _gather(self, value) -> list:
+        values = [value] * self._ranks.size
+        dist.all_gather_object(values, value, group=self._group)
+        return values
+
+    def _make_whole(self, shards: Path, crc32_of: dict, content: dict, of_optimizer: dict, paths: list[Path]) -> None:
+        """On rank 0: the weights, whole, to each of the paths, the last of which is ckpt.pt and names the shards."""
+        for folder in (shards, shards.parent, self._folder):
+            flush(folder)
+        weights = whole_weights(shards)
+        if content["model_args"]["tie_embeddings"]:
+            weights["lm_head.weight"] = weights["transformer.wte.weight"]
+        whole = {"model": weights} | content
+        for path in paths[:-1]:
+            save_checkpoint(path, whole)
+        named = {"folder": f"{FOLDER}/{shards.name}", "crc32": crc32_of}
+        save_checkpoint(paths[-1], whole | {"shards": named, "optimizer": of_optimizer})
+        for former in shards.parent.iterdir():
+            if former != shards and former.name.isdecimal():
+                shutil.rmtree(former, ignore_errors=True)
 
     def wait(self) -> None:
         """Return once the last checkpoint is complete. UserError, on every rank, if it could not be written."""
-        if self._thread:
-            self._thread.join()
-            self._thread = None
-        failure, self._failure = self._failure, None
-        if failed := next(filter(None, self._ranks.gather(failure)), None):
-            raise UserError(failed)
+        if self._ranks.background:
+            self._ranks.background.join()
+            self._ranks.background = None
+        failure, self._failure = self._failure, ""
+        if failure:
+            raise UserError(failure)
 
 
 def crc32(path: Path) -> int:
@@ -138,16 +154,20 @@ def optimizer_state(
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[str, dict[str, Tensor]] = {}
     try:
-        reader = Reader(shards)
+        reader, size = Reader(shards), sum((shards / name).stat().st_size for name in crc32_of)
         for key, about in reader.tensors().items():
             part, number, *name = key.split(".")
-            if part == "optimizer":
-                parameter = parameters[int(number)]
-                sharded = about.size == parameter.shape
-                made = torch.empty_like(parameter) if sharded else torch.empty(about.size, dtype=about.properties.dtype)
-                state.setdefault(number, {})[".".join(name)] = made.detach()
+            if part != "optimizer":
+                continue
+            size -= about.size.numel() * about.properties.dtype.itemsize
+            if not number.isdecimal() or size < 0:
+                raise ValueError(f"{key} of {tuple(about.size)} is not in it")
+            parameter = parameters[int(number)]
+            sharded = about.size == parameter.shape
+            made = torch.empty_like(parameter) if sharded else torch.empty(about.size, dtype=about.properties.dtype)
+            state.setdefault(number, {})[".".join(name)] = made.detach()
         reader.load({"optimizer": state})
-    except (IndexError, ValueError, AttributeError, pickle.UnpicklingError, dcp.api.CheckpointException) as error:
+    except (Exception, dcp.api.CheckpointException) as error:  # the unpickler and the reader raise anything
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{shards} does not hold the optimizer's state of {path}: {reason}") from error
     return {int(number): values for number, values in state.items()}
