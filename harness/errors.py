@@ -62,7 +62,7 @@ def run_cli(main) -> int:
             if number == 2:
                 print(" ".join(message.split()), file=stream)
             stream.flush()
-        except OSError:  # it is full, or has gone: the interpreter, which tries again, is not to change the status
+        except OSError:  # it is full, or has gone: the interpreter would fail on it at exit, and change the status
             silence(number)
     return status
 

@@ -28,7 +28,7 @@ from harness.shards import BLOCK, META, IdFile, digest, files_of
 
 SHARD_BYTES = 1 << 30
 _JOURNAL, _PART = "unfinished.json", "part"
-_JOURNAL_SECONDS = 10.0  # as much work is lost where the process is killed
+_JOURNAL_SECONDS = 10.0  # between two saves: what a kill costs at most
 _NAME = r"(?:train|val)(?:_\d{5,})?\.(?:bin|crc)"  # of the files that are this module's to remove
 NAMES = (META, _JOURNAL, *(f"{split}{rest}" for split in ("train", "val") for rest in (".bin", "_*.bin", "_*.crc")))
 """patterns of the files that this module writes under temporary names"""
@@ -185,7 +185,7 @@ def swap(folder: Path, files: dict[Path, IdFile], meta: dict) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Put the files in their places that wait for it by the meta.json here, and remove those that belong to another."""
+    """Put the files that wait for the present meta.json in their places, and remove those of any other corpus."""
     meta = {}
     with suppress(OSError, ValueError):
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -206,7 +206,7 @@ def _settle(folder: Path) -> None:
 
 
 def former_files(folder: Path) -> list[Path]:
-    """The files of a corpus that is in the folder, or was to be."""
+    """The files of a corpus in the folder, finished or not."""
     names = rf"(?:{_NAME}|{re.escape(META)}|{re.escape(_JOURNAL)})(?:\.\w+\.(?:tmp|new)|\.{_PART})?"
     return [path for path in folder.glob("*") if re.fullmatch(names, path.name)]
 
@@ -239,7 +239,7 @@ class Journal:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     return cls(folder, lock, arguments)
-            lock.close()  # it was another's, which has removed it
+            lock.close()  # its owner has just removed it: try again
 
     def go_on(self, folder: Path, counts: dict, documents, shard_bytes: int) -> dict[str, SplitWriter]:
         """The writers of the splits, `counts` and `documents` as they were left, or where there is nothing to continue,
@@ -294,8 +294,8 @@ class Journal:
 
 
 def remove_unfinished(folder: Path, journal: Journal | None) -> None:
-    """Remove what is left of a prepare that could have been continued, after a corpus has been put there; `journal` is
-    this process's own, whose files are part of that corpus. One that still runs keeps its files."""
+    """Remove what an interrupted prepare left to be continued, now that a corpus is there. A prepare that still runs
+    keeps its files. `journal`: this process's own, whose files have become the corpus."""
     if journal:
         journal.path.unlink(missing_ok=True)
     elif (folder / f"train.bin.{_PART}").exists() and (journal := Journal.open(folder, {})):

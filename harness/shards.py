@@ -1,8 +1,8 @@
 """The ids of a corpus's split, in one file or in several: opened where they are touched, checked block by block.
 
-A split is `train.bin`, or above a size the shards `train_00000.bin`, `train_00001.bin`, … of equal length. What
-meta.json says of either, beside its `tokens` and `sha256`, is the CRC-32 of each BLOCK of its bytes: in base64, or for
-a shard as {"file": "train_00000.crc", "sha256": …}, little-endian uint32 in a file of their own. So opening reads no
+A split is `train.bin`, or above a size the shards `train_00000.bin`, `train_00001.bin`, … of equal length. meta.json
+has `tokens` and `sha256` of each file, and as its `crc32` the CRC-32 of each BLOCK of its bytes: in base64, or for a
+shard {"file": "train_00000.crc", "sha256": …}, which names a file of them, little-endian uint32. So opening reads no
 ids, whatever their number, and no id is returned from a block whose checksum differs.
 """
 
@@ -39,7 +39,7 @@ class IdFile(NamedTuple):
 
     @property
     def waiting(self) -> Path:
-        """Its name until it is in its place."""
+        """Its path while it waits to take the place of a former file, see harness/shard_writing.py."""
         return self.path.with_name(f"{self.path.name}.{str(self.sha256)[:16]}.new")
 
     def find(self) -> Path:
@@ -53,8 +53,8 @@ class IdFile(NamedTuple):
             return open(self.find(), "rb", buffering=0)
 
     def checksums(self) -> np.ndarray | None:
-        """The CRC-32 of each block, uint32; None where they were not written down. ValueError for others than those
-        that meta.json tells of."""
+        """The CRC-32 of each block, uint32; None where meta.json has none. ValueError if the file of them that it names
+        is another."""
         if self.crc32 is None:
             return None
         if isinstance(self.crc32, dict):
@@ -76,7 +76,7 @@ def files_of(folder: Path, split: str, about: dict) -> list[IdFile]:
 
 
 def digest(meta: dict) -> str:
-    """The sha256 of what stands in a meta.json before its `checksum`: what a user adds at its end is theirs."""
+    """The sha256 of what stands in a meta.json before its `checksum`: keys behind that are a user's own."""
     keys = list(meta)
     before = {key: meta[key] for key in keys[: keys.index("checksum") if "checksum" in meta else None]}
     return hashlib.sha256(json.dumps(before).encode()).hexdigest()
@@ -103,7 +103,7 @@ class Tokens:
         if (needed := 2 * len(files) + 256) > soft != resource.RLIM_INFINITY:  # a shard takes two descriptors
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard >= 0 else needed, hard))
-        if len(files) == 1:  # a corpus that takes its place does not matter from here on
+        if len(files) == 1:  # once open, it is read to the end, even if another corpus takes its place
             self._map(0)
 
     def __len__(self) -> int:
@@ -178,7 +178,8 @@ class Tokens:
         return ids
 
     def _check(self, number: int, block: int) -> None:
-        """Read by a call, which costs a hundredth of 16 page faults with what the kernel reads ahead at each."""
+        """Compare a block with its checksum. One call reads it a hundred times as fast as 16 page faults would, at each
+        of which the kernel reads ahead."""
         name = self.files[number].path.name
         try:
             content = os.pread(self._opened[number].fileno(), BLOCK, block * BLOCK)
@@ -218,6 +219,6 @@ class Tokens:
                 raise self._broken(META, f"has {len(checksums)} checksums of {file.path.name}'s blocks")
             self._checksums[number], self._unchecked[number] = checksums, np.ones(len(checksums), bool)
             if hasattr(mmap, "MADV_RANDOM"):
-                pages.madvise(mmap.MADV_RANDOM)  # a window is a page or two: nothing around it is read for it
+                pages.madvise(mmap.MADV_RANDOM)  # a window is a page or two: read nothing around it
         self._opened[number] = opened
         return ids

@@ -99,7 +99,7 @@ class Tracker:
                 print(f"wandb: {self.path.parent}/wandb {problem}. The curves are in {self.path}")
 
     def _try(self, call) -> None:
-        """`call` the wandb run, unless it has failed before."""
+        """`call(run)` for the run on wandb, unless an earlier call has failed."""
         try:
             if self._run:
                 call(self._run)
