@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from harness import corpus_writing
+from harness import documents
 from harness.corpus import Corpus
 from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files
 from harness.errors import UserError, run_cli
@@ -96,7 +96,7 @@ def test_a_split_without_text_is_an_error(tmp_path):
 def test_pieces_encode_to_what_the_whole_does(gpt2, words):
     document = "".join(word + space for word, space in words)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_writing, "PIECE", 32)
+        patch.setattr(documents, "PIECE", 32)
         cut = list(pieces(document))
     assert b"".join(cut) == document.encode()
     assert max(map(len, cut)) <= 64
@@ -108,7 +108,7 @@ def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     import tiktoken
 
     text = (ROOT / "harness" / "corpus_writing.py").read_text().encode("ascii", "replace").decode() * 40
-    assert len(text) > 2 * corpus_writing.PIECE
+    assert len(text) > 2 * documents.PIECE
     path = tmp_path / "long.txt"
     path.write_text(text)
     parts = [("train", text), ("val", TextFile(path, 10, 600_000)), ("val", TextFile(path, len(text) - 5))]
@@ -125,7 +125,7 @@ def test_text_without_a_place_to_cut(gpt2):
     for text in (b"x" * 600_000, b" " * 1_200_000 + b"x", "é".encode() * 300_000):
         cut = list(pieces(text))
         assert b"".join(cut) == text
-        assert max(map(len, cut)) <= 2 * corpus_writing.PIECE
+        assert max(map(len, cut)) <= 2 * documents.PIECE
         assert all(gpt2.decode_bytes(gpt2.encode(piece)) == piece for piece in cut)
 
 
@@ -281,4 +281,4 @@ def test_the_characters_of_a_large_file_take_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert characters == "".join(sorted(set("some words in a line, and a long one\n")))
-    assert peak < 8 * corpus_writing.PIECE
+    assert peak < 8 * documents.PIECE
