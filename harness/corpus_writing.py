@@ -5,13 +5,15 @@ into train and validation, downloads.
 """
 
 import argparse
+import fnmatch
 import os
+import re
+import stat
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ from harness.tokenizer import Bytes, Tokenizer
 
 def write_corpus(
     folder: str | Path,
-    documents: Iterable[tuple[str, Document]],
+    documents: Iterable[tuple[str | float, Document]],
     tokenizer: Tokenizer,
     *,
     source: str,
@@ -51,7 +53,8 @@ def write_corpus(
     extra: dict | None = None,
     arguments: dict | None = None,
 ) -> dict:
-    """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds.
+    """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds. Instead
+    of a split, the share of validation lets a hash of the text decide.
 
     Documents keep their order within a split, with the tokenizer's separator between one and the next, or in front of
     each where it is the begin-of-text token. They are encoded on `threads` threads (default: every CPU) in bounded
@@ -182,7 +185,8 @@ def _encode_job(tokenizer: Tokenizer, dtype: str, job: Job) -> list[Block]:
         of_splits[split].append((starts, text))
     for split, texts in of_splits.items():
         ids: list[np.ndarray] = []
-        for starts, together in groupby(texts, itemgetter(0)):
+        # ASCII by itself: a string with one wider character is wider throughout, which takes longer with the GIL held.
+        for (starts, _), together in groupby(texts, lambda piece: (piece[0], piece[1].isascii())):
             some = [text for _, text in together]
             ids += [tokenizer.encode_documents(some)] if starts else map(tokenizer.encode, some)
         if texts:
@@ -251,15 +255,24 @@ def find_files(root: Path, patterns: Iterable[str], without: Iterable[str] = ())
         if isinstance(error, PermissionError):
             raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    without, found = frozenset(without), []
+    patterns, without, real = list(patterns), frozenset(without), os.path.realpath(root)
+    matches = re.compile("|".join(fnmatch.translate(Path(pattern).name) for pattern in patterns)).match
+    of_folders = any(len(Path(pattern).parts) > 1 for pattern in patterns)
+    found: list[tuple[bool, list[str]]] = []  # whether it is a link, and its path below `root`
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in without]
-        paths = (Path(folder, name) for name in files)
-        found += [path for path in paths if any(path.match(p) for p in patterns) and path.is_file()]
-    found.sort(key=lambda path: (path.is_symlink(), path))  # a file goes by its own name, not by a link's
+        below = Path(folder).relative_to(root).parts
+        for name in filter(matches, files):
+            path = os.path.join(folder, name)
+            if of_folders and not any(Path(path).match(pattern) for pattern in patterns):
+                continue
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and os.path.isfile(path)):
+                found.append((stat.S_ISLNK(mode), [*below, name]))
     keys: dict[Path, str] = {}
-    for path in found:
-        keys.setdefault(path.resolve(), path.relative_to(root).as_posix())
+    for link, parts in sorted(found):  # a file goes by its own name, not by a link's
+        path = os.path.join(real, *parts)
+        keys.setdefault(Path(os.path.realpath(path) if link else path), "/".join(parts))
     return keys
 
 

@@ -61,27 +61,30 @@ def split_of(document: Document, split: str | float) -> str:
 
 
 def jobs(documents, whole: bool) -> Iterator[tuple[Job, Any]]:
-    """Lists of texts that hold about four PIECEs of bytes each, or where documents must stay `whole`, at least one
-    document; with the state of the documents behind each that ends with one. Files are left to be read by whoever
-    encodes them."""
+    """Lists of texts of about four PIECEs together, or where documents must stay `whole`, of at least one document; and
+    the state of the documents behind each that ends with one. Files are left to be read by whoever encodes them."""
     job: Job = []
     size, state_of = 0, getattr(documents, "state", lambda: None)
-    state = state_of()
     for split, document in documents:
         if isinstance(document, str) and len(document) > PIECE // 4:  # of up to four bytes a character
             document = content(document)
         length = document.size() if isinstance(document, TextFile) else len(document)
-        short = whole or length <= PIECE
-        split = split if short else split_of(document, split)
-        for number, part in enumerate((document,) if short else parts(document)):
-            if size >= 4 * PIECE:
-                yield job, None if number else state
-                job, size = [], 0
-            job.append((split, number == 0, part))
-            size += length if short else PIECE
-        state = state_of()
+        if whole or length <= PIECE:
+            job.append((split, True, document))
+            size += length
+        else:
+            split = split_of(document, split)
+            for number, part in enumerate(parts(document)):
+                if number and size >= 4 * PIECE:
+                    yield job, None
+                    job, size = [], 0
+                job.append((split, number == 0, part))
+                size += PIECE
+        if size >= 4 * PIECE:
+            yield job, state_of()
+            job, size = [], 0
     if job:
-        yield job, state
+        yield job, state_of()
 
 
 def pieces(document: Document) -> Iterator[bytes]:

@@ -171,10 +171,10 @@ class GPT2(Tokenizer):
 
     def encode_documents(self, texts):
         # In one call, with what parts them as its special token: of short texts, calls would take longer than encoding.
-        text = self._END.encode().join([b"", *texts])
-        if text.count(self._END.encode()) != len(texts):  # it stands in a text, and is text there
-            return super().encode_documents(texts)
-        return self._encoding.encode_to_numpy(_as_text(text), allowed_special={self._END}, disallowed_special=())
+        text = _as_text(self._END.encode().join([b"", *texts]))
+        ids = self._encoding.encode_to_numpy(text, allowed_special={self._END}, disallowed_special=())
+        # Where it stands in a text, it is text.
+        return ids if np.count_nonzero(ids == self.separator) == len(texts) else super().encode_documents(texts)
 
     def token_of(self, text):
         return self.separator if text == self._END else super().token_of(text)

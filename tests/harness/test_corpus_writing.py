@@ -12,12 +12,10 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from harness import documents
 from harness.corpus import Corpus
-from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files
+from harness.corpus_writing import TextFile, characters_of, find_files, split_files
 from harness.errors import UserError, run_cli
 from harness.tokenizer import Chars
 from tests.helpers import DOCUMENTS, ROOT, write_documents
@@ -84,26 +82,6 @@ def test_a_split_without_text_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@given(
-    words=st.lists(
-        st.tuples(
-            st.sampled_from(["a", "don't", "漢", "é", "9", "<|", "'", "\x1c.", "\u3000x"]),
-            st.sampled_from([" ", "\n", "\n  ", " \u3000", " \t", "\n\n"]),
-        ),
-    )
-)
-@settings(max_examples=200)
-def test_pieces_encode_to_what_the_whole_does(gpt2, words):
-    document = "".join(word + space for word, space in words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", 32)
-        cut = list(pieces(document))
-    assert b"".join(cut) == document.encode()
-    assert max(map(len, cut)) <= 64
-    assert len(cut) > len(document.encode()) // 64
-    assert np.concatenate([gpt2.encode(piece) for piece in cut]).tolist() == gpt2.encode(document).tolist()
-
-
 def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     import tiktoken
 
@@ -118,15 +96,6 @@ def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     expected = [*stock.encode_ordinary(text[10:600_000]), 50256, *stock.encode_ordinary(text[-5:])]
     assert corpus.tokens["val"].tolist() == expected
     assert corpus.meta["splits"]["val"]["documents"] == 2
-
-
-def test_text_without_a_place_to_cut(gpt2):
-    """Neither a huge word nor a million spaces before one (which tiktoken alone does not survive) is a problem."""
-    for text in (b"x" * 600_000, b" " * 1_200_000 + b"x", "é".encode() * 300_000):
-        cut = list(pieces(text))
-        assert b"".join(cut) == text
-        assert max(map(len, cut)) <= 2 * documents.PIECE
-        assert all(gpt2.decode_bytes(gpt2.encode(piece)) == piece for piece in cut)
 
 
 def test_memory_is_bounded(tmp_path):
@@ -215,11 +184,6 @@ def test_split_depends_on_each_path_alone(tmp_path):
     assert [split for split, _ in split_files(dict(list(paths.items())[:2]), 0.001)] == ["val", "train"]
     same = split_files({tmp_path / folder / "t.txt": "t.txt" for folder in "ab"}, 0.5)
     assert [document.path.parent.name for _, document in same] == ["a", "b"]  # of one key, and neither is lost
-
-
-@given(st.binary())
-def test_position_is_a_share(key):
-    assert 0 <= position(key) < 1
 
 
 def test_find_files(tmp_path):
