@@ -160,6 +160,14 @@ def places_wrong(text: bytes, path: Path) -> int:
     return places
 
 
+def is_text(path: Path) -> bool:
+    try:
+        places_wrong(path.read_bytes(), path)
+    except UserError:
+        return False
+    return True
+
+
 def no_text(path: Path, problem: str) -> UserError:
     return UserError(
         f"{path} {problem}: unpack it, or convert it to UTF-8 (iconv -f LATIN1 or UTF-16 -t UTF-8), leave it out, or "

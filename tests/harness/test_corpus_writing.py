@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 from harness import documents
 from harness.corpus import Corpus
 from harness.corpus_writing import TextFile, characters_of, find_files, split_files
+from harness.documents import position
 from harness.errors import UserError, run_cli
-from harness.tokenizer import Chars
+from harness.tokenizer import Bytes, Chars
 from tests.helpers import DOCUMENTS, ROOT, write_documents
 
 
@@ -151,6 +153,21 @@ def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 1 << 16])
+def test_a_disk_that_is_full_while_ids_are_written_leaves_the_former_corpus(tmp_path, shard_bytes):
+    write_documents(tmp_path)
+    former = Corpus(tmp_path).sha256
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))  # no file grows beyond: the same error of a write
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_documents(tmp_path, [("train", "x" * 3_000_000), ("val", "x")], shard_bytes=shard_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Corpus(tmp_path).sha256 == former
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     write_documents(tmp_path)
     former = Corpus(tmp_path).sha256
@@ -184,6 +201,18 @@ def test_split_depends_on_each_path_alone(tmp_path):
     assert [split for split, _ in split_files(dict(list(paths.items())[:2]), 0.001)] == ["val", "train"]
     same = split_files({tmp_path / folder / "t.txt": "t.txt" for folder in "ab"}, 0.5)
     assert [document.path.parent.name for _, document in same] == ["a", "b"]  # of one key, and neither is lost
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_split_may_be_left_to_a_hash_of_the_text(tmp_path, gpt2, name):
+    texts = [f"number {i}, " * (60_000 if i == 7 else 1 + i % 9) for i in range(99)]
+    tokenizer = gpt2 if name == "gpt2" else Bytes()
+    chosen = [("val" if position(text.encode()) < 0.3 else "train", text) for text in texts]
+    assert {split for split, _ in chosen} == {"train", "val"}
+    write_documents(tmp_path / "share", [(0.3, text) for text in texts], tokenizer)
+    write_documents(tmp_path / "named", chosen, tokenizer)
+    for file in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "share" / file).read_bytes() == (tmp_path / "named" / file).read_bytes()
 
 
 def test_find_files(tmp_path):
