@@ -11,7 +11,7 @@ import pytest
 from harness import documents
 from harness.corpus import Corpus
 from harness.errors import UserError, run_cli
-from harness.huggingface_datasets import Texts, Texts, load, texts
+from harness.huggingface_datasets import Texts, load, texts
 
 
 @pytest.fixture
