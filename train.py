@@ -42,7 +42,7 @@ from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
-from harness.runfolder import RunFolder
+from harness.runfolder import RunFolder, remove_shards
 from harness.signals import StopSignals
 from harness.streams import unfailing_output
 from harness.tracking import Progress, Tracker, watched
@@ -114,6 +114,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     }
     if checkpoint and not config.evaluation.only:
         check_resume(config, checkpoint, corpus, reference, machine, say)
+        if folder:
+            remove_shards(folder.path, checkpoint.get("shards"))
         if start >= c.max_steps:
             return 0
 
@@ -226,7 +228,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         for path in paths:
             save_checkpoint(path, checkpoint if path.name == "best.pt" else checkpoint | state)
         if folder:
-            folder.remove_shards()
+            remove_shards(folder.path)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""

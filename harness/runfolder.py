@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.files import NOT_OFFERED, remove_leftovers
@@ -40,10 +41,6 @@ class RunFolder:
         """Where the checkpoint of a step is kept for good, in a folder that is there."""
         (self.path / "steps").mkdir(exist_ok=True)
         return self.path / "steps" / f"{step}.pt"
-
-    def remove_shards(self) -> None:
-        """Those of a former, sharded checkpoint, which the one in place does not name."""
-        shutil.rmtree(self.path / "shards", ignore_errors=True)
 
     @contextlib.contextmanager
     def cleared(self) -> Iterator[None]:
@@ -119,6 +116,17 @@ def _locked(folder: Path) -> int:
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
+
+
+def remove_shards(folder: Path, named: Any = None) -> None:
+    """Remove the sharded checkpoints in a run's folder but the one that its ckpt.pt names, as its `shards`: those that
+    it has replaced, and those of processes that were killed before they had written all. What else lies there stays."""
+    kept = named.get("folder") if isinstance(named, dict) else None
+    for path in (folder / "shards").glob("*"):
+        if path.name.isdecimal() and f"shards/{path.name}" != kept and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        (folder / "shards").rmdir()
 
 
 def _remove(path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import corpus_writing, shard_writing
+from harness import documents, shard_writing
 from harness.corpus import Corpus, is_prepared
 from harness.errors import UserError
 from tests.helpers import write_documents
@@ -177,7 +177,7 @@ class Lines:
 
 @pytest.fixture
 def pieces_of_2k(monkeypatch):
-    monkeypatch.setattr(corpus_writing, "PIECE", 2048)
+    monkeypatch.setattr(documents, "PIECE", 2048)
 
 
 def write_lines(folder, fail=lambda number: None, **options):

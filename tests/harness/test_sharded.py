@@ -45,6 +45,10 @@ def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
         np.testing.assert_allclose(list(losses(run).values()), list(losses(alone).values()), rtol=1e-5)
     assert os.listdir("out/sharded3/shards") == ["16"]  # the former ones are gone
     assert not Path("out/sharded1/shards").exists()
+    Path("out/sharded3/shards/9").mkdir()  # of a run that was killed
+    Path("out/sharded3/shards/notes").mkdir()  # a user's own
+    finished("sharded3", *HOW, "--training.max_steps", "16", "--optimizer.decay_steps", "16")
+    assert sorted(os.listdir("out/sharded3/shards")) == ["16", "notes"]
     assert not [*Path("out").rglob("*.tmp")]
 
 
@@ -103,6 +107,23 @@ def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
             optimizer_state(checkpoint, path, optimizer)
             unharmed += 1
     assert unharmed < 150
+    bomb = b"\x80\x02Nr\xff\xff\xff\x7f."  # a memo of two thousand million places
+    for hostile, expected in ((bomb, "LONG_BINPUT in it"), (b"", "does not hold"), (index, "has no checksum")):
+        (shards / ".metadata").write_bytes(hostile)
+        named = {"folder": "shards/24", "crc32": {".metadata": zlib.crc32(hostile)}}
+        with pytest.raises(UserError, match=expected):
+            optimizer_state(checkpoint | {"shards": named}, path, optimizer)
+    reader = sharded.Reader(shards)
+    metadata = reader.read_metadata()
+    metadata.state_dict_metadata["optimizer.0.exp_avg"].chunks.clear()  # nothing would be read into it
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    checkpoint["shards"]["crc32"][".metadata"] = sharded.crc32(shards / ".metadata")
+    with pytest.raises(UserError, match="of parameter 0 is not all, or not finite"):
+        optimizer_state(checkpoint, path, optimizer)
+    (shards / "__0_0.distcp").unlink()
+    os.mkfifo(shards / "__0_0.distcp")  # a read of it would wait for ever
+    with pytest.raises(UserError, match="not a plain file"):
+        optimizer_state(checkpoint, path, optimizer)
     for named in ({"folder": "shards/24", "crc32": {"../ckpt.pt": 0}}, {"folder": "../24", "crc32": {}}, 3):
         with pytest.raises(UserError, match=r"is damaged|that no run has written"):
             optimizer_state(checkpoint | {"shards": named}, path, optimizer)
