@@ -186,7 +186,7 @@ class SplitWriter:
 def _flush(file: Any, path: Path, table: bytes) -> None:
     """A full shard and its checksums, which go to `path`, are on the disk."""
     file.flush()
-    os.fsync(file.fileno())
+    flush(file.fileno())
     file.close()
     path.write_bytes(table)
     flush(path)

@@ -134,7 +134,8 @@ def build(compiler: list[str]) -> Path | None:
         _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
         with open(made, "r+b") as file:
             file.write(hashlib.sha256(file.read()).digest())  # at the end, which the loader does not read
-            os.fsync(file.fileno())  # or a crash of the machine may leave the name with a part of the content
+            with contextlib.suppress(OSError):  # not every file system can; what a crash cuts short is built again
+                os.fsync(file.fileno())
         return made.replace(folder / name)  # atomic: other processes may build the same
     finally:
         with contextlib.suppress(OSError):
