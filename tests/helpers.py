@@ -24,6 +24,7 @@ from matplotlib.text import Text
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch.profiler import ProfilerActivity, profile
 
+from harness import documents
 from harness.checkpoint import save_checkpoint
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
@@ -116,6 +117,14 @@ def corpus_error(folder: Path, **options) -> str:
         Corpus(folder, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+def text_in_pieces(words: list[tuple[str, str]], size: int) -> tuple[str, list[bytes]]:
+    """A text of these words, each with its space behind it, and the pieces of about `size` bytes it is cut into."""
+    text = "".join(word + space for word, space in words)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "PIECE", size)
+        return text, list(documents.pieces(text))
 
 
 def squares_corpus(folder: str | Path = "corpus") -> None:
@@ -354,7 +363,7 @@ class TrainingRun:
 
     @classmethod
     def read(cls, name: str) -> "TrainingRun":
-        """A run that others have written."""
+        """A run that another process has written."""
         run = cls.__new__(cls)
         run.folder = Path("out") / name
         return run
@@ -389,8 +398,8 @@ def finished(name: str, *arguments: str) -> TrainingRun:
 
 
 def started_on_ranks(size: int, name: str, *arguments: str, inject=None) -> list[TrainingRun]:
-    """As processes of torchrun, which keeps the store where they meet and tells them so by these variables. The first
-    one alone is injected something."""
+    """A run on so many ranks, as torchrun starts them: it keeps the store where they meet, and says where by these
+    variables. `inject` is for rank 0 alone."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     meeting |= {"WORLD_SIZE": str(size)}
@@ -398,7 +407,7 @@ def started_on_ranks(size: int, name: str, *arguments: str, inject=None) -> list
         TrainingRun(name, *arguments, inject=None if rank else inject, RANK=str(rank), LOCAL_RANK=str(rank), **meeting)
         for rank in range(size)
     ]
-    ranks[0].store = store  # it lives as long as they
+    ranks[0].store = store  # which has to live as long as they do
     return ranks
 
 
@@ -421,7 +430,7 @@ def _rank(work, log, environment):
 
 
 def on_ranks(number: int, work) -> None:
-    """Have `work(ranks)`, a function of a module, done by so many processes that train together."""
+    """Call `work(ranks)`, a function at a module's top, in so many processes that train together."""
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
     with contextlib.chdir(ROOT):

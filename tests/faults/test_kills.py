@@ -49,9 +49,9 @@ def folder(training_folder) -> None:
 
 @dataclass
 class Moments:
-    """In a run's process: what it does to the files of its folder, one moment after another, each by a name such as
-    "rename best.pt 2", before the second file is renamed to best.pt. `log`: a file for the names. `stop_at`: a name, at
-    which the process receives `signals`. `pause`: seconds by which each moment is drawn out, for kills from outside."""
+    """Watches what a run's process does to the files of its folder. Each change is a moment with a name:
+    "rename best.pt 2" comes before the second file is renamed to best.pt. `log`: a file for the names. `stop_at`: the
+    moment at which the process receives `signals`. `pause`: seconds to wait at each, for kills from outside."""
 
     folder: Path
     log: Path | None = None
@@ -155,8 +155,8 @@ def kill(runs: list[TrainingRun]) -> None:
 
 
 def look_at_what_is_left(run: TrainingRun) -> None:
-    """The checkpoints are whole, and no further behind than an interval, or two where one may still be written in the
-    background; of a file, at most one began to be written."""
+    """The checkpoints are whole, and behind by an interval at most, or by two if they are written in the background; at
+    most one temporary file is left."""
     for name in ("ckpt.pt", "best.pt"):
         if (run.folder / name).exists():
             run.checkpoint(name)

@@ -24,7 +24,7 @@ def folder(training_folder) -> None:
 
 
 def test_a_run_stopped_by_every_signal_in_turn_ends_as_one_never_stopped():
-    """Each comes between a step's line of metrics and what is saved, one step after the last one's end."""
+    """Each signal comes between a step's line of metrics and its save, in the first step after the last stop."""
     whole = finished("whole")
     for step, number in enumerate(STOPS):
         run = TrainingRun("stopped", signal_at=(max(2 * step - 1, 0), number))
@@ -60,7 +60,7 @@ def test_a_run_that_is_stopped_while_it_reads_its_corpus_leaves_nothing():
 
 @dataclass
 class OnATerminal(Moments):
-    """As where a shell has started the run in a terminal: the first to be told when that is closed."""
+    """A run that leads a terminal's session, as a shell does: it gets a SIGHUP when the terminal is closed."""
 
     terminal: str = ""
 
@@ -90,7 +90,7 @@ def test_a_run_whose_terminal_is_closed_saves():
 
 
 def assert_ends_at_once(whole: TrainingRun, moment: str, numbers: tuple[int, ...]) -> None:
-    """With the status of the last of these signals, without a traceback, and to go on as if nothing had been."""
+    """The run ends with the status of the last of these signals, without a traceback, and can be continued."""
     name = f"stopped at {moment}".replace("/", " ")
     run = TrainingRun(name, inject=Moments(Path("out") / name, stop_at=moment, signals=numbers))
     assert run.wait() == 128 + numbers[-1], run.output()

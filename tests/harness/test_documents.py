@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from harness import documents
 from harness.documents import TextFile, pieces, position
+from tests.helpers import text_in_pieces
 
 
 @given(
@@ -19,10 +20,7 @@ from harness.documents import TextFile, pieces, position
 )
 @settings(max_examples=200)
 def test_pieces_encode_to_what_the_whole_does(gpt2, words):
-    document = "".join(word + space for word, space in words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", 32)
-        cut = list(pieces(document))
+    document, cut = text_in_pieces(words, 32)
     assert b"".join(cut) == document.encode()
     assert max(map(len, cut)) <= 64
     assert len(cut) > len(document.encode()) // 64

@@ -13,11 +13,10 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from harness import documents
 from harness.corpus import Corpus
 from harness.corpus_writing import write_corpus
-from harness.documents import pieces
 from harness.errors import UserError
 from harness.huggingface_tokenizer import HuggingFace
 from harness.tokenizer import GPT2, different_tokenizers, from_meta, from_name
-from tests.helpers import PRE_TOKENIZERS, ROOT, byte_level
+from tests.helpers import PRE_TOKENIZERS, ROOT, byte_level, text_in_pieces
 
 # What the patterns treat differently: spaces of every kind, letters, digits, contractions, marks, emoji, newlines.
 text = st.text() | st.text(alphabet="  \n\n\r\t\x1c\x85\xa0\u3000'stdmllverE ab90٣½.,!é漢👍\u0301<|endoftext|>")
@@ -58,10 +57,7 @@ def test_on_source_code_too_and_its_bytes_add_up(pair):
 @given(parts=words_and_spaces)
 @settings(max_examples=150)
 def test_pieces_encode_to_what_the_whole_does(pair, parts):
-    document = "".join(word + space for word, space in parts)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(documents, "PIECE", 64)
-        cut = list(pieces(document))
+    document, cut = text_in_pieces(parts, 64)
     if any(after[:1] == b"\n" and not piece.decode()[-1].isalnum() for piece, after in pairwise(cut)):
         return  # there was no other place, and only GPT-2's pattern, which has a test of its own, has a word end there
     ours, _ = pair

@@ -112,7 +112,7 @@ def test_a_ctrl_c_is_an_exception_to_who_imports_the_project(importing):
 
 
 def test_a_program_that_ignores_ctrl_c_does_so_while_it_imports(importing):
-    """As in the background of a script."""
+    """A shell starts what runs in a script's background so."""
     ignoring = f"trap '' INT; exec {sys.executable} train.py"
     done = subprocess.run(["bash", "-c", ignoring], capture_output=True, text=True, cwd=ROOT)
     assert "went on" in done.stdout
@@ -120,7 +120,7 @@ def test_a_program_that_ignores_ctrl_c_does_so_while_it_imports(importing):
 
 @pytest.mark.parametrize("program", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_program_imports_torch_before_harness(program):
-    """Whose first import it is that lets a Ctrl-C end it quietly."""
+    """It is the import of harness that lets a Ctrl-C end a program quietly."""
     names = []
     for node in ast.parse(program.read_text()).body:
         if isinstance(node, ast.Import):

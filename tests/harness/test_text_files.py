@@ -9,7 +9,7 @@ from harness.text_files import parse_json, read_json, read_yaml
 
 
 def aliases(form: str) -> str:
-    """Each line has nine times what the line before has; `form` has a place for the nine names."""
+    """YAML in which each line stands for nine times the line before; `form` has a place for the nine names."""
     names = [chr(97 + i) for i in range(12)]
     lines = ["a: &a {x: 1}"]
     lines += [f"{name}: &{name} " + form.format(", ".join(9 * [f"*{before}"])) for before, name in pairwise(names)]

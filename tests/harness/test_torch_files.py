@@ -38,7 +38,7 @@ def tensor(storage: Storage, size: tuple, stride: tuple, offset: int = 0) -> Cal
 
 
 def archive(path, content, compression=zipfile.ZIP_STORED, **records: bytes) -> None:
-    """As torch.save, but of what it would not write."""
+    """Written as by torch.save, with a content or a compression that it would refuse."""
     pickled = io.BytesIO()
     Pickler(pickled, 2).dump(content)
     with zipfile.ZipFile(path, "w", compression) as file:
