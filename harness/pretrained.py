@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -70,7 +71,8 @@ def load_hf(name_or_folder: str) -> GPT:
     if config.tie_embeddings:
         model.lm_head.weight = model.transformer.wte.weight
     try:
-        _fill(model, family, (item for path in sizes for item in _read_file(path, source)))
+        # A generator's own variable would keep the last weight of a file while the next one is read.
+        _fill(model, family, itertools.chain.from_iterable(_read_file(path, source) for path in sizes))
     except (ValueError, RuntimeError) as e:  # the latter for tensors that are no plain weights
         raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
     return model
@@ -206,9 +208,8 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
     """A file in the folder, or of the model of that name on the hub, from its cache or fetched; None if it has none."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return (
-            folder / filename if os.path.exists(folder / filename) else None
-        )  # False, too, for a name that no file can have
+        # os.path.exists is False, too, for a name that no file can have; Path.exists would raise.
+        return folder / filename if os.path.exists(folder / filename) else None
     hub = _import("huggingface_hub.errors")
     try:
         return Path(hub.hf_hub_download(name_or_folder, filename))
