@@ -170,6 +170,16 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
     return with_feedback(model, config, checkpoint or {}, say)
 
 
+def first_shape(config: Config) -> GPTConfig:
+    """Of the model that a new run of the config starts with: its init_from's, or the config's own."""
+    if config.training.init_from != "scratch":
+        return load_model(config.training.init_from)[0].config
+    try:
+        return config.model.gpt_config(config.model.vocab_size or Corpus(config.data.corpus, ()).vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}; or say how many ids it will have, by --model.vocab_size") from error
+
+
 def free_memory() -> int | None:
     """The bytes that this machine, or the container that this process is in, could give without swapping; None where
     neither says."""
