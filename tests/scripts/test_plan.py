@@ -6,7 +6,9 @@ import shlex
 
 import pytest
 
+from harness.config_files import load_config
 from harness.errors import run_cli
+from harness.resuming import first_shape
 from scripts import plan as script
 from tests.helpers import ROOT, save_model, tiny_gpt
 
@@ -85,6 +87,10 @@ def test_a_model_that_training_starts_from_is_the_one_planned(capsys, tmp_path):
     path = save_model(model, tmp_path / "ckpt.pt")
     found = json.loads(printed(capsys, LLAMA, "--training.init_from", str(path), "--json"))
     assert found["parameters"] == sum(p.numel() for p in model.parameters())
+    path = save_model(tiny_gpt(position="rope", block_size=32), tmp_path / "rope.pt")
+    anew = ("--model.block_size", "8", "--model.normalizer", "sink", "--training.init_from", str(path))
+    planned = first_shape(load_config([LLAMA, *anew]))
+    assert (planned.block_size, planned.normalizer, planned.n_embd) == (8, "sink", tiny_gpt().config.n_embd)
 
 
 def test_mistakes_are_one_line(capsys, tmp_path):
