@@ -6,7 +6,7 @@ harness/.
 """
 
 # Before torch, whose import takes seconds: a Ctrl-C meanwhile ends quietly.
-from harness.errors import UserError, advising_on_memory, run_cli
+from harness.errors import UserError, advising, run_cli
 
 # isort: split
 import contextlib
@@ -34,22 +34,21 @@ from harness.device import (
     now,
     peak_flops,
 )
-from harness.distributed import Ranks, join_ranks, one_voice
+from harness.distributed import Ranks, end_process, join_ranks, one_voice
+from harness.evaluation import describe, outlier_metrics, validation_metrics
 from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
 from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
-from harness.runfolder import RunFolder
+from harness.runfolder import RunFolder, remove_shards
 from harness.signals import StopSignals
 from harness.streams import unfailing_output
 from harness.tracking import Progress, Tracker, watched
 from kernels.loss import IGNORED
 from measure.feedback import feedback_matrices, feedback_metrics
 from measure.moments import whole
-from measure.outliers import activation_metrics
-from measure.probe import weight_kurtosis
 from model import GPT, NORMALIZERS, GPTConfig, attention_backend
 
 
@@ -59,7 +58,13 @@ def main() -> int:
         ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
         run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
-        with advising_on_memory(config), unfailing_output(), StopSignals(ranks.is_main) as stop, run_folder as folder:
+        with (
+            advising(config),
+            unfailing_output(),
+            StopSignals(ranks.is_main) as stop,
+            run_folder as folder,
+            ranks.finishing(),
+        ):
             status = train(config, ranks, folder, stop)
         ranks.leave()
         return status
@@ -75,6 +80,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     sharded = c.parallel == "fsdp" and ranks.size > 1
     if c.deterministic:
         make_deterministic()
+    if c.parallel == "fsdp" and not sharded and ranks.is_main:
+        print("note: training.parallel fsdp: one process alone has all of the model, and nothing to share")
     say = print if ranks.is_main else lambda *_: None
     corpus = Corpus(config.data.corpus, SPLITS if ranks.is_main else (), config.model.vocab_size, lazily=True)
     if corpus.note:
@@ -107,6 +114,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     }
     if checkpoint and not config.evaluation.only:
         check_resume(config, checkpoint, corpus, reference, machine, say)
+        if folder:
+            remove_shards(folder.path, checkpoint.get("shards"))
         if start >= c.max_steps:
             return 0
 
@@ -163,7 +172,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     if c.deterministic and device.type == "cuda":
         say(deterministic_cost(raw_model, windows["val"].gather(some_windows[:1], device), autocast))
         optimizer.zero_grad()
-    skips = Skips(config, scaler.is_enabled(), checkpoint and checkpoint.get("skipped"))
+    skips = Skips(config, checkpoint and checkpoint.get("skipped"))
     if checkpoint:
         restore_optimizer(optimizer, checkpoint, config.folder / "ckpt.pt", ranks)
         if checkpoint["scaler"]:
@@ -218,6 +227,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         checkpoint["model"], state = raw_model.state_dict(), {"optimizer": optimizer.state_dict()}
         for path in paths:
             save_checkpoint(path, checkpoint if path.name == "best.pt" else checkpoint | state)
+        if folder:
+            remove_shards(folder.path)
 
     def measure(step: int) -> tuple[dict[str, float | None], bool]:
         """What an evaluation measures, the same on every rank, and whether its loss is the lowest so far."""
@@ -271,7 +282,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         grad_norm = whole(torch.nn.utils.clip_grad_norm_(raw_model.parameters(), clip))
         if not (skipped := skips.skip(step, grad_norm, progress.say if progress else say)):
             scaler.step(optimizer)
-            scaler.update()
+        scaler.update()
         optimizer.zero_grad(set_to_none=True)
         unchecked.append((step, means, grad_norm, skipped))
 
@@ -363,35 +374,5 @@ def training_batches(config, windows: Windows, start, ranks, micro_steps, micro_
             yield *windows.gather(own, ranks.device), windows.targets(own).sum() / mean
 
 
-def outlier_metrics(model: GPT, windows: dict[str, Windows], device) -> dict[str, float | None]:
-    """What shows outliers in the weights and, on the same few windows of each split every time, in the activations; and
-    what the normalizer has learned: each of its parameters, or of a vector the norm, averaged over heads."""
-    metrics = {f"weight_kurtosis/{name}": value for name, value in weight_kurtosis(model).items()}
-    for name, p in model.normalizer_parameters().items():
-        p = whole(p)
-        metrics[f"normalizer/{name}"] = (p if p.dim() == 1 else p.norm(dim=-1)).mean().item()
-    model.eval()
-    for split, of_split in windows.items():
-        full = of_split.shortened()
-        x, _ = full.gather(full.whole(8), device)
-        for name, value in activation_metrics(model, x).items():  # what/where → what/split/where
-            what, _, where = name.partition("/")
-            metrics[f"{what}/{split}/{where}".rstrip("/")] = value
-    model.train()
-    return metrics
-
-
-def validation_metrics(loss: float, windows: Windows, family: str = "val") -> dict[str, float]:
-    metrics = {f"{family}/loss": loss, f"{family}/perplexity": math.exp(min(loss, 700))}
-    if bytes_per_target := windows.bytes_per_target:
-        metrics[f"{family}/bits_per_byte"] = loss / math.log(2) / bytes_per_target
-    return metrics
-
-
-def describe(metrics: dict[str, float]) -> str:
-    names = {"val/loss": "val loss", "val/perplexity": "perplexity", "val/bits_per_byte": "bits per byte"}
-    return ", ".join(f"{names[k]} {v:{'.4f' if v < 1e6 else '.4g'}}" for k, v in metrics.items() if k in names)
-
-
 if __name__ == "__main__":
-    sys.exit(run_cli(main))
+    end_process(lambda: run_cli(main))

@@ -56,7 +56,7 @@ def read_checkpoint(path: str | Path, device: str | torch.device = "cpu") -> dic
         raise UserError(
             f"{path} is a checkpoint of format {version!r:.20}, and this version reads up to {FORMAT}: update it"
         )
-    if wrong := [key for key, fits in _BESIDE.items() if key in checkpoint and not fits(checkpoint[key])]:
+    if wrong := [key for key, fits in _CHECKS.items() if key in checkpoint and not fits(checkpoint[key])]:
         raise UserError(f"{path}: its {wrong[0]} is not what this project or nanoGPT writes. {OURS_ALONE}")
     return checkpoint
 
@@ -70,10 +70,10 @@ def is_step(x: Any) -> bool:
     return type(x) is int and 0 <= x < 2**63
 
 
-# What is read beside the weights, whoever wrote it, and what it has to be.
 _PLAIN = str | int | float | None
 _SECTIONS = ("run", "model", "data", "optimizer", "training", "kl", "evaluation", "tracking")
-_BESIDE: dict[str, Callable[[Any], bool]] = {
+# Keys beside the weights, which any checkpoint may have → whether a value is of the right kind.
+_CHECKS: dict[str, Callable[[Any], bool]] = {
     "step": is_step,
     "iter_num": is_step,
     "optimizer": lambda x: isinstance(x, dict),
@@ -149,8 +149,8 @@ def load_model(path: str | Path, device: str | torch.device = "cpu") -> tuple[GP
 
 
 def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
-    """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error. They are not copied, where that
-    can be avoided: to train the model changes the checkpoint's tensors."""
+    """The GPT of a checkpoint's `model_args` with its weights; `path` is for the error. Weights are not copied
+    where that can be avoided, so that training the model changes the checkpoint's tensors."""
     try:
         state = clean_state_dict(checkpoint["model"])
         # Whether the head is the embedding, where older files and other projects leave it unsaid, the weights tell.
@@ -164,7 +164,7 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
                 state.setdefault("lm_head.weight", state["transformer.wte.weight"])
         layers = len({name.split(".")[2] for name in state if name.startswith("transformer.h.")})
         held, needed = sum(weight.numel() for weight in state.values()), parameter_count(config)
-        if config.n_layer > layers + 1 or needed > 2 * held + 1000:  # before it is made: what lacks a little is named
+        if config.n_layer > layers + 1 or needed > 2 * held + 1000:  # too much to make; a small gap is named below
             raise ValueError(
                 f"n_layer is {config.n_layer}, which makes {needed:,} parameters, and there are {layers} layers with "
                 f"{held:,}"
@@ -182,7 +182,8 @@ def build_model(checkpoint: dict[str, Any], path: str | Path) -> GPT:
 
 def feedback_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Any, dict[str, torch.Tensor]]:
     """The `training.feedback` of a checkpoint, or of what `load_model` gives beside the model, and its matrices by the
-    names of the weights: as `apply_feedback` and `trained_by` take them. UserError, with `path`, for any others."""
+    names of the weights: as `apply_feedback` and `trained_by` take them. UserError, which names `path`, unless these
+    are tensors of finite numbers."""
     config = checkpoint.get("config")
     training = config.get("training") if isinstance(config, dict) else None
     how = training.get("feedback", "backprop") if isinstance(training, dict) else "backprop"
@@ -198,13 +199,13 @@ def without_weights(config: GPTConfig) -> GPT:
     try:
         with torch.device("meta"):
             return GPT(config)
-    except (RuntimeError, TypeError):  # what a normalizer starts with may be computed by a look at values
+    except (RuntimeError, TypeError):  # a normalizer's first values may be computed from values, which meta has not
         return GPT(config)
 
 
 def parameter_count(config: GPTConfig) -> int:
-    """How many parameters a GPT has, without those of its normalizer: known without making it, however many layers it
-    has. ValueError where its sizes are no machine's integers."""
+    """How many parameters a GPT has, without those of its normalizer. Neither memory nor time grows with its size.
+    ValueError for sizes beyond a machine's integers."""
     try:
         with torch.device("meta"):
             plain = replace(config, normalizer="softmax", backward="full")
@@ -216,9 +217,8 @@ def parameter_count(config: GPTConfig) -> int:
 
 
 def assign_weights(model: GPT, weights: dict[str, torch.Tensor]) -> GPT:
-    """The model with the weights of these names, on the CPU, in the dtypes of its parameters: the tensors themselves,
-    where they are such and each has memory of its own, else copies. RuntimeError, naming it, for one of another shape.
-    """
+    """The model with these weights, on the CPU and in the dtypes of its parameters. A tensor of that kind is not copied
+    if it shares its memory with no other. RuntimeError, naming the weight, for another shape."""
     memory: set[int] = set()
     parameters = dict(model.named_parameters())
     own = {name: in_own_memory(weights[name].detach().to("cpu", p.dtype), memory) for name, p in parameters.items()}
@@ -231,7 +231,8 @@ def assign_weights(model: GPT, weights: dict[str, torch.Tensor]) -> GPT:
 
 
 def in_own_memory(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """The tensor itself, if it is contiguous and alone in its memory, which is none of those taken; else a copy."""
+    """The tensor itself if it is contiguous, fills its storage, and its address is not among those `taken`, to which it
+    is added; else a copy."""
     tensor = tensor.contiguous()
     if tensor.untyped_storage().nbytes() > tensor.nbytes or tensor.data_ptr() in taken:
         tensor = tensor.clone()

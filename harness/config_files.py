@@ -119,7 +119,7 @@ def _read_file(path: Path, extending: tuple[Path, ...]) -> tuple[dict[str, dict[
         raise UserError(f"{extending[-1]}: extends: a cycle, {cycle}")
     content = read_yaml(path, "config", f"{extending[-1]}: extends: " if extending else "") or {}
     if not isinstance(content, dict):
-        found = "" if extending else f", not {content!r:.80}"  # of a file that another names, nothing is printed
+        found = "" if extending else f", not {content!r:.80}"  # `extends` may name any file: its content is not printed
         raise UserError(f"{path}: a config is a mapping of sections ({', '.join(SECTIONS)}){found}")
 
     values: dict[str, dict[str, Any]] = {}

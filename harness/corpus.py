@@ -1,7 +1,7 @@
 """A prepared corpus on disk, read: `train.bin` and `val.bin`, flat arrays of token ids, and `meta.json` about them.
 
 `Corpus` reads nanoGPT's own folders too. harness/corpus_writing.py writes what is read here, and harness/shards.py is
-what both know of the files of ids. meta.json:
+what both share, the files of ids. meta.json:
 
     format             1
     tokenizer          "bytes", "chars", "gpt2" or "hf"
@@ -57,10 +57,10 @@ class Corpus:
     """A prepared corpus, checked: what this raises is a UserError that names the file and what to do about it.
 
     The files of the splits in `verify` are read once, their sha256 compared with meta.json's and their ids with the
-    vocabulary; `lazily`, only those of older corpora are, since a file with checksums of its blocks has each of them
-    checked when it is first touched, whatever `verify` says: opening then costs the same for any number of tokens. Ids
-    of another program (see above) are always read once; `vocab_size` is how many there are if their folder does not
-    say.
+    vocabulary. Opened `lazily`, a corpus is only read so if it is an older one, without checksums of blocks: opening
+    then costs the same for any number of tokens. A block that has a checksum is checked when it is first touched, in
+    any case. Ids of another program (see above) are always read once; `vocab_size` is how many there are if their
+    folder does not say.
 
     tokens["train" | "val"]           Tokens (tokens,), read-only: indexed as an array is, opened where it is touched
     bytes_per_token["train" | "val"]  float: bytes of text a token; None where the text is not known
@@ -78,7 +78,7 @@ class Corpus:
     ):
         self.folder, self._lazily = Path(folder), lazily
         before: Any = ...
-        while True:  # until it was not prepared anew in the meantime: an error counts if it comes twice
+        while True:  # until no other corpus took its place meanwhile; an error counts where meta.json stayed the same
             described = self._description()
             try:
                 self._open(described, verify, vocab_size)
@@ -93,7 +93,7 @@ class Corpus:
             before = described
 
     def _open(self, described: bytes | None, verify: Collection[str], vocab_size: int | None) -> None:
-        self._remedy = f"run python {self.folder / 'prepare.py'}"
+        self._described, self._remedy = described, f"run python {self.folder / 'prepare.py'}"
         if not (self.folder / "prepare.py").exists():
             self._remedy = f"prepare it with a data/<corpus>/prepare.py --out {self.folder}"
         self.note: str | None = None
@@ -134,6 +134,9 @@ class Corpus:
         return self.meta.get("splits", {}).get(split, {"tokens": 0})
 
     def _broken(self, name: str, problem: str) -> UserError:
+        if self._description() != self._described:
+            changed = f"{META} has changed since this program opened the corpus, which may have been prepared anew"
+            return UserError(f"{self.folder / name} {problem}. {changed}: start the program again")
         return UserError(f"{self.folder / name} {problem}: {self._remedy}")
 
     def _read_meta(self, described: bytes) -> dict:
@@ -294,7 +297,7 @@ def chunks(tokens: np.ndarray | Tokens) -> Iterator[np.ndarray]:
 
 
 def is_prepared(folder: Path) -> bool:
-    """Whether a prepare.py, or another program, has put a corpus into `folder`; what it is worth, `Corpus` says."""
+    """Whether a prepare.py, or another program, has put a corpus into `folder`; `Corpus` checks it."""
     if (folder / "val.bin").exists():
         return True
     with suppress(OSError, ValueError):  # its files may have other names, or wait to be put in their places

@@ -5,49 +5,44 @@ into train and validation, downloads.
 """
 
 import argparse
-import hashlib
-import io
+import fnmatch
 import os
+import re
+import stat
 from collections import Counter, deque
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from harness.corpus import SPLITS, describe_corpus
+from harness.documents import (
+    FEW,
+    Document,
+    Job,
+    TextFile,
+    content,
+    jobs,
+    no_text,
+    pieces,
+    places_wrong,
+    position,
+    split_of,
+)
 from harness.errors import UserError
-from harness.files import make_folder
-from harness.shard_writing import SHARD_BYTES, Journal, SplitWriter, remove_leftovers, remove_unfinished, swap
+from harness.files import make_folder, remove_leftovers
+from harness.shard_writing import NAMES, SHARD_BYTES, Journal, SplitWriter, remove_unfinished, swap
 from harness.shards import IdFile, digest
 from harness.tokenizer import Bytes, Tokenizer
-
-FEW = 1e-3  # of the bytes of a text may be wrong
-PIECE = 1 << 18  # bytes of text that one thread encodes at a time (GPT-2's regex fails on a million spaces)
-
-
-class TextFile(NamedTuple):
-    """A document that is the bytes [start, stop) of a file, read a piece at a time."""
-
-    path: Path
-    start: int = 0
-    stop: int | None = None
-
-    def size(self) -> int:
-        try:
-            return (self.path.stat().st_size if self.stop is None else self.stop) - self.start
-        except OSError as error:
-            raise UserError(f"cannot read {self.path}: {error.strerror}") from error
-
-
-Document = str | bytes | TextFile
 
 
 def write_corpus(
     folder: str | Path,
-    documents: Iterable[tuple[str, Document]],
+    documents: Iterable[tuple[str | float, Document]],
     tokenizer: Tokenizer,
     *,
     source: str,
@@ -58,7 +53,8 @@ def write_corpus(
     extra: dict | None = None,
     arguments: dict | None = None,
 ) -> dict:
-    """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds.
+    """Tokenize `documents`, pairs of ("train" | "val", document), into `folder`; returns what meta.json holds. Instead
+    of a split, the share of validation lets a hash of the text decide.
 
     Documents keep their order within a split, with the tokenizer's separator between one and the next, or in front of
     each where it is the begin-of-text token. They are encoded on `threads` threads (default: every CPU) in bounded
@@ -75,7 +71,7 @@ def write_corpus(
 
     folder = Path(folder)
     make_folder(folder)
-    remove_leftovers(folder)
+    remove_leftovers(folder, *NAMES)
     dtype = "uint32" if tokenizer.vocab_size > 65_535 else "uint16"
     begins = tokenizer.separator == tokenizer.begin
     counts: dict[str, dict[str, Any]] = {s: {"tokens": 0, "bytes": 0, "documents": 0} for s in SPLITS}
@@ -109,14 +105,13 @@ def write_corpus(
                 if journal and state is not None:
                     journal.note(state, counts, files)
         if replaced.total() > FEW * sum(count["bytes"] for count in counts.values()):
-            raise _refusal(next(iter(replaced)), f"is no UTF-8 text, as {len(replaced)} of the files are not")
+            raise no_text(next(iter(replaced)), f"is no UTF-8 text, as {len(replaced)} of the files are not")
         finished: dict[Path, IdFile] = {}
+        separator_bytes = 0 if tokenizer.separator is None else int(tokenizer.token_bytes()[tokenizer.separator])
         for split in SPLITS:
             if not counts[split]["tokens"]:
                 raise UserError(f"{folder}: no text for the {split} split: give more documents or another share")
-            if tokenizer.separator is not None:
-                separators = counts[split]["documents"] - (not begins)
-                counts[split]["bytes"] += separators * int(tokenizer.token_bytes()[tokenizer.separator])
+            counts[split]["bytes"] += (counts[split]["documents"] - (not begins)) * separator_bytes
             counts[split]["bytes_per_token"] = counts[split]["bytes"] / counts[split]["tokens"]
             about, of_split = files[split].finish(np.dtype(dtype).itemsize)
             counts[split] |= about
@@ -145,7 +140,6 @@ def write_corpus(
     return meta
 
 
-Job = list[tuple[str, bool, bytes | TextFile, Path | None]]  # of texts: split, whether a document starts, text, file
 Block = tuple[str, np.ndarray, int, int, dict[Path, int]]
 
 
@@ -155,7 +149,8 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
     Every document begins with the separator, where the tokenizer has one.
 
     A job is about PIECE bytes of text: many short documents, or a part of a long one. At most two jobs a thread wait at
-    a time, which bounds the memory. Threads are enough, since the encoders release the GIL.
+    a time, which bounds the memory. Threads are enough, since the encoders release the GIL; what holds it, in all
+    threads together, and what this thread does bound the number of cores that have work.
     """
     executor = ThreadPoolExecutor(threads)
     running: deque[tuple[Future, Any]] = deque()
@@ -167,7 +162,7 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
             yield block, state if block is blocks[-1] else None
 
     try:
-        for job, state in _jobs(documents, tokenizer.whole_documents):
+        for job, state in jobs(documents, tokenizer.whole_documents):
             running.append((executor.submit(_encode_job, tokenizer, dtype, job), state))
             if len(running) > 2 * threads:
                 yield from oldest()
@@ -178,125 +173,27 @@ def _encode(documents, tokenizer, dtype, threads) -> Generator[tuple[Block, Any]
 
 
 def _encode_job(tokenizer: Tokenizer, dtype: str, job: Job) -> list[Block]:
-    separator = np.array([] if tokenizer.separator is None else [tokenizer.separator], dtype)
     blocks: list[Block] = []
-    for split in SPLITS:
-        parts, documents, size = [], 0, 0
-        wrong: Counter[Path] = Counter()
-        for of, starts, document, path in job:
-            if of != split:
-                continue
-            parts += [separator] * starts
-            documents += starts
-            for text in _parts(document, tokenizer.whole_documents) if isinstance(document, TextFile) else [document]:
-                if path and not isinstance(tokenizer, Bytes):
-                    if problem := text_fault(text):
-                        raise _refusal(path, problem)
-                    if places := places_replaced(text):
-                        wrong[path] += places
-                parts.append(tokenizer.encode(text))
-                size += len(text)
-        if parts:
-            blocks.append((split, np.concatenate(parts, dtype=dtype, casting="unsafe"), documents, size, wrong))
+    is_text = not isinstance(tokenizer, Bytes)
+    of_splits: dict[str, list[tuple[bool, bytes]]] = {split: [] for split in SPLITS}
+    wrong: dict[str, Counter[Path]] = {split: Counter() for split in SPLITS}
+    for split, starts, document in job:
+        text = content(document)
+        split = split_of(text, split)
+        if is_text and isinstance(document, TextFile) and (places := places_wrong(text, document.path)):
+            wrong[split][document.path] += places
+        of_splits[split].append((starts, text))
+    for split, texts in of_splits.items():
+        ids: list[np.ndarray] = []
+        # ASCII by itself: a string with one wider character is wider throughout, which takes longer with the GIL held.
+        for (starts, _), together in groupby(texts, lambda piece: (piece[0], piece[1].isascii())):
+            some = [text for _, text in together]
+            ids += [tokenizer.encode_documents(some)] if starts else map(tokenizer.encode, some)
+        if texts:
+            size, documents = sum(len(text) for _, text in texts), sum(starts for starts, _ in texts)
+            block = np.concatenate(ids, dtype=dtype, casting="unsafe")
+            blocks.append((split, block, documents, size, wrong[split]))
     return blocks
-
-
-def _jobs(documents, whole: bool) -> Iterator[tuple[Job, Any]]:
-    """Lists of texts that hold about PIECE bytes each, or where documents must stay `whole`, at least one document;
-    with the state of the documents behind each that ends with one. A file of less is read where it is encoded."""
-    job: Job = []
-    size, state_of = 0, getattr(documents, "state", lambda: None)
-    state = state_of()
-    for split, document in documents:
-        path = document.path if isinstance(document, TextFile) else None
-        length = document.size() if path else PIECE + 1
-        for number, text in enumerate([document] if length <= PIECE else _parts(document, whole)):
-            if size >= PIECE // 2:
-                yield job, None if number else state
-                job, size = [], 0
-            job.append((split, number == 0, text, path))
-            size += len(text) if isinstance(text, bytes) else length
-        state = state_of()
-    if job:
-        yield job, state
-
-
-def _parts(document: Document, whole: bool) -> Iterable[bytes]:
-    return [b"".join(pieces(document))] if whole else pieces(document)
-
-
-def pieces(document: Document) -> Iterator[bytes]:
-    """The document as UTF-8 pieces of about PIECE bytes, at least one, that encode to the same ids as the whole would.
-
-    They are cut before a newline that follows a letter or digit, or before a space that follows a visible character:
-    there the patterns of GPT-2 and of the models in harness/huggingface_tokenizer.py always start a new word. Without
-    such a place in a whole PIECE they are cut before a newline that follows another character, where GPT-2's does; and
-    without that between any two characters.
-    """
-    if isinstance(document, str):
-        document = document.encode(errors="replace")  # a lone surrogate has no UTF-8
-    if isinstance(document, bytes):
-        yield from _read_pieces(io.BytesIO(document), len(document))
-        return
-    try:
-        with open(document.path, "rb") as file:
-            stop = os.fstat(file.fileno()).st_size if document.stop is None else document.stop
-            file.seek(document.start)
-            yield from _read_pieces(file, stop - document.start)
-    except OSError as error:
-        raise UserError(f"cannot read {document.path}: {error.strerror}") from error
-
-
-def _read_pieces(file, size: int) -> Iterator[bytes]:
-    text = b""
-    while size > PIECE:
-        block = file.read(PIECE)
-        size = size - len(block) if block else 0  # the file may have become shorter meanwhile
-        text += block
-        cut = _cut(text)
-        yield text[:cut]
-        text = text[cut:]
-    yield text + file.read(size)
-
-
-def _cut(text: bytes) -> int:
-    """The last place at which `text` may be cut, see `pieces`."""
-
-    def visible(character: str) -> bool:
-        return not character.isspace()
-
-    for space, may_end in ((b"\n", str.isalnum), (b" ", visible), (b"\n", visible)):
-        end = text.rfind(space)
-        while end > 0:
-            if may_end(text[max(0, end - 4) : end].decode(errors="replace")[-1]):
-                return end
-            end = text.rfind(space, 0, end)
-    last = range(len(text) - 1, max(0, len(text) - 4), -1)
-    return next((i for i in last if text[i] & 0xC0 != 0x80), len(text))  # a byte 0b10… continues a UTF-8 character
-
-
-def places_replaced(text: bytes) -> int:
-    """How many U+FFFD stand in `text`, decoded, for what is not UTF-8 in it."""
-    with suppress(UnicodeDecodeError):
-        text.decode()
-        return 0
-    return text.decode(errors="replace").count("\ufffd") - text.count("\ufffd".encode())
-
-
-def text_fault(text: bytes) -> str | None:
-    """What says that a piece of a file is no UTF-8 text (but UTF-16, compressed, an image, in Latin-1): a NUL, or more
-    than a few places that are not UTF-8."""
-    if b"\0" in text:
-        return "holds NUL bytes, as UTF-16 and compressed files do"
-    places = places_replaced(text)
-    return f"is not UTF-8 in {places:,} places" if places > max(10, FEW * len(text)) else None
-
-
-def _refusal(path: Path, problem: str) -> UserError:
-    return UserError(
-        f"{path} {problem}: unpack it, or convert it to UTF-8 (iconv -f LATIN1 or UTF-16 -t UTF-8), leave it out, or "
-        "keep its bytes as they are with --tokenizer bytes"
-    )
 
 
 # --- what the prepare scripts share -----------------------------------------------------------------------------------
@@ -347,11 +244,6 @@ def cpu_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def position(key: bytes) -> float:
-    """A place in [0, 1) that the sha256 of `key` fixes. What lies below the validation fraction is for validation."""
-    return int.from_bytes(hashlib.sha256(key).digest()[16:20]) / 2**32
-
-
 def find_files(root: Path, patterns: Iterable[str], without: Iterable[str] = ()) -> dict[Path, str]:
     """The files below `root` whose name matches one of `patterns`: real path → path relative to `root`.
 
@@ -363,15 +255,24 @@ def find_files(root: Path, patterns: Iterable[str], without: Iterable[str] = ())
         if isinstance(error, PermissionError):
             raise UserError(f"cannot read the folder {error.filename}: {error.strerror}")
 
-    without, found = frozenset(without), []
+    patterns, without, real = list(patterns), frozenset(without), os.path.realpath(root)
+    matches = re.compile("|".join(fnmatch.translate(Path(pattern).name) for pattern in patterns)).match
+    of_folders = any(len(Path(pattern).parts) > 1 for pattern in patterns)
+    found: list[tuple[bool, list[str]]] = []  # whether it is a link, and its path below `root`
     for folder, folders, files in os.walk(root, onerror=refuse):
         folders[:] = [name for name in folders if name not in without]
-        paths = (Path(folder, name) for name in files)
-        found += [path for path in paths if any(path.match(p) for p in patterns) and path.is_file()]
-    found.sort(key=lambda path: (path.is_symlink(), path))  # a file goes by its own name, not by a link's
+        below = Path(folder).relative_to(root).parts
+        for name in filter(matches, files):
+            path = os.path.join(folder, name)
+            if of_folders and not any(Path(path).match(pattern) for pattern in patterns):
+                continue
+            mode = os.lstat(path).st_mode
+            if stat.S_ISREG(mode) or (stat.S_ISLNK(mode) and os.path.isfile(path)):
+                found.append((stat.S_ISLNK(mode), [*below, name]))
     keys: dict[Path, str] = {}
-    for path in found:
-        keys.setdefault(path.resolve(), path.relative_to(root).as_posix())
+    for link, parts in sorted(found):  # a file goes by its own name, not by a link's
+        path = os.path.join(real, *parts)
+        keys.setdefault(Path(os.path.realpath(path) if link else path), "/".join(parts))
     return keys
 
 

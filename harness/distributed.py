@@ -5,6 +5,7 @@ one rank says it and the others end quietly. A rank that falls silent (stopped, 
 by the rank before it; a store that falls silent, by all.
 """
 
+import atexit
 import contextlib
 import os
 import re
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -40,6 +41,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
     watch: "Watch | None" = None
+    background: threading.Thread | None = None  # which writes a checkpoint
 
     @property
     def is_main(self) -> bool:
@@ -72,6 +74,15 @@ class Ranks:
             dist.all_gather_object(values, value)
         return values
 
+    @contextlib.contextmanager
+    def finishing(self) -> Iterator[None]:
+        """Around what may save in the background: a save that has begun is finished, also where an error ends this."""
+        try:
+            yield
+        finally:
+            if self.background:
+                self.background.join()
+
     def leave(self) -> None:
         """The end of a rank's work, when that of all has come: launchers kill what lives on after one has ended."""
         if self.size > 1:
@@ -98,6 +109,22 @@ def join_ranks(device_name: str) -> Ranks:
         options["store"].set_timeout(options["timeout"])
     dist.init_process_group(backend, **options)
     return Ranks(device, dist.get_rank(), dist.get_world_size(), watch)
+
+
+def end_process(main: Callable[[], int]) -> NoReturn:
+    """End this process with the status of `main()`. One of several ranks leaves out the interpreter's own end, in which
+    a thread of PyTorch's may abort it and so change the status."""
+    try:
+        status = main()
+    except SystemExit as request:
+        status = request.code if isinstance(request.code, int) else 1
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 @contextlib.contextmanager

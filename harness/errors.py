@@ -70,7 +70,7 @@ def run_cli(main) -> int:
             if number == 2:
                 print(" ".join(message.split()), file=stream)
             stream.flush()
-        except OSError:  # it is full, or has gone: the interpreter, which tries again, is not to change the status
+        except OSError:  # it is full, or has gone: the interpreter would fail on it at exit, and change the status
             silence(number)
     return status
 
@@ -109,11 +109,15 @@ def out_of_memory(error: BaseException, config) -> UserError:
 
 
 @contextlib.contextmanager
-def advising_on_memory(config) -> Iterator[None]:
-    """A training run's block; its running out of memory becomes the UserError that says what to change."""
+def advising(config) -> Iterator[None]:
+    """A training run's block. Where it runs out of memory, or into what has no deterministic form, the UserError says
+    which keys to change."""
     try:
         yield
     except (OSError, RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise out_of_memory(error, config) from error
+        if config.training.deterministic and "deterministic" in str(error):
+            found = str(error).partition(". ")[0]
+            raise config.error("training.deterministic", f"{found}: leave it out, or change the model") from error
         raise

@@ -41,23 +41,24 @@ def put_in_place(targets: dict[Path, Path]) -> None:
         flush(folder)
 
 
-def flush(path: Path) -> None:
+def flush(file: Path | int) -> None:
     """Return once a file, or a folder's list of files, is on the disk; at once where the file system has no way to say
-    so, as that of some network drives."""
-    descriptor = os.open(path, os.O_RDONLY)
+    so, as that of some network drives. `file`: a path, or the descriptor of one that is open."""
+    descriptor = file if isinstance(file, int) else os.open(file, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
         if error.errno not in NOT_OFFERED:
             raise
     finally:
-        os.close(descriptor)
+        if descriptor != file:
+            os.close(descriptor)
 
 
-def remove_leftovers(folder: Path, names: str = "*", owned: bool = False) -> None:
-    """Remove the temporary files of `written_whole`, for files of such `names`, that killed processes left in `folder`.
-    A process that still runs keeps its own, unless these files are `owned`: this process alone may write them."""
-    for path in folder.glob(f"{names}.*.tmp"):
+def remove_leftovers(folder: Path, *names: str, owned: bool = False) -> None:
+    """Remove the temporary files `NAME.<process id>.tmp` that killed processes left in `folder`; `names` are globs. A
+    process that still runs keeps its own, unless these files are `owned`: this process alone may write them."""
+    for path in (path for name in names for path in folder.glob(f"{name}.*.tmp")):
         pid = re.search(r"\.(\d+)\.tmp$", path.name)
         if pid and path.is_file() and (owned or not _runs(int(pid[1]))):
             with contextlib.suppress(OSError):  # another process has removed it just now, say; it does no harm

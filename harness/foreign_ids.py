@@ -45,7 +45,7 @@ def number_format(raw: bytes, vocab_size: int) -> str | None:
         zero = values == 0
         if not zero.all() and np.all(zero | ((np.abs(values) > 1e-4) & (np.abs(values) < 2**32))):
             return dtype
-    for order, name in (("<", ""), (">", "big-endian ")):  # words beyond the lowest that are 0, or small, throughout
+    for order, name in (("<", ""), (">", "big-endian ")):  # wider ids: the words above the lowest are 0, or small
         words = np.frombuffer(raw, f"{order}u2")
         for bits in (64, 32):
             groups = words.reshape(-1, bits // 16)[:, :: 1 if order == "<" else -1]
@@ -61,7 +61,7 @@ def number_format(raw: bytes, vocab_size: int) -> str | None:
     if swapped.max() < vocab_size <= np.frombuffer(raw, "<u2").max():
         return "big-endian uint16"
     even, odd = (np.bincount(np.frombuffer(raw, "u1")[i::2], minlength=256) for i in (0, 1))
-    enough = len(raw) >= 4096 and vocab_size <= GPT2.vocab_size  # larger ones may fill two bytes evenly
+    enough = len(raw) >= 4096 and vocab_size <= GPT2.vocab_size  # ids of larger ones may fill both bytes evenly
     if enough and odd[1:].any() and np.minimum(even, odd).sum() > 0.85 * len(raw) / 2:
         return "uint8"  # what stands at even and at odd places is alike
     return None
@@ -83,7 +83,7 @@ def read_nanogpt_vocabulary(path: Path) -> str | int:
     try:
         content = path.read_bytes()
         for opcode, argument, _ in pickletools.genops(content):
-            # A memo is as long as the largest number in it; nested tuples take for ever to be made a key.
+            # Unpickling would allocate a memo as long as the largest number says, and hash nested tuples for ever.
             if opcode.name.startswith("TUPLE") or ("PUT" in opcode.name and (argument or 0) > len(content)):
                 raise ValueError(f"{opcode.name} in it")
         meta = _PlainUnpickler(io.BytesIO(content)).load()

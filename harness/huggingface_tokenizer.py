@@ -51,7 +51,9 @@ class HuggingFace(Tokenizer):
             self._names = names if isinstance(names, dict) else {token: i for i, (token, _) in enumerate(names)}
             self._added = {token["id"]: token for token in added}
             ids = [*self._names.values(), *self._added]
-            if not all(type(i) is int and 0 <= i < len(vocabulary) for i in ids):  # an id takes some characters
+            if not all(
+                type(i) is int and 0 <= i < len(vocabulary) for i in ids
+            ):  # each takes a character of the file, or more
                 raise ValueError("an id that is none")
             self.vocab_size = 1 + max(ids)
             bytes_of = self._spelling()

@@ -28,7 +28,7 @@ class Reference:
     """The model that `kl.reference` names, in eval mode and without gradients, and the penalty on leaving it.
 
     model, corpus   what is trained, and on what; UserError if the reference is not of the same vocabulary
-    place           how it is put onto the device, if in another way than whole
+    place           puts it onto the device where that is not done whole: sharded over ranks
     identity        {"path", "sha256"}, which checkpoints record
     """
 

@@ -10,12 +10,12 @@ ADVICE = "A lower optimizer.lr or a longer warm-up may help"
 
 
 class Skips:
-    """The steps that are skipped. Under `stop` none is, and nothing waits for the device to ask; nor under float16's
-    loss scaling, which skips by itself the steps at which it has scaled too far."""
+    """The steps that are skipped. Under `stop` none is, and nothing waits for the device to ask. Those that float16's
+    loss scaling would skip by itself, having scaled too far, are among them."""
 
-    def __init__(self, config: Config, scaled: bool, before: dict[str, int] | None):
+    def __init__(self, config: Config, before: dict[str, int] | None):
         self._limit = config.training.nonfinite_limit
-        self._on = config.training.on_nonfinite == "skip" and not scaled
+        self._on = config.training.on_nonfinite == "skip"
         self.count = {"total": 0, "in_a_row": 0} | (before or {})
 
     def skip(self, step: int, grad_norm: Tensor, say) -> bool:
@@ -24,7 +24,7 @@ class Skips:
         if not self._on or grad_norm.isfinite():
             self.count["in_a_row"] = 0
             return False
-        if self.count["in_a_row"] == self._limit:
+        if self.count["in_a_row"] >= self._limit:
             raise UserError(
                 f"step {step}: gradient norm {grad_norm.item():g}, after training.nonfinite_limit, {self._limit}, "
                 f"steps in a row that were skipped; stopped, and the last checkpoint is kept. {ADVICE}"

@@ -4,9 +4,9 @@ Under FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`) a parameter is a DTensor
 block's matrices are gathered when it runs, forward and backward, and dropped behind it; the embeddings, the last norm
 and the head stay gathered from the forward to the backward pass. Optimizers work on the shards.
 
-What travels and is multiplied under bfloat16 are the blocks' matrices in that type; their norms, as all that lies
-outside of the blocks, stay float32, and gradients are summed in float32: as autocast has it under DDP. The biases and
-what a normalizer learns travel in bfloat16 with the matrices beside them.
+Under bfloat16 the blocks' matrices are gathered and multiplied in that type. Norms, and all parameters outside of the
+blocks, stay float32, and gradients are summed in float32, as under DDP with autocast. Unlike there, a block's biases
+and what its normalizer learns are gathered in bfloat16, beside the matrices.
 """
 
 import contextlib
@@ -56,14 +56,14 @@ def shard(model: GPT, ranks: Ranks, dtype: torch.dtype) -> None:
             fully_shard([m for m in block.modules() if isinstance(m, nn.LayerNorm | nn.RMSNorm)], mesh=mesh)
         fully_shard(block, mesh=mesh, mp_policy=policy)
     root: Any = fully_shard(model, mesh=mesh)
-    # What is outside of the blocks waits, gathered, for the backward pass; where none will come it is dropped.
+    # What is outside of the blocks stays gathered until the backward pass; without one to come, it is dropped here.
     root.register_forward_hook(lambda *_: None if torch.is_grad_enabled() else root.reshard())
 
 
 @contextlib.contextmanager
 def looked_into(sharded: bool, autocast) -> Iterator[None]:
-    """In here the layers of a model can be watched, which are as they always are but where it is `sharded`: its blocks
-    are in autocast's dtype, and perhaps compiled."""
+    """A block in which a model's layers can be watched by hooks. A `sharded` model's blocks may be compiled and are in
+    autocast's dtype, so in here it runs under autocast and not compiled."""
     with contextlib.ExitStack() as stack:
         if sharded:
             stack.enter_context(autocast)
@@ -98,7 +98,7 @@ def like(whole: Tensor, parameter: Any) -> Tensor:
 
 
 def own_part(x: Any) -> Tensor:
-    """What this rank has of it."""
+    """This rank's share of a sharded tensor; any other tensor itself."""
     return x.to_local() if is_sharded(x) else x
 
 

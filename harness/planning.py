@@ -3,7 +3,7 @@
 Memory has its peak at one of a few moments of a step: while the loss is computed or goes back, in the backward pass of
 the last block (all activations are there) or of the first (all gradients are), or in the optimizer's step. `Plan` adds
 up, for each moment, what is alive then, kind by kind; the peak is the largest sum. A tensor of n tokens and C channels
-has 4·n·C bytes in the residual stream, which is float32, and half·n·C where matrix products read it.
+has 4·n·C bytes in the residual stream, which is float32, and itemsize·n·C where matrix products read it.
 
 What is counted is what autograd keeps of the operations in model.py and kernels/, so that a change there wants one
 here: tests/harness/test_planning.py compares the sums with what PyTorch allocates. Two parts are not added up by hand
@@ -60,7 +60,7 @@ class Plan:
         self.by_weights = c.feedback in ("backprop", "dfa")  # by which errors go back, so that they are kept until then
         self.sharded, self.recomputed = c.parallel == "fsdp" and gpus > 1, c.checkpoint_activations
         self.dtype = choose_dtype("bfloat16" if device == "cuda" and c.dtype == "auto" else c.dtype, on)
-        self.half = self.dtype.itemsize
+        self.itemsize = self.dtype.itemsize
         self.model = _without_memory(tuple(asdict(shape).items()))
         self.parameters = sum(p.numel() for p in self.model.parameters())  # a shared embedding counts once
         self.of_block = sum(p.numel() for p in self.model.transformer.h[0].parameters())
@@ -98,19 +98,19 @@ class Plan:
     @cached_property
     def block(self) -> Bytes:
         """What a block keeps of a micro-batch for its backward pass."""
-        c, n, half = self.shape, self.tokens, self.half
+        c, n, itemsize = self.shape, self.tokens, self.itemsize
         C, inner, T = c.n_embd, c.resolved()["n_inner"], c.block_size
         q, kv = c.n_head * c.head_size, c.kv_heads * c.head_size  # channels
         in_parts = 4 * self.by_parts  # of RMSNorm, where what is scaled is kept too
         kept: Bytes = Counter()
         kept["residual stream"] = 4 * n * C * (1 if c.parallel_residual else 2)
         # Each linear layer casts its input by itself, and two read the same one.
-        casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (half < 4 and not self.compiled)
-        kept["norms"] = n * C * half * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * in_parts)
-        kept["MLP"] = n * half * inner * (2 if c.mlp == "gelu" else 4 - self.compiled)
-        kept["dropout masks"] = n * C * self._mask(half) * (c.dropout > 0)
+        casts = ((c.mlp == "swiglu") + (c.gate != "none")) * (itemsize < 4 and not self.compiled)
+        kept["norms"] = n * C * itemsize * (2 + casts) + 2 * n * (8 if c.norm == "layernorm" else 4 + C * in_parts)
+        kept["MLP"] = n * itemsize * inner * (2 if c.mlp == "gelu" else 4 - self.compiled)
+        kept["dropout masks"] = n * C * self._mask(itemsize) * (c.dropout > 0)
         if self.attention:
-            kept["attention, T × T"] = self.attention.kept + n * half * q  # what c_proj reads
+            kept["attention, T × T"] = self.attention.kept + n * itemsize * q  # what c_proj reads
             return kept
         kept["dropout masks"] *= 2
         qkv, has_null_key = q + 2 * kv, "null_key" in NORMALIZERS[c.normalizer].parameters
@@ -119,15 +119,15 @@ class Plan:
         elif c.position == "rope":
             qkv += q + kv  # beside what they are rotated from, which v is a part of
         qkv += q * (NORMALIZERS[c.normalizer].queries is not None)
-        kept["queries, keys, values"] = n * half * qkv
+        kept["queries, keys, values"] = n * itemsize * qkv
         if c.qk_norm:  # in float32
-            as_input = 4 * (half < 4 and not self.compiled)
-            as_output = half * (c.position == "learned")
+            as_input = 4 * (itemsize < 4 and not self.compiled)
+            as_output = itemsize * (c.position == "learned")
             kept["queries, keys, values"] += n * (q + kv) * (in_parts + as_input + as_output)
         copies = 1 + (c.normalizer == "clipped") + has_null_key
         copies += self.dtype == torch.float32 and self.device == "cpu" and c.position == "rope" and not native()
-        kept["attention's output"] = n * half * q * copies + 4 * n * c.n_head  # and the logsumexp
-        kept["gate"] = n * half * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
+        kept["attention's output"] = n * itemsize * q * copies + 4 * n * c.n_head  # and the logsumexp
+        kept["gate"] = n * itemsize * {"none": 0, "head": c.n_head + q, "element": 2 * q}[c.gate]
         return kept
 
     def _mask(self, width: int) -> int:
@@ -138,7 +138,7 @@ class Plan:
     def around(self) -> Bytes:
         """Activations outside of blocks, from the embedding to the loss."""
         c, n, C = self.shape, self.tokens, self.shape.n_embd
-        held = Bytes({"residual stream": 4 * n * C, "norms": n * C * self.half})
+        held = Bytes({"residual stream": 4 * n * C, "norms": n * C * self.itemsize})
         held["norms"] += 4 * n * C * (c.norm == "rmsnorm" and self.by_parts)
         held["dropout masks"] = n * C * self._mask(4) if c.dropout else 0
         return held
@@ -172,7 +172,7 @@ class Plan:
         }
         base, alive = base + logits, alive + logits
         if self.attention:
-            own = inputs + Bytes({"norms": n * c.n_embd * self.half, "attention, T × T": self.attention.forward})
+            own = inputs + Bytes({"norms": n * c.n_embd * self.itemsize, "attention, T × T": self.attention.forward})
             before = base + former + times(kept, L - 1) + (cached or copies)
             found["the last block, forward"] = before + own + sharding["forward"]
 
@@ -205,7 +205,7 @@ class Plan:
         computes, and in the backward pass those of the next one already. When a block is done, its gradients in
         float32, to be summed over the ranks while the next one computes. On CPUs gloo copies what it moves.
         """
-        root, block, sums = 4 * self.of_root, self.half * self.of_block, 4 * self.of_block
+        root, block, sums = 4 * self.of_root, self.itemsize * self.of_block, 4 * self.of_block
         gloo = self.device == "cpu"
         sizes = {
             "root": root,
@@ -223,24 +223,25 @@ class Plan:
     @cached_property
     def _loss(self) -> tuple[Bytes, Bytes, Bytes]:
         """What the head and the loss take forward and backward, and what is held until the next step's."""
-        c, n, half, V = self.shape, self.tokens, self.half, self.shape.vocab_size
-        head, copy = 4 * self.of_head, self.of_head * half * (half < 4)  # its gradient; its weight in half
-        outputs = 4 * n * c.n_embd * (half < 4 and not self.compiled)  # of the last norm, before they are cast
+        c, n, itemsize, V = self.shape, self.tokens, self.itemsize, self.shape.vocab_size
+        head = 4 * self.of_head  # its gradient
+        copy = self.of_head * itemsize * (itemsize < 4)  # its weight as autocast copies it
+        outputs = 4 * n * c.n_embd * (itemsize < 4 and not self.compiled)  # of the last norm, before they are cast
         if not self.config.kl.reference and self.config.training.feedback == "backprop":
             # By chunks of rows: the sums that become the gradients of x and of the head's weight, and a chunk's logits,
             # which on a CPU become log p in another tensor. Backward, both sums are multiplied into new tensors.
             chunks = -(-n // ROWS[self.device])
             rows = min(n, -(-n // (128 * chunks)) * 128)
-            chunk = rows * V * (half if self.device == "cuda" else 8 if half == 4 else 10)
-            forward = Bytes({"loss": n * c.n_embd * half + head + chunk + copy, "norms": outputs})
-            return forward, Bytes({"loss": 2 * (n * c.n_embd * half + head)}), Bytes()
+            chunk = rows * V * (itemsize if self.device == "cuda" else 8 if itemsize == 4 else 10)
+            forward = Bytes({"loss": n * c.n_embd * itemsize + head + chunk + copy, "norms": outputs})
+            return forward, Bytes({"loss": 2 * (n * c.n_embd * itemsize + head)}), Bytes()
         # All logits at once: train.py holds the last ones until it has the next.
-        logits = Bytes({"logits": n * V * half})
+        logits = Bytes({"logits": n * V * itemsize})
         with FakeTensorMode():
             targets = torch.empty(n, dtype=torch.int64)
             x, reference = (torch.empty(n, V, dtype=self.dtype, requires_grad=grad) for grad in (True, False))
             followed = follow(lambda x: self._loss_of(x, reference, targets), x, known=(reference, targets))
-        beside = Bytes({"loss": copy, "KL reference": n * V * half * bool(self.config.kl.reference)}) + logits
+        beside = Bytes({"loss": copy, "KL reference": n * V * itemsize * bool(self.config.kl.reference)}) + logits
         forward = beside + Bytes({"loss": followed.forward, "norms": outputs})
         beside["loss"] = copy * self.by_weights
         return forward, beside + Bytes({"loss": followed.backward}), logits
@@ -256,21 +257,21 @@ class Plan:
     @property
     def _copies(self) -> Bytes:
         """A block's weights as autocast gives them to matrix products."""
-        if self.sharded or self.half == 4:
+        if self.sharded or self.itemsize == 4:
             return Bytes()
         linear = [m for m in self.model.transformer.h[0].modules() if isinstance(m, nn.Linear)]
         name = f"weights in {self.dtype}".replace("torch.", "")
-        return Bytes({name: self.half * sum(p.numel() for m in linear for p in m.parameters())})
+        return Bytes({name: self.itemsize * sum(p.numel() for m in linear for p in m.parameters())})
 
     @property
     def _at_work(self) -> list[tuple[str, Bytes, Bytes]]:
-        """What a block's backward makes, and what it has let go of by then: of the gradient of the residual stream, of
-        the MLP's hidden layer (of swiglu's three), of its weight; or in attention that is materialized."""
-        c, n, half = self.shape, self.tokens, self.half
+        """(part of a block, what its backward pass makes, what of the block is freed by then): of the MLP, gradients of
+        the residual stream, of its hidden layer (of swiglu's two) and of a weight; of attention, if materialized."""
+        c, n, itemsize = self.shape, self.tokens, self.itemsize
         C, inner = c.n_embd, c.resolved()["n_inner"]
-        gradient = n * C * (4 + half * (half < 4 or c.dropout > 0 or self.config.training.feedback == "dfa"))
-        hidden = n * inner * half * (1 if c.mlp == "gelu" else 2)
-        found = [("MLP", Bytes({"at work": gradient + hidden + C * inner * half}), Bytes())]
+        gradient = n * C * (4 + itemsize * (itemsize < 4 or c.dropout > 0 or self.config.training.feedback == "dfa"))
+        hidden = n * inner * itemsize * (1 if c.mlp == "gelu" else 2)
+        found = [("MLP", Bytes({"at work": gradient + hidden + C * inner * itemsize}), Bytes())]
         if self.attention:
             work = self.attention.backward - self.attention.kept + 4 * n * C
             done = Bytes({"MLP": self.block["MLP"], "norms": self.block["norms"] // 2})
@@ -284,7 +285,7 @@ class Plan:
         layer's outputs, with the logits' gradient, which is there until the next."""
         how, linears = self.config.training.feedback, [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         to_each = self.shape.vocab_size * sum(m.out_features for m in linears if m is not self.model.lm_head)
-        error = self.tokens * self.shape.vocab_size * self.half
+        error = self.tokens * self.shape.vocab_size * self.itemsize
         return {"fa": 4 * sum(m.weight.numel() for m in linears), "dfa": 4 * to_each + error}.get(how, 0)
 
     @property
@@ -320,13 +321,13 @@ class Plan:
         """Bytes that a device sends in a step, and receives, by rings: kind → bytes."""
         if self.gpus == 1:
             return {}
-        others, blocks = (self.gpus - 1) / self.gpus, self.half * self.shape.n_layer * self.of_block
+        others, blocks = (self.gpus - 1) / self.gpus, self.itemsize * self.shape.n_layer * self.of_block
         if not self.sharded:
             return {"all-reduce of the gradients, float32": 2 * others * 4 * self.parameters}
-        again, half = others * self.micro_steps, str(self.dtype).removeprefix("torch.")
+        again, name = others * self.micro_steps, str(self.dtype).removeprefix("torch.")
         return {
             "all-gather of what is outside of blocks, float32": again * 4 * self.of_root,
-            f"all-gather of the blocks before each pass, {half}": again * 2 * blocks,
+            f"all-gather of the blocks before each pass, {name}": again * 2 * blocks,
             "reduce-scatter of the gradients, float32": again * 4 * self.parameters,
         }
 

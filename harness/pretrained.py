@@ -59,7 +59,7 @@ def load_hf(name_or_folder: str) -> GPT:
         raise UserError(f"{source}: {empty[0]} is truncated: there is nothing in it")
     try:
         count, size = parameter_count(config), sum(sizes.values())
-        # At least two bytes each, and the names of a layer's weights; what a small file lacks is named below.
+        # A parameter takes two bytes or more, and a layer's names a hundred; what a small file lacks is named below.
         if max(count, 100 * config.n_layer) > size + 100_000:
             what = f"a GPT of {config.n_layer} layers, {config.n_embd} wide, with {count:,} parameters"
             raise ValueError(f"the weights lack most of {what}: they are {size:,} bytes")
@@ -70,7 +70,7 @@ def load_hf(name_or_folder: str) -> GPT:
         model.lm_head.weight = model.transformer.wte.weight
     try:
         _fill(model, family, (item for path in sizes for item in _read_file(path, source)))
-    except (ValueError, RuntimeError) as e:  # the latter for what is otherwise no plain weight
+    except (ValueError, RuntimeError) as e:  # the latter for tensors that are no plain weights
         raise UserError(f"{source}: its weights and its config.json do not fit together: {e}") from e
     return model
 
@@ -213,7 +213,9 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
     """A file in the folder, or of the model of that name on the hub, from its cache or fetched; None if it has none."""
     folder = Path(name_or_folder).expanduser()
     if folder.is_dir():
-        return folder / filename if os.path.exists(folder / filename) else None  # not where its name is none, either
+        return (
+            folder / filename if os.path.exists(folder / filename) else None
+        )  # False, too, for a name that no file can have
     hub = _import("huggingface_hub.errors")
     try:
         return Path(hub.hf_hub_download(name_or_folder, filename))
@@ -244,7 +246,7 @@ def tokenizer_of(name_or_folder: str) -> dict[str, Any] | None:
                     return _hugging_face(name_or_folder, content).describe()
             except UserError as e:
                 problem = str(e)
-            except (TypeError, ValueError, AttributeError, KeyError):  # something else by that name
+            except (TypeError, ValueError, AttributeError, KeyError):  # a file of that name that is something else
                 pass
             return {"tokenizer": f"of its own ({file})", "problem": problem}
     return None

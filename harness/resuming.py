@@ -45,7 +45,12 @@ _HOW = re.compile(
     r"training\.(max_steps|checkpoint_interval|keep_interval|micro_batch_size|device|compile|"
     r"parallel|checkpoint_activations|nonfinite_limit|deterministic)"
 )
-_WHERE = ("run.name", "run.out_dir", "training.resume", "training.overwrite")  # what a checkpoint may be found under
+_WHERE = (
+    "run.name",
+    "run.out_dir",
+    "training.resume",
+    "training.overwrite",
+)  # these may change: they say where a checkpoint is found
 
 _FREE = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}  # with init_from, chosen anew
 
@@ -56,9 +61,9 @@ def _is_number(x: Any) -> bool:
     return type(x) in (int, float) and not math.isnan(x)
 
 
-# What a resume takes from a checkpoint, beside what is checked of every one, and what it has to be.
+# Keys that only a resume reads → whether a value is of the right kind; checkpoint.py has those of every checkpoint.
 _SCALER = torch.amp.GradScaler("cpu").state_dict().keys()
-_HELD: dict[str, Callable[[Any], bool]] = {
+_CHECKS: dict[str, Callable[[Any], bool]] = {
     "best_val_loss": _is_number,
     "scaler": lambda x: is_mapping(x, int | float) and (not x or (x.keys() == _SCALER and min(x.values()) >= 0)),
     "skipped": lambda x: is_mapping(x, int) and x.keys() == {"total", "in_a_row"} and min(x.values()) >= 0,
@@ -83,7 +88,7 @@ def checkpoint_to_resume(config: Config) -> dict | None:
         checkpoint = read_checkpoint(path)
         needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")
         lacking = [key for key in needed if key not in checkpoint]
-        wrong = [key for key, fits in _HELD.items() if key in checkpoint and not fits(checkpoint[key])]
+        wrong = [key for key, fits in _CHECKS.items() if key in checkpoint and not fits(checkpoint[key])]
         if lacking or wrong:
             problem = f"has no {', '.join(lacking)}" if lacking else f"has a {wrong[0]} that no run has written"
             raise config.error("training.resume", f"{path} {problem}: {AS_INIT_FROM}")

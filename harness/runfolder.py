@@ -6,14 +6,15 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from harness.errors import UserError
 from harness.files import NOT_OFFERED, remove_leftovers
 
 _OURS = ("config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "shards", "steps", "curves.png", "wandb", "diagnostics")
-# Where a former run lies while another takes its place: the first while its files move, in either direction; the second
-# when all of them are there; the third when the other run has begun, and the former may go. A folder is renamed at
-# once, so that a kill at any moment leaves it plain which run the files in place are of.
+# Folders for the files of a former run while another takes its place: .moving while they are moved, in or out; .former
+# when all of them are in it; .replaced when the other run has begun and they may be deleted. A folder is renamed in one
+# step, so that after a kill at any moment its name tells which run the files outside of it are of.
 _MOVING, _FORMER, _REPLACED = ".moving", ".former", ".replaced"
 
 
@@ -31,10 +32,9 @@ class RunFolder:
             raise UserError(
                 f"cannot write to the run's folder {folder}: {e.strerror}; choose another run.out_dir"
             ) from e
-        for name in ("config.yaml", "metrics.jsonl", "*.pt", "steps/*.pt"):  # which the lock's owner alone writes
-            remove_leftovers(folder, name, owned=True)
-        for name in ("curves.png", "wandb/run.json", "diagnostics/*"):  # scripts write these, and may do so just now
-            remove_leftovers(folder, name)
+        # Only the lock's owner writes the first four. Scripts write the others, and may do so just now.
+        remove_leftovers(folder, "config.yaml", "metrics.jsonl", "*.pt", "steps/*.pt", owned=True)
+        remove_leftovers(folder, "curves.png", "wandb/run.json", "diagnostics/*")
         self._bring_back()
 
     def kept(self, step: int) -> Path:
@@ -59,8 +59,8 @@ class RunFolder:
         shutil.rmtree(former.rename(self.path / _REPLACED), ignore_errors=True)
 
     def _bring_back(self) -> None:
-        """Undo a `cleared` that failed or was killed, with whatever was written since. Killed itself, it can be
-        repeated."""
+        """Undo a `cleared` that failed or was killed: remove what was written since, put the former files back. If this
+        is killed too, the next start does it again."""
         moving, former = self.path / _MOVING, self.path / _FORMER
         if former.exists():
             for name in run_files(self.path):
@@ -76,7 +76,7 @@ class RunFolder:
         return self
 
     def __exit__(self, *_) -> None:
-        with contextlib.suppress(OSError):  # the folder has gone, say: an error on its account would hide the run's
+        with contextlib.suppress(OSError):  # the folder has gone, say: an error here would hide the run's own
             if [p.name for p in self.path.iterdir()] == [".lock"]:  # nothing was written: leave no trace
                 (self.path / ".lock").unlink()
                 if self._made:
@@ -85,8 +85,8 @@ class RunFolder:
 
 
 def _locked(folder: Path) -> int:
-    """The descriptor of `folder`'s .lock, which holds the owner's process id. UserError if another process has it, or
-    if it is something else: it may lead to a file of the user's, which is not to be written to."""
+    """The descriptor of `folder`'s .lock, which holds the owner's process id. UserError if another process holds the
+    lock, or if the file is no lock: it may be a link to a user's file, which is not to be written to."""
     path = folder / ".lock"
     while True:
         foreign = UserError(f"{path} is not the lock of a run: move it away, or choose another run.name")
@@ -112,10 +112,21 @@ def _locked(folder: Path) -> int:
             if os.path.samestat(path.stat(), os.fstat(lock)):
                 break
         os.close(lock)  # its owner has just removed it, and left
-    with contextlib.suppress(OSError):  # a full disk: others are refused without the number
+    with contextlib.suppress(OSError):  # a full disk: others are then told no process id
         os.ftruncate(lock, 0)
         os.pwrite(lock, str(os.getpid()).encode(), 0)
     return lock
+
+
+def remove_shards(folder: Path, named: Any = None) -> None:
+    """Remove the sharded checkpoints in a run's folder but the one that its ckpt.pt names, as its `shards`: those that
+    it has replaced, and those of processes that were killed before they had written all. What else lies there stays."""
+    kept = named.get("folder") if isinstance(named, dict) else None
+    for path in (folder / "shards").glob("*"):
+        if path.name.isdecimal() and f"shards/{path.name}" != kept and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+    with contextlib.suppress(OSError):  # it is not there, or not empty
+        (folder / "shards").rmdir()
 
 
 def _remove(path: Path) -> None:

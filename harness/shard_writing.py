@@ -16,7 +16,9 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -28,22 +30,51 @@ from harness.shards import BLOCK, META, IdFile, digest, files_of
 
 SHARD_BYTES = 1 << 30
 _JOURNAL, _PART = "unfinished.json", "part"
-_JOURNAL_SECONDS = 10.0  # as much work is lost where the process is killed
+_JOURNAL_SECONDS = 10.0  # between two saves: what a kill costs at most
 _NAME = r"(?:train|val)(?:_\d{5,})?\.(?:bin|crc)"  # of the files that are this module's to remove
+NAMES = (META, _JOURNAL, *(f"{split}{rest}" for split in ("train", "val") for rest in (".bin", "_*.bin", "_*.crc")))
+"""patterns of the files that this module writes under temporary names"""
 
 
 class Unusable(Exception):
     """What an interrupted prepare has left is not what its journal says."""
 
 
+class Checksums:
+    """The sha256 of bytes, and the CRC-32 of each BLOCK of them."""
+
+    def __init__(self) -> None:
+        self.size, self._sha256, self._crc = 0, hashlib.sha256(), 0
+        self._table: list[int] = []  # of the blocks so far
+
+    def update(self, data: memoryview) -> Any:
+        """A sha256 object of the bytes up to here."""
+        self._sha256.update(data)
+        while data:
+            part = data[: BLOCK - self.size % BLOCK]
+            self._crc = zlib.crc32(part, self._crc)
+            self.size += len(part)
+            if self.size % BLOCK == 0:
+                self._table.append(self._crc)
+                self._crc = 0
+            data = data[len(part) :]
+        return self._sha256.copy()
+
+    def table(self) -> bytes:
+        return np.array(self._table + [self._crc] * (self.size % BLOCK > 0), "<u4").tobytes()
+
+
 class SplitWriter:
     """The files of a split while it is written: `train.bin.<suffix>`, then shard after shard. With a `state` it goes on
-    where the writer stood from which that was taken, whatever has been written since; Unusable if it cannot."""
+    where the writer stood from which that was taken, whatever has been written since; Unusable if it cannot.
+
+    Threads write, make the checksums and see that full shards are on the disk, beside the one that calls."""
 
     def __init__(self, folder: Path, split: str, suffix: str, shard_bytes: int, state: dict | None = None):
         self.folder, self.split, self.suffix = folder, split, suffix
         self.shard_bytes = max(8, shard_bytes // 8 * 8)
         self.shards: list[dict[str, Any]] = []  # those that are full
+        self._threads, self._flushed = ThreadPoolExecutor(3), deque[Future]()
         if state:
             self._go_on(state)
         else:
@@ -54,20 +85,19 @@ class SplitWriter:
         return self.folder / f"{name}.{kind}.{self.suffix}"
 
     def _begin(self, mode: str = "wb") -> None:
-        self._file: Any = open(self._path(len(self.shards)), mode)  # noqa: SIM115 (`close` and `_end` close it)
-        self._sha256, self._size, self._crc = hashlib.sha256(), 0, 0
-        self._table: list[int] = []  # the CRC-32 of the blocks so far
+        self._file: Any = open(self._path(len(self.shards)), mode)  # noqa: SIM115 (`close` and `_flush` close it)
+        self._size, self._checksums = 0, Checksums()
+        self._add(memoryview(b""))
 
     def _add(self, data: memoryview) -> None:
-        self._sha256.update(data)
-        while data:
-            part = data[: BLOCK - self._size % BLOCK]
-            self._crc = zlib.crc32(part, self._crc)
-            self._size += len(part)
-            if self._size % BLOCK == 0:
-                self._table.append(self._crc)
-                self._crc = 0
-            data = data[len(part) :]
+        self._written = self._threads.submit(self._file.write, data)
+        self._sha256 = self._threads.submit(self._checksums.update, data)
+        self._size += len(data)
+
+    def _wait(self) -> Any:
+        """For what was added last; the sha256 up to there."""
+        self._written.result()
+        return self._sha256.result()
 
     def write(self, ids: np.ndarray) -> None:
         data = memoryview(ids).cast("B")
@@ -76,34 +106,33 @@ class SplitWriter:
                 self._end()
                 self._begin()
             part = data[: self.shard_bytes - self._size]
-            self._file.write(part)
+            self._wait()
             self._add(part)
             data = data[len(part) :]
 
-    def _checksums(self) -> bytes:
-        return np.array(self._table + [self._crc] * (self._size % BLOCK > 0), "<u4").tobytes()
-
     def _end(self) -> None:
-        self.sync()
-        self._file.close()
-        checksums = self._checksums()
-        path = self._path(len(self.shards), "crc")
-        path.write_bytes(checksums)
-        flush(path)
-        about = {"bytes": self._size, "sha256": self._sha256.hexdigest(), "crc": hashlib.sha256(checksums).hexdigest()}
-        self.shards.append(about)
+        sha256, table = self._wait().hexdigest(), self._checksums.table()
+        self._flushed.append(self._threads.submit(_flush, self._file, self._path(len(self.shards), "crc"), table))
+        self.shards.append({"bytes": self._size, "sha256": sha256, "crc": hashlib.sha256(table).hexdigest()})
 
     def sync(self) -> None:
+        while self._flushed:
+            self._flushed.popleft().result()
+        self._wait()
         self._file.flush()
-        os.fsync(self._file.fileno())
+        flush(self._file.fileno())
 
     def finish(self, itemsize: int) -> tuple[dict, dict[Path, IdFile]]:
         """What meta.json says of the files, and each file with the description of what it becomes."""
         if not self.shards:
+            about = {"sha256": self._wait().hexdigest()}
             self._file.close()
-            about = {"sha256": self._sha256.hexdigest(), "crc32": base64.b64encode(self._checksums()).decode()}
+            about["crc32"] = base64.b64encode(self._checksums.table()).decode()
             return about, {self._path(0): IdFile(self.folder / f"{self.split}.bin", 0, about["sha256"])}
         self._end()
+        self._threads.shutdown()
+        while self._flushed:
+            self._flushed.popleft().result()
         shards, files = [], {}
         for number, shard in enumerate(self.shards):
             ids, crc = (f"{self.split}_{number:05d}.{kind}" for kind in ("bin", "crc"))
@@ -117,6 +146,7 @@ class SplitWriter:
         return {"sha256": together.hexdigest(), "shards": shards}, files
 
     def close(self) -> None:
+        self._threads.shutdown()
         self._file.close()
 
     def remove(self) -> None:
@@ -126,8 +156,10 @@ class SplitWriter:
             for kind in ("bin", "crc"):
                 self._path(number, kind).unlink(missing_ok=True)
 
-    def state(self) -> dict:
-        return {"shards": list(self.shards), "bytes": self._size, "sha256": self._sha256.hexdigest()}
+    def state(self) -> Callable[[], dict]:
+        """Gives what a writer needs to go on from here; whether the checksums have come so far matters only then."""
+        shards, size, sha256 = list(self.shards), self._size, self._sha256
+        return lambda: {"shards": shards, "bytes": size, "sha256": sha256.result().hexdigest()}
 
     def _go_on(self, state: dict) -> None:
         self.shards, path = state["shards"], self._path(len(state["shards"]))
@@ -140,13 +172,24 @@ class SplitWriter:
             self._begin("r+b")
         except OSError as error:
             raise Unusable(error) from error
-        while part := self._file.read(min(BLOCK, state["bytes"] - self._size)):
-            self._add(memoryview(part))
-        if (self._size, self._sha256.hexdigest()) != (state["bytes"], state["sha256"]):
-            self._file.close()
+        sha256 = self._wait()
+        while part := self._file.read(min(1 << 20, state["bytes"] - self._checksums.size)):
+            sha256 = self._checksums.update(memoryview(part))
+        self._size = self._checksums.size
+        if (self._size, sha256.hexdigest()) != (state["bytes"], state["sha256"]):
+            self.close()
             raise Unusable(path)
         self._file.truncate(self._size)
         self._file.seek(self._size)
+
+
+def _flush(file: Any, path: Path, table: bytes) -> None:
+    """A full shard and its checksums, which go to `path`, are on the disk."""
+    file.flush()
+    flush(file.fileno())
+    file.close()
+    path.write_bytes(table)
+    flush(path)
 
 
 # --- swapping ---------------------------------------------------------------------------------------------------------
@@ -183,7 +226,7 @@ def swap(folder: Path, files: dict[Path, IdFile], meta: dict) -> None:
 
 
 def _settle(folder: Path) -> None:
-    """Put the files in their places that wait for it by the meta.json here, and remove those that belong to another."""
+    """Put the files that wait for the present meta.json in their places, and remove those of any other corpus."""
     meta = {}
     with suppress(OSError, ValueError):
         meta = json.loads((folder / META).read_text(encoding="utf-8"))
@@ -204,21 +247,9 @@ def _settle(folder: Path) -> None:
 
 
 def former_files(folder: Path) -> list[Path]:
-    """The files of a corpus that is in the folder, or was to be."""
+    """The files of a corpus in the folder, finished or not."""
     names = rf"(?:{_NAME}|{re.escape(META)}|{re.escape(_JOURNAL)})(?:\.\w+\.(?:tmp|new)|\.{_PART})?"
     return [path for path in folder.glob("*") if re.fullmatch(names, path.name)]
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove temporary files of a writer that was killed; one that still runs keeps its own."""
-    for path in folder.glob("*.tmp"):
-        if match := re.fullmatch(rf"(?:{_NAME}|{re.escape(META)}|{re.escape(_JOURNAL)})\.(\d+)\.tmp", path.name):
-            try:
-                os.kill(int(match[1]), 0)  # signal 0 only asks whether the process exists
-            except ProcessLookupError:
-                path.unlink(missing_ok=True)
-            except PermissionError:
-                pass  # it exists, and is another user's
 
 
 # --- continuing -------------------------------------------------------------------------------------------------------
@@ -249,7 +280,7 @@ class Journal:
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
                     return cls(folder, lock, arguments)
-            lock.close()  # it was another's, which has removed it
+            lock.close()  # its owner has just removed it: try again
 
     def go_on(self, folder: Path, counts: dict, documents, shard_bytes: int) -> dict[str, SplitWriter]:
         """The writers of the splits, `counts` and `documents` as they were left, or where there is nothing to continue,
@@ -296,7 +327,8 @@ class Journal:
         if self._now:
             for writer in writers.values():
                 writer.sync()
-            write_text(self.path, json.dumps(self._now | {"checksum": digest(self._now)}))
+            now = self._now | {"files": {split: state() for split, state in self._now["files"].items()}}
+            write_text(self.path, json.dumps(now | {"checksum": digest(now)}))
             self._saved = time.monotonic()
 
     def close(self) -> None:
@@ -304,8 +336,8 @@ class Journal:
 
 
 def remove_unfinished(folder: Path, journal: Journal | None) -> None:
-    """Remove what is left of a prepare that could have been continued, after a corpus has been put there; `journal` is
-    this process's own, whose files are part of that corpus. One that still runs keeps its files."""
+    """Remove what an interrupted prepare left to be continued, now that a corpus is there. A prepare that still runs
+    keeps its files. `journal`: this process's own, whose files have become the corpus."""
     if journal:
         journal.path.unlink(missing_ok=True)
     elif (folder / f"train.bin.{_PART}").exists() and (journal := Journal.open(folder, {})):

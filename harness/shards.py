@@ -1,17 +1,19 @@
 """The ids of a corpus's split, in one file or in several: opened where they are touched, checked block by block.
 
-A split is `train.bin`, or above a size the shards `train_00000.bin`, `train_00001.bin`, … of equal length. What
-meta.json says of either, beside its `tokens` and `sha256`, is the CRC-32 of each BLOCK of its bytes: in base64, or for
-a shard as {"file": "train_00000.crc", "sha256": …}, little-endian uint32 in a file of their own. So opening reads no
+A split is `train.bin`, or above a size the shards `train_00000.bin`, `train_00001.bin`, … of equal length. meta.json
+has `tokens` and `sha256` of each file, and as its `crc32` the CRC-32 of each BLOCK of its bytes: in base64, or for a
+shard {"file": "train_00000.crc", "sha256": …}, which names a file of them, little-endian uint32. So opening reads no
 ids, whatever their number, and no id is returned from a block whose checksum differs.
 """
 
 import base64
 import hashlib
+import io
 import json
 import mmap
 import os
 import resource
+import threading
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -37,21 +39,28 @@ class IdFile(NamedTuple):
 
     @property
     def waiting(self) -> Path:
-        """Its name until it is in its place."""
+        """Its path while it waits to take the place of a former file, see harness/shard_writing.py."""
         return self.path.with_name(f"{self.path.name}.{str(self.sha256)[:16]}.new")
 
     def find(self) -> Path:
         """Where it is now."""
         return self.waiting if self.sha256 and self.waiting.exists() else self.path
 
+    def open(self) -> io.FileIO:
+        try:
+            return open(self.find(), "rb", buffering=0)
+        except FileNotFoundError:  # it has been put in its place in between
+            return open(self.find(), "rb", buffering=0)
+
     def checksums(self) -> np.ndarray | None:
-        """The CRC-32 of each block, uint32; None where they were not written down. ValueError for others than those
-        that meta.json tells of."""
+        """The CRC-32 of each block, uint32; None where meta.json has none. ValueError if the file of them that it names
+        is another."""
         if self.crc32 is None:
             return None
         if isinstance(self.crc32, dict):
             table = IdFile(self.path.parent / self.crc32["file"], 0, self.crc32["sha256"])
-            content = table.find().read_bytes()
+            with table.open() as file:
+                content = file.read()
             if hashlib.sha256(content).hexdigest() != table.sha256:
                 raise ValueError(f"{table.path.name} is not the file that {META} describes")
         else:
@@ -67,7 +76,7 @@ def files_of(folder: Path, split: str, about: dict) -> list[IdFile]:
 
 
 def digest(meta: dict) -> str:
-    """The sha256 of what stands in a meta.json before its `checksum`: what a user adds at its end is theirs."""
+    """The sha256 of what stands in a meta.json before its `checksum`: keys behind that are a user's own."""
     keys = list(meta)
     before = {key: meta[key] for key in keys[: keys.index("checksum") if "checksum" in meta else None]}
     return hashlib.sha256(json.dumps(before).encode()).hexdigest()
@@ -76,14 +85,16 @@ def digest(meta: dict) -> str:
 class Tokens:
     """The ids of a split, read-only: (tokens,) of `dtype`, indexed by integers, slices and integer arrays of any shape.
 
-    A file is mapped when it is first touched, and each of its blocks checked when *it* is: `broken(name, problem)` is
-    the error where its checksum differs, or an id is none of `vocab_size`.
+    A file is mapped when it is first touched, and each of its blocks is checked when *that* is first touched. Where a
+    checksum differs, a file is gone or shorter than it was, or an id is none of `vocab_size`, `broken(name, problem)`
+    makes the error.
     """
 
     def __init__(self, files: list[IdFile], dtype: str, vocab_size: int, broken: Callable[[str, str], UserError]):
         self.files, self.dtype, self._vocab_size, self._broken = files, np.dtype(dtype), vocab_size, broken
         self._ends = np.cumsum([file.tokens for file in files])
         self.shape, self._per_block = (int(self._ends[-1]),), BLOCK // self.dtype.itemsize
+        self._lock = threading.Lock()  # a thread may read batches ahead while another evaluates
         self._mapped: dict[int, np.ndarray] = {}
         self._opened: dict[int, Any] = {}
         self._checksums: dict[int, np.ndarray] = {}
@@ -92,7 +103,7 @@ class Tokens:
         if (needed := 2 * len(files) + 256) > soft != resource.RLIM_INFINITY:  # a shard takes two descriptors
             with suppress(ValueError, OSError):
                 resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard) if hard >= 0 else needed, hard))
-        if len(files) == 1:  # a corpus that takes its place does not matter from here on
+        if len(files) == 1:  # once open, it is read to the end, even if another corpus takes its place
             self._map(0)
 
     def __len__(self) -> int:
@@ -149,6 +160,8 @@ class Tokens:
     def _checked(self, number: int, index: np.ndarray | slice) -> np.ndarray:
         """A file's ids, those at `index` checked."""
         ids = self._map(number)
+        if os.fstat(self._opened[number].fileno()).st_size < ids.nbytes:  # to read what was cut off ends the process
+            raise self._broken(self.files[number].path.name, "has been cut short since it was opened")
         if (unchecked := self._unchecked.get(number)) is None:
             return ids
         if isinstance(index, slice):
@@ -165,7 +178,8 @@ class Tokens:
         return ids
 
     def _check(self, number: int, block: int) -> None:
-        """Read by a call, which costs a hundredth of 16 page faults with what the kernel reads ahead at each."""
+        """Compare a block with its checksum. One call reads it a hundred times as fast as 16 page faults would, at each
+        of which the kernel reads ahead."""
         name = self.files[number].path.name
         try:
             content = os.pread(self._opened[number].fileno(), BLOCK, block * BLOCK)
@@ -180,15 +194,20 @@ class Tokens:
     def _map(self, number: int) -> np.ndarray:
         if (ids := self._mapped.get(number)) is not None:
             return ids
+        with self._lock:
+            if number not in self._mapped:
+                self._mapped[number] = self._open(number)
+            return self._mapped[number]
+
+    def _open(self, number: int) -> np.ndarray:
         file = self.files[number]
         try:
-            try:
-                opened = open(file.find(), "rb", buffering=0)  # noqa: SIM115 (it is read as long as this object lives)
-            except FileNotFoundError:  # it has been put in its place in between
-                opened = open(file.find(), "rb", buffering=0)  # noqa: SIM115
+            opened = file.open()  # to be read as long as this object lives
             pages = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
             ids = np.frombuffer(pages, self.dtype)
             checksums = file.checksums()
+        except FileNotFoundError as error:
+            raise self._broken(file.path.name, "or the file of its checksums is gone") from error
         except OSError as error:
             raise UserError(f"cannot read {file.path}: {error.strerror or error}") from error
         except (ValueError, KeyError, TypeError) as error:
@@ -200,7 +219,6 @@ class Tokens:
                 raise self._broken(META, f"has {len(checksums)} checksums of {file.path.name}'s blocks")
             self._checksums[number], self._unchecked[number] = checksums, np.ones(len(checksums), bool)
             if hasattr(mmap, "MADV_RANDOM"):
-                pages.madvise(mmap.MADV_RANDOM)  # a window is a page or two: nothing around it is read for it
+                pages.madvise(mmap.MADV_RANDOM)  # a window is a page or two: read nothing around it
         self._opened[number] = opened
-        self._mapped[number] = ids  # last, since another thread may look
         return ids

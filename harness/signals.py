@@ -14,19 +14,19 @@ STOPS = (
     signal.SIGTERM,  # kill; a scheduler, before it sends SIGKILL
     signal.SIGHUP,  # the terminal was closed
     signal.SIGXCPU,  # the limit on CPU time
-    signal.SIGUSR1,  # what schedulers send as a warning that time is up, these two
+    signal.SIGUSR1,  # this and the next: a scheduler's warning that time is up
     signal.SIGUSR2,
 )
 
 
 def heeded() -> list[signal.Signals]:
-    """STOPS, without a SIGHUP that is ignored, as under nohup: it stays so."""
+    """STOPS, but for SIGHUP where it is ignored, as under nohup: it stays so."""
     return [number for number in STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
 
 
 class StopSignals:
-    """Within this context what is heeded ends a training run and loses nothing; only a second Ctrl-C ends at once.
-    `is_main`: whether this rank says what it has received."""
+    """In this context the signals of `heeded` end a training run, which saves first; a second Ctrl-C ends it at once.
+    `is_main`: whether this rank prints which signal came."""
 
     def __init__(self, is_main: bool):
         self.requested = 0  # the number of the first signal since `defer`
@@ -34,8 +34,8 @@ class StopSignals:
         self._interrupted = math.inf  # when the first Ctrl-C came
 
     def defer(self) -> None:
-        """From now on a signal is kept in `requested`, for the step to be ended and saved. Before, there is nothing to
-        save: it ends the run at once, by SystemExit, with the status that shells give to a signal."""
+        """From now on a signal is kept in `requested`, so that the step is finished and saved. Before, there is nothing
+        to save, and a signal ends the run at once, by SystemExit, with the status that shells give to it."""
         self._deferred = True
 
     def _receive(self, number: int, _frame) -> None:
@@ -44,7 +44,7 @@ class StopSignals:
             self._say(f"{name} before the first step: nothing is lost, the same command starts again")
             raise SystemExit(128 + number)
         if number == signal.SIGINT:
-            # Of one Ctrl-C a rank hears twice, from the terminal and from torchrun.
+            # One Ctrl-C comes to a rank twice, from the terminal and from torchrun.
             if now - self._interrupted > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
                 signal.signal(signal.SIGINT, signal.default_int_handler)
                 raise KeyboardInterrupt

@@ -11,9 +11,9 @@ from collections.abc import Iterator
 
 
 def open_streams() -> None:
-    """Standard streams that can be printed to. Those that are closed (`>&-`) lead to /dev/null: the next file to be
-    opened would have their number, and get what is printed. What the encoding lacks is printed as an escape, \\xd7 for
-    ×."""
+    """Make the standard streams such that printing works. A closed one (`>&-`) leads to /dev/null: otherwise the next
+    file to be opened would get its number, and what is printed. A character that the encoding lacks is printed as an
+    escape, \\xd7 for ×."""
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         try:
             os.fstat(number)
@@ -39,8 +39,8 @@ def unfailing_output() -> Iterator[None]:
     disk, a terminal that has gone) is dropped.
 
     Where the reader of a pipe has gone (`| head`, or Ctrl-C before `| tee log`), all that is printed from then on goes
-    to /dev/null, and the process gets a SIGHUP, as from a terminal that closes: it saves and ends. One that has no
-    handler for that yet ends with the BrokenPipeError.
+    to /dev/null, and the process gets a SIGHUP, as from a terminal that closes: it saves and ends. While
+    there is no handler for that signal, the BrokenPipeError is raised.
     """
     former = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (_unfailing(stream, number) for stream, number in zip(former, (1, 2), strict=True))
@@ -53,7 +53,7 @@ def unfailing_output() -> Iterator[None]:
 
 
 def _unfailing(stream, number: int):
-    """A stream to the same descriptor; the stream itself where it is another's, a test's or a notebook's."""
+    """A stream to the same descriptor that raises no such error; a test's or a notebook's own stream as it is."""
     try:
         if not isinstance(stream, io.TextIOWrapper) or stream.fileno() != number:
             return stream

@@ -1,5 +1,5 @@
-"""JSON and YAML, read as data: what a file of them holds is a tree of plain values, as large as the file, which can be
-printed and written again. Everything else gets a line.
+"""JSON and YAML, read as data: a file gives a tree of plain values that is no larger than the file and can be printed
+and written again, or else an error of one line.
 """
 
 import json
@@ -19,10 +19,11 @@ def read_json(path: Path) -> Any:
 
 
 def parse_json(text: str) -> Any:
-    """As json.loads, and every text in it can be written again. ValueError for everything else."""
+    """As json.loads. ValueError also where lists are nested too deep, or a text holds half a character, which cannot be
+    written again."""
     try:
         content = json.loads(text)
-        if "\\ud" in text.lower():  # which may be half of a character
+        if "\\ud" in text.lower():  # perhaps half a character
             json.dumps(content, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("its lists are nested too deep") from None
@@ -30,8 +31,8 @@ def parse_json(text: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML keeps the last of two equal keys and says nothing; a config that says two things is a mistake. And what YAML
-    itself stumbles over, as a date that there is not, is one too."""
+    """YAML keeps the last of two equal keys and says nothing; here they are a mistake. So is a value that YAML fails to
+    make, such as a date that does not exist."""
 
     def construct_mapping(self, node, deep=False):
         key_nodes = [key for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
@@ -53,7 +54,7 @@ class _Loader(yaml.SafeLoader):
 
     def get_single_node(self):
         """The document's nodes. MarkedYAMLError where aliases, &name and *name, make far more of them than the file has
-        characters, or where one holds what can be written nowhere."""
+        characters, and for half a character or a number of more than 100 digits."""
         node = super().get_single_node()
         left, waiting = 1000 + len(self.buffer), [node] if node else []
         while waiting:
@@ -77,8 +78,8 @@ class _Loader(yaml.SafeLoader):
 
 def read_yaml(path: Path, what: str, by: str = "") -> Any:
     """What a YAML file holds, None if it is empty. UserError, naming file and line, where it cannot be read, says a
-    thing twice, or would unfold to far more than it is; `what` says what it is the file of, and `by`, in front, who
-    named it."""
+    thing twice, or would unfold to far more than it is. `what` is the kind of file, and `by` who named it, in front of
+    the message."""
     try:
         return yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except FileNotFoundError:

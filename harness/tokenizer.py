@@ -30,6 +30,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def encode(self, text: str | bytes) -> np.ndarray: ...
 
+    def encode_documents(self, texts: list[bytes]) -> np.ndarray:
+        """The ids of several texts, each behind the separator where there is one."""
+        separator = np.array([] if self.separator is None else [self.separator], np.uint32)
+        return np.concatenate([ids for text in texts for ids in (separator, self.encode(text))])
+
     @abstractmethod
     def decode_bytes(self, ids) -> bytes:
         """The bytes that `ids` (any integer sequence or array) stand for. An id outside the vocabulary: UserError."""
@@ -73,6 +78,9 @@ class Bytes(Tokenizer):
 
     def encode(self, text):
         return np.frombuffer(_as_bytes(text), dtype=np.uint8)
+
+    def encode_documents(self, texts):
+        return self.encode(b"\0".join([b"", *texts]))
 
     def decode_bytes(self, ids):
         return self._checked(ids).astype(np.uint8).tobytes()
@@ -133,6 +141,7 @@ class GPT2(Tokenizer):
     # the regex engine takes the group in one pass of its automaton instead of trying one alternative after the other.
     PATTERN = r"(?:'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+)|\s++$|\s+(?!\S)|\s"
 
+    _END = "<|endoftext|>"
     _of_thread = threading.local()
 
     @property
@@ -160,8 +169,15 @@ class GPT2(Tokenizer):
         # Straight to an array: a Python list of ints costs as much again as the encoding, in garbage collection too.
         return self._encoding.encode_to_numpy(_as_text(text), disallowed_special=())
 
+    def encode_documents(self, texts):
+        # In one call, with what parts them as its special token: of short texts, calls would take longer than encoding.
+        text = _as_text(self._END.encode().join([b"", *texts]))
+        ids = self._encoding.encode_to_numpy(text, allowed_special={self._END}, disallowed_special=())
+        # Where it stands in a text, it is text.
+        return ids if np.count_nonzero(ids == self.separator) == len(texts) else super().encode_documents(texts)
+
     def token_of(self, text):
-        return self.separator if text == "<|endoftext|>" else super().token_of(text)
+        return self.separator if text == self._END else super().token_of(text)
 
     def decode_bytes(self, ids):
         ids = self._checked(ids).tolist()  # before the encoding is asked for, which may have to be fetched

@@ -1,5 +1,5 @@
-"""What torch.save wrote, read as data: nothing in it is run, nothing damaged is taken for what was written, and no more
-memory is taken than the file's size tells.
+"""Files that torch.save wrote, read as data: no code in them runs, damage is noticed, and reading takes no more memory
+than the file's size suggests.
 """
 
 import pickle
@@ -13,7 +13,8 @@ import torch
 from harness.errors import UserError
 
 SHARING = 16
-"""How often the tensors in a file may share memory, on average: as often as more layers than most have could."""
+"""Tensors may share memory, as a tied head or layers of the same weights do. Each with memory of its own, all may take
+this many times the file's size."""
 
 DEEPEST, MOST_VALUES = 50, 10**7
 """How deep the dicts and lists in a file may be nested, and how many values it may hold."""
@@ -22,9 +23,9 @@ OURS_ALONE = "Where it was made, write {'model': state_dict, 'model_args': {…}
 
 
 def read_torch_file(path: Path, device: str | torch.device = "cpu", advice: str = OURS_ALONE) -> Any:
-    """What torch.save has written to `path`, with the checksum of each record compared. UserError if it cannot be read,
-    is damaged, or holds anything but tensors and plain values, with the advice for that case, or would take more memory
-    than its size tells."""
+    """What torch.save has written to `path`. UserError if the file cannot be read, is damaged by the checksums of its
+    records, would take far more memory than its size, or holds anything but tensors and plain values; the `advice` is
+    for the last case."""
     try:
         check_records(path)
         content = torch.load(path, map_location=device, weights_only=True)
@@ -55,11 +56,11 @@ def read_torch_file(path: Path, device: str | torch.device = "cpu", advice: str 
 
 
 def check_records(path: Path) -> None:
-    """UserError unless every record of the zip file at `path` has the CRC-32 that torch.save stored with it, which
-    torch.load does not look at, and is stored as it is. UnpicklingError for what the unpickler would make of no more
-    than a number. Files of another kind, such as those of PyTorch before 1.6, have no checksums."""
+    """UserError unless every record of the zip file at `path` is stored uncompressed and has the CRC-32 that torch.save
+    stored with it; torch.load does not compare these. UnpicklingError if a pickle in it makes a bytearray. Files that
+    are no zip, such as those of PyTorch before 1.6, have no checksums."""
     with open(path, "rb") as opened:
-        if opened.read(4) != b"PK\3\4":  # by which torch.load knows its own
+        if opened.read(4) != b"PK\3\4":  # how torch.load tells that a file is a zip
             return _refuse_buffers(opened.read())
     if not zipfile.is_zipfile(path):
         raise UserError(f"{path} is truncated or not a checkpoint: the directory at its end is not there")
@@ -67,37 +68,36 @@ def check_records(path: Path) -> None:
         with zipfile.ZipFile(path) as file:
             records = file.infolist()
             packed, size = sum(record.file_size for record in records), path.stat().st_size
-            if packed > size:  # deflated, or one over the other
+            if packed > size:  # compressed records, or overlapping ones
                 raise UserError(
                     f"{path} is a packed file: {size:,} bytes that unfold to {packed:,}. Unzip it, and put it together "
                     "again without compression (zip -0)"
                 )
-            folders = [record.filename for record in records if record.external_attr & 0x10]  # torch.load reads none
-            if not any(record.CRC for record in records):  # torch.serialization.set_crc32_options(False)
+            folders = [record.filename for record in records if record.external_attr & 0x10]  # torch.save writes none
+            if not any(record.CRC for record in records):  # saved without them, by set_crc32_options(False)
                 for record in records:
-                    record.CRC = None  # type: ignore[assignment]  # by which zipfile compares none
+                    record.CRC = None  # type: ignore[assignment]  # so that zipfile compares nothing
             damaged = folders[0] if folders else file.testzip()
             for record in records if not damaged else ():
-                if record.filename.lower().endswith("data.pkl"):  # torch.load does not look at the case
+                if record.filename.lower().endswith("data.pkl"):  # torch.load ignores the case
                     _refuse_buffers(file.read(record))
     except (UserError, pickle.UnpicklingError):
         raise
-    except Exception as e:  # a name, an offset or a flag that is not what was written
+    except Exception as e:  # a damaged name, offset or flag
         raise UserError(f"{path} is damaged ({first_line(e)}): use another copy of it") from e
     if damaged:
         raise UserError(f"{path} is damaged: its record {damaged} is not what was written; use another copy of it")
 
 
 def _refuse_buffers(content: bytes) -> None:
-    """UnpicklingError if a pickle asks for a bytearray, of which torch.load makes one of any length."""
+    """UnpicklingError if a pickle makes a bytearray, which may be of any length, whatever the file's."""
     if re.search(rb"c(builtins|__builtin__)\nbytearray\n", content):
         raise pickle.UnpicklingError("GLOBAL builtins.bytearray")
 
 
 def check_size(content: Any, path: Path) -> None:
-    """UserError unless what was read from `path` takes about as much memory as the file, also when each tensor has
-    memory of its own and each value is printed: a few bytes can say that a number is repeated a million times, or that
-    a list holds itself."""
+    """UserError if the content of `path` would take far more memory than the file, were each tensor given memory of its
+    own or each value printed. A few bytes can repeat a number a million times, or make a list that holds itself."""
     size, values, text, memory = path.stat().st_size, 0, 0, 0
     waiting: list[tuple[Any, int]] = [(content, 0)]
     while waiting:

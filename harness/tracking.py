@@ -34,6 +34,11 @@ class Tracker:
     def __init__(self, folder: Path, config, resume_step: int | None):
         self.path = folder / "metrics.jsonl"
         kept = read_metrics(self.path, resume_step) if resume_step is not None else []
+        last = kept[-1]["step"] if kept else 0
+        if resume_step is not None and resume_step - last >= config.tracking.log_interval:
+            print(
+                f"warning: {self.path} ends at step {last}, the checkpoint is of step {resume_step}: lines are missing"
+            )
         write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115 (open for the whole run)
         self._unwritten = b""  # what a full disk has had no room for
@@ -99,7 +104,7 @@ class Tracker:
                 print(f"wandb: {self.path.parent}/wandb {problem}. The curves are in {self.path}")
 
     def _try(self, call) -> None:
-        """`call` the wandb run, unless it has failed before."""
+        """`call(run)` for the run on wandb, unless an earlier call has failed."""
         try:
             if self._run:
                 call(self._run)

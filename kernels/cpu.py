@@ -35,7 +35,7 @@ from kernels.normalizers import TILES
 
 SOURCE = Path(__file__).with_name("cpu.cpp")
 FLAGS = ("-O3", "-march=native", "-std=gnu++17", "-fopenmp", "-shared", "-fPIC")
-PATIENCE = (10, 120)  # seconds: when a build that takes long is said, and when it is given up
+PATIENCE = (10, 120)  # seconds until a slow build is reported, and until it is given up
 BACKWARDS = ("full", "diagonal", "ste", "values", "detached")  # kernels/cpu.cpp's enum Backward; values: dV alone
 
 # There are two ways to STE's dQ and dK, which are products with the masked matrix tril(g Vᵀ): to compute that matrix
@@ -133,8 +133,9 @@ def build(compiler: list[str]) -> Path | None:
     try:
         _run([*compiler, *FLAGS, str(SOURCE), "-o", str(made)])
         with open(made, "r+b") as file:
-            file.write(hashlib.sha256(file.read()).digest())  # behind what the loader reads
-            os.fsync(file.fileno())  # or a crash of the machine may leave the name with a part of the content
+            file.write(hashlib.sha256(file.read()).digest())  # at the end, which the loader does not read
+            with contextlib.suppress(OSError):  # not every file system can; what a crash cuts short is built again
+                os.fsync(file.fileno())
         return made.replace(folder / name)  # atomic: other processes may build the same
     finally:
         with contextlib.suppress(OSError):
@@ -152,7 +153,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _run(command: list[str]) -> None:
-    """Run the compiler, which is said if it takes long; CalledProcessError if it fails, TimeoutExpired if it hangs."""
+    """Run the compiler, and say so if it takes long; CalledProcessError if it fails, TimeoutExpired if it hangs."""
     # With its children in a group of its own, so that all of them can be ended.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:
@@ -174,7 +175,7 @@ def _run(command: list[str]) -> None:
 
 
 def _remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed have left of a library."""
+    """Remove unfinished libraries of processes that were killed."""
     for path in folder.glob(f"{SOURCE.stem}-*.so.*.tmp"):
         pid = path.name.split(".")[-2]
         if pid.isdecimal() and not Path("/proc", pid).exists():

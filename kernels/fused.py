@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kernels.backends import one_pass, reads_groups, with_triton
-from kernels.normalizers import CLIPPED, RELU, SIGMOID, SOFTPICK
+from kernels.normalizers import CLIPPED, RELU, SIGMOID, SOFTPICK, running_sums
 
 DEFINITIONS = {definition["tile"]: definition for definition in (CLIPPED, SOFTPICK, SIGMOID, RELU)}
 # What TILES take besides scores, in the order of the kernels' two numbers.
@@ -340,7 +340,7 @@ def linear_attention(a, b, c, scale: float, anticausal: bool = False, chunk: int
             part = torch.bmm(scores, c_)
             if chunk < T:
                 own = torch.bmm(b_.mT, c_).view(B * groups, -1, D, D).to(sums_dtype)  # Σ b cᵀ of each chunk
-                sums = own.flip(1).cumsum(1).flip(1) if anticausal else own.cumsum(1)
+                sums = running_sums(own.flip(1), 1).flip(1) if anticausal else running_sums(own, 1)
                 sums = sums if outside is None else sums + outside
                 part.baddbmm_(a_, (sums - own).view(-1, D, D).to(factors))
                 outside = sums[:, :1] if anticausal else sums[:, -1:]

@@ -250,6 +250,19 @@ RELU: dict[str, Any] = {
 # --- entmax -----------------------------------------------------------------------------------------------------------
 
 
+def running_sums(x: Tensor, dim: int, by_product: bool | None = None) -> Tensor:
+    """`x.cumsum(dim)`; by a product with a triangle of ones where only deterministic algorithms may run on a GPU, whose
+    cumsum is none."""
+    if by_product is None:
+        by_product = x.is_cuda and torch.are_deterministic_algorithms_enabled()
+    if not by_product:
+        return x.cumsum(dim)
+    last = x.movedim(dim, -1)
+    n = last.size(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        return (last @ torch.ones(n, n, dtype=x.dtype, device=x.device).triu()).movedim(-1, dim)
+
+
 def entmax15_weights(scores: Tensor) -> Tensor:
     """`[x/2 − τ]₊²` with the τ for which the row sums to 1: entmax with α = 1.5, between softmax (1) and sparsemax (2).
 
@@ -277,8 +290,8 @@ def _entmax15_roots(scores: Tensor) -> Tensor:
     with torch.no_grad():  # the k largest get a weight, for the largest k whose τ lies below all of them
         ordered = z.sort(-1, descending=True).values
         k = torch.arange(1, z.size(-1) + 1, dtype=z.dtype, device=z.device)
-        mean = ordered.cumsum(-1) / k
-        deviations = ordered.square().cumsum(-1) - k * mean.square()
+        mean = running_sums(ordered, -1) / k
+        deviations = running_sums(ordered.square(), -1) - k * mean.square()
         tau = mean - ((1 - deviations) / k).clamp(min=0).sqrt()
         kept = z >= ordered.gather(-1, (tau <= ordered).sum(-1, keepdim=True) - 1)
     k = kept.sum(-1, keepdim=True)

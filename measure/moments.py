@@ -39,7 +39,7 @@ def float64(x: Tensor) -> Tensor:
 
 
 def whole(x: Tensor) -> Tensor:
-    """x, put together where it is sharded over ranks: all of them have to ask, in the same order."""
+    """x, gathered if it is sharded over ranks: every rank has to call this, in the same order."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 

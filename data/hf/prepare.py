@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from harness import huggingface_datasets
-from harness.corpus_writing import argument_parser, fraction, position, positive, write_corpus
+from harness.corpus_writing import argument_parser, fraction, positive, write_corpus
 from harness.errors import run_cli
 from harness.tokenizer import from_name
 
@@ -56,38 +56,38 @@ def main():
 
 
 class Documents:
-    """Those of --split and then those of --val-split, as pairs of "train" or "val" and a text."""
+    """Those of --split and then those of --val-split, as pairs of a split, or the share of validation, and a text."""
 
     def __init__(self, args):
         self._args, self._splits = args, [args.split, *([args.val_split] if args.val_split else [])]
         self._texts: huggingface_datasets.Texts | None = None
         self._begin: dict[str, Any] = {"split": 0, "documents": 0, "texts": None}
-        self._at = self._begin
+        self._split = self._taken = 0
 
     def state(self) -> dict:
-        return self._at | {"texts": self._texts.state() if self._texts else None}
+        texts = self._texts.state() if self._texts else None
+        return {"split": self._split, "documents": self._taken, "texts": texts}
 
     def go_on(self, state: dict) -> None:
-        self._begin = self._at = state
+        self._begin, self._split, self._taken = state, state["split"], state["documents"]
 
-    def __iter__(self) -> Iterator[tuple[str, str]]:
+    def __iter__(self) -> Iterator[tuple[str | float, str]]:
         args, begin = self._args, self._begin
         options = dict(config=args.config, revision=args.revision, streaming=args.streaming, num_proc=args.threads)
         for number, split in enumerate(self._splits[begin["split"] :], begin["split"]):
             self._texts = huggingface_datasets.Texts(
                 huggingface_datasets.load(args.name, split, **options), args.text_column
             )
-            taken = 0
+            self._split, self._taken = number, 0
+            of_split = "val" if number else "train" if args.val_split else args.val_fraction
             if begin["texts"] and number == begin["split"]:
                 self._texts.go_on(begin["texts"])
-                taken = begin["documents"]
+                self._taken = begin["documents"]
             for text in self._texts:
-                if number == 0 and taken == args.max_documents:
+                if number == 0 and self._taken == args.max_documents:
                     break
-                taken += 1
-                self._at = {"split": number, "documents": taken}
-                share = 1 if number else 0 if args.val_split else args.val_fraction
-                yield "val" if position(text.encode(errors="replace")) < share else "train", text
+                self._taken += 1
+                yield of_split, text
 
 
 def what_decides(args) -> dict:

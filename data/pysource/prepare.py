@@ -18,9 +18,9 @@ from harness.corpus_writing import (
     fraction,
     positive,
     split_files,
-    text_fault,
     write_corpus,
 )
+from harness.documents import is_text
 from harness.errors import UserError, run_cli
 from harness.tokenizer import GPT2
 
@@ -36,7 +36,7 @@ def main():
     files: dict[Path, str] = {}
     for root in (sysconfig.get_path("stdlib"), *site.getsitepackages(), site.getusersitepackages()):
         files = find_files(Path(root), ["*.py"], WITHOUT) | files
-    if binary := [path for path in files if text_fault(path.read_bytes())]:
+    if binary := [path for path in files if not is_text(path)]:
         print(f"left out, no UTF-8 text: {len(binary)} file(s), the first {binary[0]}")
         files = {path: key for path, key in files.items() if path not in binary}
     if len(files) < 2:

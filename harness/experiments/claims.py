@@ -125,7 +125,7 @@ def load_claims(experiment: Experiment) -> list[Claim]:
             )
         for form in [content, content | larger] if larger else [content]:
             named = path.parent / _text(path, form, "experiment")
-            if not os.path.isfile(named):  # nor where a name is too long for one
+            if not os.path.isfile(named):  # False, too, for a name that is too long
                 raise UserError(f"{path}: experiment: there is no {named}")
             if named.resolve() == experiment.path.resolve():
                 found.append(_claim(path, form, named, experiment))

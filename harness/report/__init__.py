@@ -1,8 +1,8 @@
 """The page of an experiment: report.html, one file that needs no network, the same as report.md with its pictures, and
 table.csv.
 
-findings.py says what is on the page, as the blocks of document.py; charts.py draws it; html.py and markdown.py write
-it.
+findings.py says what is on the page, as the blocks of document.py; charts.py draws it, in the look of theme.py; html.py
+and markdown.py write it.
 """
 
 import json
@@ -16,9 +16,10 @@ from harness.experiments.claims import judge, load_claims
 from harness.experiments.grid import ROOT, load_experiment
 from harness.experiments.results import read_results
 from harness.files import make_folder, write_text, written_whole
-from harness.report import charts, html, markdown
+from harness.report import html, markdown
 from harness.report.document import Download, Figure
 from harness.report.findings import page
+from harness.report.theme import drawn
 from harness.text_files import read_json
 
 FACTS = "experiment.json"
@@ -40,7 +41,7 @@ def write_report(folder: Path) -> Path:
     make_folder(folder / markdown.PICTURES)
     for block in (block for section in content.sections for block in section.blocks):
         if isinstance(block, Figure) and block.picture:
-            picture = vl_convert.vegalite_to_png(json.dumps(charts.drawn(block)), scale=1.6)
+            picture = vl_convert.vegalite_to_png(json.dumps(drawn(block)), scale=1.6)
             with written_whole(folder / markdown.PICTURES / f"{block.name}.png") as temporary:
                 temporary.write_bytes(picture)
         elif isinstance(block, Download):

@@ -11,7 +11,6 @@ from pathlib import Path
 import vl_convert
 
 from harness.experiments.claims import FAILED, HELD, OPEN
-from harness.report.charts import SEQUENTIAL, colors, frame, style
 from harness.report.document import (
     Block,
     Cell,
@@ -26,6 +25,7 @@ from harness.report.document import (
     Table,
     Text,
 )
+from harness.report.theme import SEQUENTIAL, colors, frame, style
 
 HERE = Path(__file__).parent
 SHORT = 48  # characters of a text that is not broken in a table

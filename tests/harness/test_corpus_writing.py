@@ -4,6 +4,7 @@ import errno
 import gzip
 import hashlib
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -12,14 +13,13 @@ import tracemalloc
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from harness import corpus_writing
+from harness import documents
 from harness.corpus import Corpus
-from harness.corpus_writing import TextFile, characters_of, find_files, pieces, position, split_files
+from harness.corpus_writing import TextFile, characters_of, find_files, split_files
+from harness.documents import position
 from harness.errors import UserError, run_cli
-from harness.tokenizer import Chars
+from harness.tokenizer import Bytes, Chars
 from tests.helpers import DOCUMENTS, ROOT, write_documents
 
 
@@ -84,31 +84,11 @@ def test_a_split_without_text_is_an_error(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@given(
-    words=st.lists(
-        st.tuples(
-            st.sampled_from(["a", "don't", "漢", "é", "9", "<|", "'", "\x1c.", "\u3000x"]),
-            st.sampled_from([" ", "\n", "\n  ", " \u3000", " \t", "\n\n"]),
-        ),
-    )
-)
-@settings(max_examples=200)
-def test_pieces_encode_to_what_the_whole_does(gpt2, words):
-    document = "".join(word + space for word, space in words)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_writing, "PIECE", 32)
-        cut = list(pieces(document))
-    assert b"".join(cut) == document.encode()
-    assert max(map(len, cut)) <= 64
-    assert len(cut) > len(document.encode()) // 64
-    assert np.concatenate([gpt2.encode(piece) for piece in cut]).tolist() == gpt2.encode(document).tolist()
-
-
 def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     import tiktoken
 
     text = (ROOT / "harness" / "corpus_writing.py").read_text().encode("ascii", "replace").decode() * 40
-    assert len(text) > 2 * corpus_writing.PIECE
+    assert len(text) > 2 * documents.PIECE
     path = tmp_path / "long.txt"
     path.write_text(text)
     parts = [("train", text), ("val", TextFile(path, 10, 600_000)), ("val", TextFile(path, len(text) - 5))]
@@ -118,15 +98,6 @@ def test_long_documents_are_encoded_in_pieces_exactly(tmp_path, gpt2):
     expected = [*stock.encode_ordinary(text[10:600_000]), 50256, *stock.encode_ordinary(text[-5:])]
     assert corpus.tokens["val"].tolist() == expected
     assert corpus.meta["splits"]["val"]["documents"] == 2
-
-
-def test_text_without_a_place_to_cut(gpt2):
-    """Neither a huge word nor a million spaces before one (which tiktoken alone does not survive) is a problem."""
-    for text in (b"x" * 600_000, b" " * 1_200_000 + b"x", "é".encode() * 300_000):
-        cut = list(pieces(text))
-        assert b"".join(cut) == text
-        assert max(map(len, cut)) <= 2 * corpus_writing.PIECE
-        assert all(gpt2.decode_bytes(gpt2.encode(piece)) == piece for piece in cut)
 
 
 def test_memory_is_bounded(tmp_path):
@@ -182,6 +153,21 @@ def test_a_full_disk_is_one_line_and_leaves_the_former_corpus(tmp_path, monkeypa
     assert len(list(tmp_path.iterdir())) == 3
 
 
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 1 << 16])
+def test_a_disk_that_is_full_while_ids_are_written_leaves_the_former_corpus(tmp_path, shard_bytes):
+    write_documents(tmp_path)
+    former = Corpus(tmp_path).sha256
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 15, hard))  # no file grows beyond: the same error of a write
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_documents(tmp_path, [("train", "x" * 3_000_000), ("val", "x")], shard_bytes=shard_bytes)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert Corpus(tmp_path).sha256 == former
+    assert len(list(tmp_path.iterdir())) == 3
+
+
 def test_a_killed_prepare_leaves_the_former_corpus(tmp_path):
     write_documents(tmp_path)
     former = Corpus(tmp_path).sha256
@@ -217,9 +203,16 @@ def test_split_depends_on_each_path_alone(tmp_path):
     assert [document.path.parent.name for _, document in same] == ["a", "b"]  # of one key, and neither is lost
 
 
-@given(st.binary())
-def test_position_is_a_share(key):
-    assert 0 <= position(key) < 1
+@pytest.mark.parametrize("name", ["gpt2", "bytes"])
+def test_the_split_may_be_left_to_a_hash_of_the_text(tmp_path, gpt2, name):
+    texts = [f"number {i}, " * (60_000 if i == 7 else 1 + i % 9) for i in range(99)]
+    tokenizer = gpt2 if name == "gpt2" else Bytes()
+    chosen = [("val" if position(text.encode()) < 0.3 else "train", text) for text in texts]
+    assert {split for split, _ in chosen} == {"train", "val"}
+    write_documents(tmp_path / "share", [(0.3, text) for text in texts], tokenizer)
+    write_documents(tmp_path / "named", chosen, tokenizer)
+    for file in ("train.bin", "val.bin", "meta.json"):
+        assert (tmp_path / "share" / file).read_bytes() == (tmp_path / "named" / file).read_bytes()
 
 
 def test_find_files(tmp_path):
@@ -281,4 +274,4 @@ def test_the_characters_of_a_large_file_take_little_memory(tmp_path):
     finally:
         tracemalloc.stop()
     assert characters == "".join(sorted(set("some words in a line, and a long one\n")))
-    assert peak < 8 * corpus_writing.PIECE
+    assert peak < 8 * documents.PIECE

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from harness.config import Config, TrainingConfig
-from harness.errors import UserError, advising_on_memory, run_cli
+from harness.errors import UserError, advising, run_cli
 from tests.helpers import forked, run_python
 
 
@@ -105,7 +105,7 @@ ON_A_CARD = (
 def test_a_run_without_memory_says_which_keys_take_less(training, ranks, expected, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", ranks)
     config = Config(training=TrainingConfig(**training))
-    with pytest.raises(UserError) as caught, advising_on_memory(config):
+    with pytest.raises(UserError) as caught, advising(config):
         raise torch.OutOfMemoryError(ON_A_CARD)
     message = str(caught.value)
     assert message.startswith("out of memory, 2.5 GiB more were asked for. What takes less:")
@@ -117,6 +117,19 @@ def test_a_run_without_memory_says_which_keys_take_less(training, ranks, expecte
 
 def test_other_errors_say_nothing_of_memory():
     for error in (RuntimeError("a bug"), OSError(errno.EIO, "Input/output error"), ValueError("x")):
-        with pytest.raises(type(error)) as caught, advising_on_memory(Config()):
+        with pytest.raises(type(error)) as caught, advising(Config()):
             raise error
         assert caught.value is error
+
+
+def test_what_has_no_deterministic_form_is_named_with_the_key():
+    config = Config(training=TrainingConfig(deterministic=True))
+    said = "cumsum_cuda_kernel does not have a deterministic implementation, but you set more. You can turn it off"
+    with (
+        pytest.raises(UserError, match=r"training.deterministic: cumsum_cuda_kernel does not have a") as caught,
+        advising(config),
+    ):
+        raise RuntimeError(said)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(RuntimeError), advising(Config()):
+        raise RuntimeError(said)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import corpus_writing
+from harness import documents
 from harness.corpus import Corpus
 from harness.errors import UserError, run_cli
 from harness.huggingface_datasets import Texts, load, texts
@@ -90,7 +90,7 @@ def test_an_interrupted_prepare_of_a_stream_is_continued_by_the_same_command(tmp
         lines = [json.dumps({"text": f"{split} {i} " * 9}) for i in range(count)]
         Path("texts", f"{split}.jsonl").write_text("\n".join(lines))
     prepare = importlib.import_module("data.hf.prepare")
-    monkeypatch.setattr(corpus_writing, "PIECE", 4096)
+    monkeypatch.setattr(documents, "PIECE", 4096)
     arguments = ["texts", "--streaming", "--val-split", "validation", "--max-documents", "2500"]
     common = [*arguments, "--tokenizer", "bytes", "--threads", "2"]
 
@@ -99,15 +99,16 @@ def test_an_interrupted_prepare_of_a_stream_is_continued_by_the_same_command(tmp
         return run_cli(prepare.main)
 
     assert run("whole") == 0
-    seen, position = [], prepare.position
+    seen, texts = [], Texts.__iter__
 
-    def interrupted(text):
-        seen.append(text)
-        if len(seen) in (1300, 2510 + 30):
-            raise KeyboardInterrupt
-        return position(text)
+    def interrupted(self):
+        for text in texts(self):
+            seen.append(text)
+            if len(seen) in (1300, 2510 + 30):
+                raise KeyboardInterrupt
+            yield text
 
-    monkeypatch.setattr(prepare, "position", interrupted)
+    monkeypatch.setattr(Texts, "__iter__", interrupted)
     capsys.readouterr()
     assert run("parts") == 130
     assert capsys.readouterr().err == "interrupted\n"

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
-from harness import corpus_writing
+from harness import documents
 from harness.corpus import Corpus
-from harness.corpus_writing import pieces, write_corpus
+from harness.corpus_writing import write_corpus
+from harness.documents import pieces
 from harness.errors import UserError
 from harness.huggingface_tokenizer import HuggingFace
 from harness.tokenizer import GPT2, different_tokenizers, from_meta, from_name
@@ -22,7 +23,7 @@ from tests.helpers import PRE_TOKENIZERS, ROOT, byte_level
 text = st.text() | st.text(alphabet="  \n\n\r\t\x1c\x85\xa0\u3000'stdmllverE ab90٣½.,!é漢👍\u0301<|endoftext|>")
 words = ["a", "don't", "漢", "é", "e\u0301", "9", "٣0", "<|", "'", "!", "\x1c.", "\u3000x", "DON'T"]
 spaces = [" ", "\n", "\n  ", " \u3000", " \t", "\n\n", "\r\n"]
-documents = st.lists(st.tuples(st.sampled_from(words), st.sampled_from(spaces)))
+words_and_spaces = st.lists(st.tuples(st.sampled_from(words), st.sampled_from(spaces)))
 
 
 @pytest.fixture(scope="module", params=PRE_TOKENIZERS)
@@ -54,12 +55,12 @@ def test_on_source_code_too_and_its_bytes_add_up(pair):
     assert 0 not in ids
 
 
-@given(parts=documents)
+@given(parts=words_and_spaces)
 @settings(max_examples=150)
 def test_pieces_encode_to_what_the_whole_does(pair, parts):
     document = "".join(word + space for word, space in parts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus_writing, "PIECE", 64)
+        patch.setattr(documents, "PIECE", 64)
         cut = list(pieces(document))
     if any(after[:1] == b"\n" and not piece.decode()[-1].isalnum() for piece, after in pairwise(cut)):
         return  # there was no other place, and only GPT-2's pattern, which has a test of its own, has a word end there
@@ -89,7 +90,7 @@ def model_folder(folder, tokenizer, **named):
 
 
 def test_what_is_not_known_to_split_at_spaces_is_encoded_a_whole_document_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus_writing, "PIECE", 16)
+    monkeypatch.setattr(documents, "PIECE", 16)
     document = "hello é " * 9
     theirs = sentencepiece()
     ours = from_name(model_folder(tmp_path / "model", theirs, eos_token="</s>"))

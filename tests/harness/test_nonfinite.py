@@ -63,13 +63,32 @@ def test_a_run_stops_at_the_first_or_beyond_the_limit_and_a_resume_counts_on(tra
     assert "error: step 5: gradient norm nan, after training.nonfinite_limit, 2, steps in a row that were" in message
 
 
-def test_float16s_loss_scaling_skips_by_itself():
+def test_a_lower_limit_counts_from_what_was_skipped_before():
     config = Config()
-    config.training.on_nonfinite = "skip"
-    skips = Skips(config, True, None)
-    assert not skips.skip(1, torch.tensor(math.inf), print)
-    assert skips.metrics() == {}
-    unchecked = [(1, {"train/loss": torch.tensor(2.0)}, torch.tensor(math.inf), False)]
+    config.training.on_nonfinite, config.training.nonfinite_limit = "skip", 2
+    skips = Skips(config, {"total": 9, "in_a_row": 5})
+    with pytest.raises(UserError, match=r"step 7: gradient norm inf, after training.nonfinite_limit, 2, steps"):
+        skips.skip(7, torch.tensor(math.inf), print)
+
+
+def test_float16s_loss_scaling_skips_by_itself_and_a_step_that_was_skipped_is_not_judged():
+    def judged(loss: float, norm: float, skipped: bool, scaled: bool) -> dict[str, float]:
+        unchecked = [(1, {"train/loss": torch.tensor(loss)}, torch.tensor(norm), skipped)]
+        return check_finite(unchecked, Ranks(torch.device("cpu")), scaled)
+
     with pytest.raises(UserError, match="step 1: train/loss 2, gradient norm inf: not finite"):
-        check_finite(list(unchecked), Ranks(torch.device("cpu")), scaled=False)
-    assert check_finite(list(unchecked), Ranks(torch.device("cpu")), scaled=True) == {"train/loss": 2}
+        judged(2.0, math.inf, False, False)
+    assert judged(2.0, math.inf, False, True) == {"train/loss": 2}
+    with pytest.raises(UserError, match="train/loss nan"):
+        judged(math.nan, math.inf, False, True)
+    assert math.isnan(judged(math.nan, math.inf, True, True)["train/loss"])
+
+
+def test_a_step_that_is_skipped_lowers_the_loss_scale():
+    """What the loop does under float16: unscale_, no step, update."""
+    scaler, weight = torch.amp.GradScaler("cpu", init_scale=8.0), torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    scaler.scale(weight * math.inf).backward()
+    scaler.unscale_(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 4

@@ -43,6 +43,17 @@ def test_one_two_and_three_ranks_copies_and_shares_give_the_same_losses(training
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
+@pytest.mark.parametrize("mode", ["barrier", "distill"])
+def test_a_reference_is_sharded_too(training_folder, mode):
+    finished("reference", "--training.max_steps", "4", "--run.seed", "2")
+    beside = ("--training.max_steps", "6", "--kl.reference", "out/reference/ckpt.pt", "--kl.mode", mode)
+    alone, sharded = finished("alone", *beside), finished_on_ranks(2, "sharded", *beside, *FSDP)
+    for name in ("train/loss", "kl/mean", "kl/penalty"):
+        of_each = [[line[name] for line in run.metrics() if name in line] for run in (sharded, alone)]
+        assert len(of_each[0]) == 6
+        np.testing.assert_allclose(*of_each, rtol=1e-4, atol=1e-6)  # of small differences of logits
+
+
 def test_activations_computed_again_change_no_bit(training_folder):
     how = ("--model.dropout", "0.1", "--training.micro_batch_size", "3")
     assert_same_run(finished("kept", *how), finished("again", *how, "--training.checkpoint_activations", "true"))

@@ -1,5 +1,6 @@
 """A corpus takes the place of a former one as one, whenever its writer is killed; and one that streams goes on."""
 
+import errno
 import os
 import random
 import time
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from harness import corpus_writing, shard_writing
+from harness import documents, shard_writing
 from harness.corpus import Corpus, is_prepared
 from harness.errors import UserError
 from tests.helpers import write_documents
@@ -114,6 +115,24 @@ def test_of_several_writers_at_once_the_last_one_wins_whole(tmp_path):
     assert {path for path in tmp_path.iterdir() if path.suffix != ".crc"} == {*listed, tmp_path / "meta.json"}
 
 
+def test_a_file_system_without_fsync_is_no_failure(tmp_path, monkeypatch):
+    def fsync(_descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_documents(tmp_path, NEW, shard_bytes=SHARDS)
+    assert text_of(tmp_path) == NEW
+
+
+def test_a_killed_writer_s_temporary_files_go_and_a_user_s_own_stay(tmp_path):
+    dead = [f"{name}.{2**30}.tmp" for name in ("train.bin", "val_00003.bin", "val_00003.crc", "meta.json")]
+    own = ["notes.tmp", f"notes.{2**30}.tmp", f"train.bin.{os.getppid()}.tmp"]  # the last is of one that still runs
+    for name in dead + own:
+        (tmp_path / name).touch()
+    write_documents(tmp_path, NEW)
+    assert sorted(os.listdir(tmp_path)) == sorted([*own, "meta.json", "train.bin", "val.bin"])
+
+
 @pytest.mark.faults
 def test_writers_killed_at_random_moments(tmp_path):
     write_documents(tmp_path, FORMER)
@@ -158,7 +177,7 @@ class Lines:
 
 @pytest.fixture
 def pieces_of_2k(monkeypatch):
-    monkeypatch.setattr(corpus_writing, "PIECE", 2048)
+    monkeypatch.setattr(documents, "PIECE", 2048)
 
 
 def write_lines(folder, fail=lambda number: None, **options):

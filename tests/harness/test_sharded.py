@@ -1,5 +1,7 @@
 """Checkpoints of a sharded model: resumed on any number of ranks, whole for every diagnostic, never half written."""
 
+import contextlib
+import os
 import pickle
 import shutil
 import zlib
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness import sharded
 from harness.checkpoint import load_model, read_checkpoint
 from harness.config import OptimizerConfig
 from harness.errors import UserError
@@ -40,8 +43,12 @@ def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
         run = finished_on_ranks(number, copy, *how, *again) if number > 1 else finished(copy, *how, *again)
         assert f"resuming out/{copy} from step 8" in run.output()
         np.testing.assert_allclose(list(losses(run).values()), list(losses(alone).values()), rtol=1e-5)
-    shards = Path("out/sharded3/shards")
-    assert [p.name for p in shards.iterdir()] == ["16"]  # the former ones are gone
+    assert os.listdir("out/sharded3/shards") == ["16"]  # the former ones are gone
+    assert not Path("out/sharded1/shards").exists()
+    Path("out/sharded3/shards/9").mkdir()  # of a run that was killed
+    Path("out/sharded3/shards/notes").mkdir()  # a user's own
+    finished("sharded3", *HOW, "--training.max_steps", "16", "--optimizer.decay_steps", "16")
+    assert sorted(os.listdir("out/sharded3/shards")) == ["16", "notes"]
     assert not [*Path("out").rglob("*.tmp")]
 
 
@@ -68,6 +75,7 @@ def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
     checkpoint, shards = read_checkpoint(path), Path("out/sharded/shards/24")
     model, _ = load_model(path)
     optimizer = make_optimizer(model, OptimizerConfig())
+    index = (shards / ".metadata").read_bytes()
     for name in ("__0_0.distcp", "__1_0.distcp", ".metadata"):
         content = (shards / name).read_bytes()
         for place in (0, len(content) // 2, len(content) - 1):
@@ -88,6 +96,34 @@ def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
     with pytest.raises(UserError, match=r"it asks for pathlib\.Path\.touch"):
         optimizer_state(checkpoint, path, optimizer)
     assert not Path("run").exists()
+    generator, unharmed = np.random.default_rng(0), 0
+    for _ in range(200):  # an index that is damaged on purpose
+        hostile = bytearray(index)
+        for place in generator.integers(0, len(index), 1 + generator.integers(3)):
+            hostile[place] = generator.integers(256)
+        (shards / ".metadata").write_bytes(hostile)
+        checkpoint["shards"]["crc32"][".metadata"] = zlib.crc32(hostile)
+        with contextlib.suppress(UserError):
+            optimizer_state(checkpoint, path, optimizer)
+            unharmed += 1
+    assert unharmed < 150
+    bomb = b"\x80\x02Nr\xff\xff\xff\x7f."  # a memo of two thousand million places
+    for hostile, expected in ((bomb, "LONG_BINPUT in it"), (b"", "does not hold"), (index, "has no checksum")):
+        (shards / ".metadata").write_bytes(hostile)
+        named = {"folder": "shards/24", "crc32": {".metadata": zlib.crc32(hostile)}}
+        with pytest.raises(UserError, match=expected):
+            optimizer_state(checkpoint | {"shards": named}, path, optimizer)
+    reader = sharded.Reader(shards)
+    metadata = reader.read_metadata()
+    metadata.state_dict_metadata["optimizer.0.exp_avg"].chunks.clear()  # nothing would be read into it
+    (shards / ".metadata").write_bytes(pickle.dumps(metadata))
+    checkpoint["shards"]["crc32"][".metadata"] = sharded.crc32(shards / ".metadata")
+    with pytest.raises(UserError, match="of parameter 0 is not all, or not finite"):
+        optimizer_state(checkpoint, path, optimizer)
+    (shards / "__0_0.distcp").unlink()
+    os.mkfifo(shards / "__0_0.distcp")  # a read of it would wait for ever
+    with pytest.raises(UserError, match="not a plain file"):
+        optimizer_state(checkpoint, path, optimizer)
     for named in ({"folder": "shards/24", "crc32": {"../ckpt.pt": 0}}, {"folder": "../24", "crc32": {}}, 3):
         with pytest.raises(UserError, match=r"is damaged|that no run has written"):
             optimizer_state(checkpoint | {"shards": named}, path, optimizer)
@@ -111,6 +147,18 @@ def failing(ranks) -> None:
     with pytest.raises(UserError, match=r"cannot write run/.*No such file"):
         saver.wait()
     assert read_checkpoint(path)["step"] == 1
+    crc32 = sharded.crc32
+    sharded.crc32 = lambda path: crc32(path) if ranks.is_main else Path("nowhere").read_bytes()  # of rank 1 alone
+    saver.save(model, optimizer, content | {"step": 3}, [path])
+    with pytest.raises(UserError, match=r"cannot write run/shards/3: .*No such file.* the former checkpoint is intact"):
+        saver.wait()
+    sharded.crc32 = crc32
+    if ranks.is_main:
+        Path("run/shards/.nfs01").touch()  # what is not of a run stays
+    ranks.share(None)
+    saver.save(model, optimizer, content | {"step": 4}, [path])
+    saver.wait()
+    assert sorted(os.listdir("run/shards")) == [".nfs01", "4"]
     ranks.share(None)
     if ranks.is_main:
         shutil.rmtree("run/shards")
@@ -121,7 +169,7 @@ def failing(ranks) -> None:
         UserError, match=r"cannot write run/shards/3: .*Not a directory.*; the former checkpoint is intact"
     ):
         saver.wait()
-    assert read_checkpoint(path)["step"] == 1
+    assert read_checkpoint(path)["step"] == 4
 
 
 def test_what_cannot_be_written_in_the_background_is_told_on_every_rank():

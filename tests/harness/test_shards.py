@@ -2,7 +2,9 @@
 
 import json
 import os
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -64,6 +66,44 @@ def test_a_shard_is_opened_when_it_is_touched_and_one_that_is_missing_is_named_a
     last.unlink()
     with pytest.raises(UserError, match=rf"is not prepared \(no {last.name}\)"):
         Corpus(corpus_folder, lazily=True)
+
+
+def test_two_threads_that_touch_a_shard_at_once_map_it_once(tmp_path, monkeypatch):
+    write_documents(tmp_path, [("train", TRAIN), ("val", VAL)], shard_bytes=64)
+    tokens, mmap, maps = Corpus(tmp_path, lazily=True).tokens["train"], shards.mmap.mmap, []
+
+    def slow(*arguments, **options):
+        maps.append(arguments)
+        time.sleep(0.05)
+        return mmap(*arguments, **options)
+
+    monkeypatch.setattr(shards.mmap, "mmap", slow)
+    with ThreadPoolExecutor(2) as threads:
+        assert [*threads.map(lambda place: tokens[place], (40, 41))] == [TRAIN[40], TRAIN[41]]
+    assert len(maps) == 1
+
+
+def test_a_file_that_is_cut_short_after_it_was_checked_is_told(corpus_folder):
+    """What is mapped beyond the end of a file would end the process by a SIGBUS."""
+    tokens = Corpus(corpus_folder, lazily=True).tokens["train"]
+    assert tokens[np.arange(199)].tolist() == list(TRAIN)
+    first = tokens.files[0].path
+    os.truncate(first, 0)
+    with pytest.raises(UserError, match=rf"{first.name} has been cut short since it was opened: prepare"):
+        tokens[np.arange(5)]
+
+
+def test_a_corpus_that_is_prepared_anew_is_read_on_where_it_was_opened_and_told_of_elsewhere(corpus_folder):
+    corpus = Corpus(corpus_folder, lazily=True)
+    tokens = corpus.tokens["train"]
+    assert tokens[:5].tolist() == list(TRAIN[:5])
+    write_documents(corpus_folder, [("train", VAL + TRAIN), ("val", TRAIN)], shard_bytes=64)
+    assert tokens[5:32].tolist() == list(TRAIN[5:32])
+    if len(tokens.files) == 1:
+        assert tokens.tolist() == list(TRAIN)
+        return
+    with pytest.raises(UserError, match=r"train_00001.*meta.json has changed since .*: start the program again$"):
+        tokens[40]
 
 
 def everything(folder):

@@ -69,6 +69,17 @@ def test_gpt2_text_never_becomes_the_separator(gpt2):
     assert gpt2.decode(ids) == "<|endoftext|>" == gpt2.decode([gpt2.separator])
 
 
+PARTS = [b"<|endoftext|>", b"<|endoftext|", b"|>", b"word ", b" \n", "漢 é".encode(), b"\xe2\x82", b"\xf0\x90"]
+
+
+@given(texts=st.lists(st.lists(st.sampled_from(PARTS), max_size=4).map(b"".join) | st.binary(max_size=9), min_size=1))
+def test_documents_together_have_the_ids_that_each_has(gpt2, texts):
+    """Whatever stands in them: the separator's own text, half of it, half a character."""
+    for tokenizer in (gpt2, Bytes()):
+        each = [i for text in texts for i in (tokenizer.separator, *tokenizer.encode(text).tolist())]
+        assert tokenizer.encode_documents(texts).tolist() == each
+
+
 def test_gpt2_token_bytes(gpt2):
     token_bytes = gpt2.token_bytes()
     assert token_bytes.shape == (50257,)

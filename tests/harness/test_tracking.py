@@ -21,7 +21,7 @@ from tests.helpers import run_python
 
 def config(wandb: str = "disabled"):
     return SimpleNamespace(
-        tracking=SimpleNamespace(wandb=wandb, project="offbyone"),
+        tracking=SimpleNamespace(wandb=wandb, project="offbyone", log_interval=1),
         run=SimpleNamespace(name="a run"),
         to_dict=lambda: {"run": {"name": "a run"}},
     )
@@ -78,6 +78,17 @@ def test_each_step_stands_there_once_after_any_number_of_resumes(tmp_path):
     session(tmp_path, 5, range(6, 8), close=False)  # killed at 7, before another checkpoint
     session(tmp_path, 5, range(6, 11))
     assert lines(tmp_path) == [{"step": step, "train/loss": step / 10} for step in range(11)]
+
+
+def test_lines_that_are_missing_before_the_checkpoints_step_are_said(tmp_path, capsys):
+    session(tmp_path, None, range(0, 9))
+    session(tmp_path, 8, ())
+    assert "warning" not in capsys.readouterr().out
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+    session(tmp_path, 8, [9])
+    assert "metrics.jsonl ends at step 3, the checkpoint is of step 8: lines are missing" in capsys.readouterr().out
+    assert steps(tmp_path) == [0, 1, 2, 3, 9]
 
 
 def test_a_run_that_starts_afresh_keeps_no_former_line(tmp_path):

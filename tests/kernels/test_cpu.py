@@ -1,6 +1,7 @@
 """The CPU's own kernel beyond what test_fused.py asks of every kernel: how it is built, vectors, threads, NaN."""
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import math
@@ -160,6 +161,14 @@ def test_a_library_is_on_the_disk_before_it_has_its_name(compiler, anew):
     anew.setattr(Path, "replace", lambda path, target: (happened.append("replace"), replace(path, target))[1])
     assert cpu.load() is not None
     assert happened == ["fsync", "replace"]
+
+
+def test_a_file_system_without_fsync_is_no_failure(compiler, anew):
+    def fsync(_descriptor):
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+
+    anew.setattr(os, "fsync", fsync)
+    assert cpu.load() is not None
 
 
 def test_a_compiler_that_hangs_is_said_and_given_up(compiler, anew, capsys):

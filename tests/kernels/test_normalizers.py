@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import optimize, special
 
 from kernels import normalizers as n
-from kernels.normalizers import Normalizer, scaled_queries, softmax_weights, visible_keys
+from kernels.normalizers import Normalizer, running_sums, scaled_queries, softmax_weights, visible_keys
 
 EPS = torch.finfo(torch.float64).eps
 KINDS = {
@@ -222,3 +222,9 @@ def test_scaled_queries_count_the_keys_that_each_sees():
 def test_an_entry_that_makes_no_sense_is_refused(arguments, named):
     with pytest.raises(ValueError, match=named):
         Normalizer(**arguments)
+
+
+@pytest.mark.parametrize("dim", [1, -1])
+def test_running_sums_by_a_product_are_those_of_cumsum(dim):
+    x = torch.randn(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(running_sums(x, dim, by_product=True), running_sums(x, dim), rtol=0, atol=1e-14)

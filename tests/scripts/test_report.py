@@ -22,7 +22,7 @@ import harness.report
 from harness.errors import run_cli
 from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
-from harness.report import charts, markdown, numbers
+from harness.report import charts, markdown, numbers, theme
 from harness.report.document import Figure
 from measure.seeds import Estimate, difference, estimate
 from scripts import report
@@ -222,10 +222,10 @@ def test_a_difference_is_filled_where_significant_and_every_seed_has_a_tick():
         for (v, own), p in zip(values.items(), (0.01, 0.8), strict=True)
     ]
     panel = charts.differences(numbers.Measure("loss", "loss", ""), found, ["baseline", "a", "b"])
-    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("differences", "", [panel], legend=False))))
+    svg = vl_convert.vegalite_to_svg(json.dumps(theme.drawn(Figure("differences", "", [panel], legend=False))))
     group = r'role-mark[^>]*aria-roledescription="{}[^>]*>(.*?)</g>'
     points = [re.findall('fill="([^"]*)"', g) for g in re.findall(group.format("symbol mark container"), svg)]
-    assert [charts.PALETTE[1], charts.LIGHT["paper"]] in points
+    assert [theme.PALETTE[1], theme.LIGHT["paper"]] in points
     ticks = [g.count("<path") for g in re.findall(group.format("rect mark container"), svg)]
     assert ticks == [9]
     assert panel.spec["layer"][1]["encoding"]["x"]["scale"]["domain"][1] > 1
@@ -401,7 +401,7 @@ def test_mean_with_two_digits_of_its_error(found, text):
 def test_axes_are_labelled_in_digits(sizes, shown):
     points = [numbers.Point(500.0 * i, estimate([size])) for i, size in enumerate(sizes)]
     panel = charts.lines("kurtosis", "", {"softmax": points}, ["softmax"], zero=True)
-    svg = vl_convert.vegalite_to_svg(json.dumps(charts.drawn(Figure("along", "", [panel], legend=False))))
+    svg = vl_convert.vegalite_to_svg(json.dumps(theme.drawn(Figure("along", "", [panel], legend=False))))
     labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
     assert [label for label in labels if label in shown][-5:] == shown
     assert {"0", "200", "1,000"} <= {*labels}  # steps, and not 0k
@@ -518,7 +518,7 @@ def test_light_dark_and_print(browser):
     label, line = "#Curves .role-axis-label text", "#Curves .mark-line path"
     for scheme, media, dark in (("dark", "", True), ("light", "", False), ("dark", "print", False)):
         browser.emulate(scheme, media)
-        wanted = charts.colors(dark)
+        wanted = theme.colors(dark)
         assert browser.color("html", "color") == wanted["ink"].lower()
         assert browser.color(label, "fill") == wanted["muted"].lower()
         assert browser.color(line, "stroke") == wanted["c0"].lower()
