@@ -162,9 +162,8 @@ class Plan:
         anew = self.block + copies - inputs if self.recomputed else Bytes()
         forward, backward, logits = self._loss
 
-        cached = times(
-            copies, L * (self.recomputed or not self.by_weights)
-        )  # autocast has them until the loss is there
+        # What is not kept is in autocast's cache until the loss is there.
+        cached = times(copies, L * (self.recomputed or not self.by_weights))
         alive, sharding = base + former + times(kept, L), self._sharding
         found = {
             "the loss": alive + cached + self.around + forward + sharding["root"],
