@@ -144,7 +144,9 @@ def parse_overrides(arguments: list[str]):
         argument = rest.pop(0)
         key, equals, text = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or not re.fullmatch(r"\w+\.\w+", key):
-            raise UserError(f"command line: {argument!r}: overrides are --section.key value; --help lists the keys")
+            raise UserError(
+                f"command line: {argument!r}: overrides are --section.key value; python train.py --help lists the keys"
+            )
         if not equals:
             if not rest or rest[0].startswith("--"):  # a value that starts so is given as --section.key=value
                 raise UserError(f"command line: --{key} has no value")

@@ -1,5 +1,6 @@
 """A user's mistake is one clear line and exit status 2; a traceback is for mistakes of ours."""
 
+import argparse
 import contextlib
 import errno
 import os
@@ -26,6 +27,13 @@ _OUT_OF_MEMORY = re.compile(
 
 class UserError(Exception):
     """Something that the user can put right. The message is one line: what is wrong, where, and what to do."""
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """argparse's, by which a mistake is one line as well."""
+
+    def error(self, message: str):
+        raise UserError(f"{message}; see --help")
 
 
 def run_cli(main) -> int:

@@ -196,6 +196,14 @@ def _cell(value: str | int | float | list | None) -> str:
     return number(value) if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
+def duration(seconds: float) -> str:
+    """In three digits, and in the unit in which it is read most easily."""
+    units = (("days", 86400, 2), ("h", 3600, 2), ("min", 60, 2), ("s", 1, 1), ("ms", 1e-3, 1))
+    unit, size = next(((unit, size) for unit, size, least in units if seconds >= least * size), ("µs", 1e-6))
+    value = seconds / size
+    return f"{value:.3g} {unit}" if value < 999.5 else f"{value:.0f} {unit}"
+
+
 def number(value: float) -> str:
     """In four digits, but never with an exponent where the integer itself is short enough to read."""
     return f"{value:.0f}" if 1e4 <= abs(value) < 1e9 else f"{value:.4g}"

@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.allocations import Followed, follow
 from harness.config import Config
+from harness.device import choose_compile, choose_dtype
 from harness.kl_training import position_kl
 from harness.optimizers import BY_MUON, kinds_of
 from kernels.backends import native, use_backend
@@ -34,26 +35,31 @@ Bytes = Counter[str]  # kind → bytes
 
 class Plan:
     """What the training of `shape` as `config` says takes on each of so many devices, all of them `device`, "cuda" or
-    "cpu"; UserError where they cannot share a batch. `batch` replaces training.micro_batch_size.
+    "cpu": by default training.device, whose auto is "cuda". `batch` replaces training.micro_batch_size. UserError where
+    they cannot share a batch, or training.device is another kind.
     """
 
-    def __init__(self, config: Config, shape: GPTConfig, gpus: int = 1, device: str = "cuda", batch: int | None = None):
+    def __init__(self, config: Config, shape: GPTConfig, gpus: int = 1, device: str = "", batch: int | None = None):
         c = config.training
+        device = device or c.device.replace("auto", "cuda").partition(":")[0]
+        if device not in ("cuda", "cpu"):
+            raise config.error("training.device", f"{c.device}: a plan is for cuda or cpu")
         if c.feedback != "backprop":
             shape = replace(shape, tie_embeddings=False)
         self.config, self.shape, self.gpus, self.device = config, shape, gpus, device
         share, rest = divmod(c.batch_size, gpus)
         if rest or not share:
-            problem = f"{c.batch_size} sequences cannot be shared out among {gpus} devices"
-            raise config.error("training.batch_size", problem)
+            raise config.error("training.batch_size", _unshared(c.batch_size, gpus))
         most = min(batch or c.micro_batch_size or share, share)
         self.batch = next(n for n in range(most, 0, -1) if share % n == 0)
         self.micro_steps, self.tokens = share // self.batch, self.batch * shape.block_size
-        self.compiled = device == "cuda" if c.compile == "auto" else bool(c.compile)
+        on = torch.device(device)  # which need not be here
+        compiled = device == "cuda" and c.feedback != "dfa" if c.compile == "auto" else c.compile
+        self.compiled = choose_compile(compiled, on, c.feedback)
         self.by_parts = device == "cpu" and not self.compiled  # some operations are several there, and keep more
+        self.by_weights = c.feedback in ("backprop", "dfa")  # by which errors go back, so that they are kept until then
         self.sharded, self.recomputed = c.parallel == "fsdp" and gpus > 1, c.checkpoint_activations
-        dtype = ("bfloat16" if device == "cuda" else "float32") if c.dtype == "auto" else c.dtype
-        self.dtype = getattr(torch, dtype)
+        self.dtype = choose_dtype("bfloat16" if device == "cuda" and c.dtype == "auto" else c.dtype, on)
         self.itemsize = self.dtype.itemsize
         self.model = _without_memory(tuple(asdict(shape).items()))
         self.parameters = sum(p.numel() for p in self.model.parameters())  # a shared embedding counts once
@@ -152,11 +158,12 @@ class Plan:
         grads = Bytes({"gradients": weights // shards})
         former = Bytes() if at_once else grads
         inputs = Bytes({"residual stream": stream})
-        kept = inputs if self.recomputed else self.block + copies
+        kept = inputs if self.recomputed else self.block + times(copies, self.by_weights)
         anew = self.block + copies - inputs if self.recomputed else Bytes()
         forward, backward, logits = self._loss
 
-        cached = times(copies, L * self.recomputed)  # autocast has them until the loss is there
+        # What is not kept is in autocast's cache until the loss is there.
+        cached = times(copies, L * (self.recomputed or not self.by_weights))
         alive, sharding = base + former + times(kept, L), self._sharding
         found = {
             "the loss": alive + cached + self.around + forward + sharding["root"],
@@ -234,7 +241,8 @@ class Plan:
             x, reference = (torch.empty(n, V, dtype=self.dtype, requires_grad=grad) for grad in (True, False))
             followed = follow(lambda x: self._loss_of(x, reference, targets), x, known=(reference, targets))
         beside = Bytes({"loss": copy, "KL reference": n * V * itemsize * bool(self.config.kl.reference)}) + logits
-        forward = beside + Bytes({"loss": followed.forward})
+        forward = beside + Bytes({"loss": followed.forward, "norms": outputs})
+        beside["loss"] = copy * self.by_weights
         return forward, beside + Bytes({"loss": followed.backward}), logits
 
     def _loss_of(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
@@ -260,7 +268,7 @@ class Plan:
         the residual stream, of its hidden layer (of swiglu's two) and of a weight; of attention, if materialized."""
         c, n, itemsize = self.shape, self.tokens, self.itemsize
         C, inner = c.n_embd, c.resolved()["n_inner"]
-        gradient = n * C * (4 + itemsize * (itemsize < 4 or c.dropout > 0))
+        gradient = n * C * (4 + itemsize * (itemsize < 4 or c.dropout > 0 or self.config.training.feedback == "dfa"))
         hidden = n * inner * itemsize * (1 if c.mlp == "gelu" else 2)
         found = [("MLP", Bytes({"at work": gradient + hidden + C * inner * itemsize}), Bytes())]
         if self.attention:
@@ -272,10 +280,12 @@ class Plan:
 
     @property
     def _feedback(self) -> int:
-        """The fixed matrices by which errors go back: as the weights, or from the logits to each layer's outputs."""
+        """The fixed matrices by which errors go back, whole on every rank: as the weights, or from the logits to each
+        layer's outputs, with the logits' gradient, which is there until the next."""
         how, linears = self.config.training.feedback, [m for m in self.model.modules() if isinstance(m, nn.Linear)]
         to_each = self.shape.vocab_size * sum(m.out_features for m in linears if m is not self.model.lm_head)
-        return 4 * {"fa": sum(m.weight.numel() for m in linears), "dfa": to_each}.get(how, 0)
+        error = self.tokens * self.shape.vocab_size * self.itemsize
+        return {"fa": 4 * sum(m.weight.numel() for m in linears), "dfa": 4 * to_each + error}.get(how, 0)
 
     @property
     def _stepping(self) -> int:
@@ -308,6 +318,8 @@ class Plan:
     @property
     def moved(self) -> dict[str, float]:
         """Bytes that a device sends in a step, and receives, by rings: kind → bytes."""
+        if self.gpus == 1:
+            return {}
         others, blocks = (self.gpus - 1) / self.gpus, self.itemsize * self.shape.n_layer * self.of_block
         if not self.sharded:
             return {"all-reduce of the gradients, float32": 2 * others * 4 * self.parameters}
@@ -320,8 +332,14 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Of a device in a step, by `GPT.flops_per_token`: what is computed again counts once."""
-        return self.model.flops_per_token() * self.tokens * self.micro_steps
+        """Of a device in a step: `GPT.flops_per_token`'s three passes, of which going back is two, and another for what
+        checkpoint_activations computes again and for a KL reference of the same shape."""
+        passes = 3 + self.recomputed + bool(self.config.kl.reference)
+        return self.model.flops_per_token() * self.tokens * self.micro_steps * passes / 3
+
+    def seconds(self, flops: float, bandwidth: float) -> dict[str, float]:
+        """Of a step, on devices that do so many FLOP/s and send so many bytes/s."""
+        return {"computing": self.flops / flops, "sending": sum(self.moved.values()) / bandwidth}
 
     def changed(self, gpus: int | None = None, batch: int | None = None, **training) -> "Plan":
         """This plan with other keys of `training`."""
@@ -357,6 +375,15 @@ def ways_to_fit(plan: Plan, limit: float) -> list[Plan]:
             return [way]
         gpus *= 2
     return []
+
+
+def _unshared(batch_size: int, gpus: int) -> str:
+    counts = [n for n in range(1, batch_size + 1) if batch_size % n == 0]
+    near = [max(n for n in counts if n < gpus), *[n for n in counts if n > gpus][:1]]
+    sizes = [n for n in (batch_size // gpus * gpus, -(-batch_size // gpus) * gpus) if n]
+    able, shared = (" or ".join(map(str, found)) for found in (near, sizes))
+    problem = f"{batch_size} sequences cannot be shared out among {gpus} devices"
+    return f"{problem}: among {able} they can, or {shared} among {gpus}"
 
 
 @lru_cache

@@ -42,8 +42,7 @@ def load_hf(name_or_folder: str) -> GPT:
     model itself there is never more in memory than one of the files.
     """
     source = f"hf:{name_or_folder}"
-    if name_or_folder.startswith(("/", ".", "~")) and not Path(name_or_folder).expanduser().is_dir():
-        raise UserError(f"{source}: no such folder")
+    _check_place(name_or_folder)
     if (found := _find(name_or_folder, "config.json")) is None:
         raise UserError(f"{source}: no config.json there, or the hub cannot be reached: it says the shape of the model")
     c = _read_json(found, source)
@@ -204,6 +203,14 @@ def _read_json(path: Path, source: str) -> dict:
     return content
 
 
+def _check_place(name_or_folder: str) -> None:
+    """UserError for what can only be a folder and is none. On the hub a name is MODEL or OWNER/MODEL; out/… is ours."""
+    path = Path(name_or_folder).expanduser()
+    is_path = name_or_folder.startswith(("/", ".", "~")) or len(path.parts) > 2 or path.parts[:1] == ("out",)
+    if (is_path or (len(path.parts) == 2 and path.parent.is_dir())) and not path.is_dir():
+        raise UserError(f"hf:{name_or_folder}: no such folder")
+
+
 def _find(name_or_folder: str, filename: str) -> Path | None:
     """A file in the folder, or of the model of that name on the hub, from its cache or fetched; None if it has none."""
     folder = Path(name_or_folder).expanduser()
@@ -222,7 +229,8 @@ def _find(name_or_folder: str, filename: str) -> Path | None:
 def tokenizer_of(name_or_folder: str) -> dict[str, Any] | None:
     """What `harness.tokenizer.from_meta` makes the tokenizer of a Hugging Face model of: GPT-2's, where it has the ids
     of that, or what its tokenizer.json describes. One that cannot be used is "of its own (FILE)", with the problem;
-    None if there is none, or none can be reached."""
+    None if there is none, or none can be reached; UserError if what is named can only be a folder, and is none."""
+    _check_place(name_or_folder)
     for file in ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model"):
         with suppress(UserError):  # no network: there may be another file in the cache
             if (path := _find(name_or_folder, file)) is None:

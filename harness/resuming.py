@@ -52,6 +52,8 @@ _WHERE = (
     "training.overwrite",
 )  # these may change: they say where a checkpoint is found
 
+_FREE = {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}  # with init_from, chosen anew
+
 AS_INIT_FROM = "it can only start a run of another name, as its init_from"
 
 
@@ -146,8 +148,8 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
         }
     # A fine-tuning may choose these anew; rotary positions reach as far as one likes. What a normalizer has learned
     # stays while the normalizer does, wherever it was to start.
-    free = set() if checkpoint else {f.name for f in dataclasses.fields(GPTConfig) if f.metadata.get("free")}
-    free |= {"block_size"} if not checkpoint and model.config.position == "rope" else set()
+    free = set() if checkpoint else _FREE
+    free = free | {"block_size"} if not checkpoint and model.config.position == "rope" else free
     forgotten = model.normalizer_parameters()
     if wanted.get("normalizer", found["normalizer"]) == found["normalizer"] and forgotten:
         free, forgotten = free - {"sink_init", "ssmax_init"}, {}
@@ -173,6 +175,20 @@ def initial_model(config: Config, corpus: Corpus, checkpoint: dict | None, say=p
             say(f"what {source} has learned for its normalizer, {model.config.normalizer}, is left out")
     model = assign_weights(rebuilt, weights)  # in the same memory: there is never a second model
     return with_feedback(model, config, checkpoint or {}, say)
+
+
+def first_shape(config: Config) -> GPTConfig:
+    """Of the model that a new run starts with: the config's own, or its init_from's with what it may choose anew."""
+    if config.training.init_from != "scratch":
+        found = load_model(config.training.init_from)[0].config
+        given = {k: v for k, v in vars(config.model).items() if f"model.{k}" in config.sources and v is not None}
+        size = given.get("block_size", found.block_size)
+        found = with_context(found, size if found.position == "rope" else min(size, found.block_size))
+        return dataclasses.replace(found, **{k: given[k] for k in _FREE & given.keys()})
+    try:
+        return config.model.gpt_config(config.model.vocab_size or Corpus(config.data.corpus, ()).vocab_size)
+    except UserError as error:
+        raise UserError(f"{error}; or say how many ids it will have, by --model.vocab_size") from error
 
 
 def free_memory() -> int | None:

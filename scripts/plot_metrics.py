@@ -26,13 +26,8 @@ from harness.curves import (
     standard_panels,
     variants,
 )
-from harness.errors import UserError, run_cli
+from harness.errors import ArgumentParser, run_cli
 from harness.figures import print_table, save_figure
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    def error(self, message: str):
-        raise UserError(f"{message}; see --help")
 
 
 def main() -> None:

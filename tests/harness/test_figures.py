@@ -9,6 +9,7 @@ from harness.errors import UserError
 from harness.figures import (
     RUN_STYLES,
     draw_heads,
+    duration,
     new_figure,
     print_table,
     save_figure,
@@ -98,3 +99,9 @@ def test_pictures_to_be_compared_have_one_scale():
 def test_table_aligns_text_left_and_numbers_right(capsys):
     print_table([{"name": "a", "x": 1.23456}, {"name": "long", "x": None}, {"name": "b", "x": 123456.7}], ["name", "x"])
     assert capsys.readouterr().out == "name       x\na      1.235\nlong       –\nb     123457\n"
+
+
+def test_a_duration_is_in_the_unit_in_which_it_is_read():
+    given = {6.8e-6: "6.8 µs", 0.1311: "131 ms", 0.9999: "1000 ms", 1.49: "1.49 s", 119: "119 s", 120: "2 min"}
+    given |= {7200: "2 h", 86400: "24 h", 1e6: "11.6 days", 1e9: "11574 days"}
+    assert {seconds: duration(seconds) for seconds in given} == given

@@ -19,7 +19,7 @@ from harness.kl_training import Reference
 from harness.optimizers import make_optimizer
 from harness.parallel import on_all_ranks, own_part, placed, recompute_activations
 from harness.planning import Plan, ways_to_fit
-from measure.feedback import apply_feedback
+from measure.feedback import apply_feedback, feedback_layers
 from model import GPT, GPTConfig
 from tests.helpers import ROOT, allocated, on_ranks, random_ids, save_model, tiny_corpus
 
@@ -67,6 +67,8 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
         step()  # before which DDP makes its buckets anew
     state = [t for of_one in optimizer.state.values() for t in of_one.values() if isinstance(t, Tensor)]
     held = [own_part(t) for t in (*model.parameters(), *model.buffers(), *state)]
+    if plan.micro_steps == 1:  # else the second micro-step has the error of the first
+        held += next((layer.error.values() for layer in feedback_layers(model).values()), ())  # all layers share it
     copies = 1 + (wrapped is not model) + (reference is not None)  # DDP's buckets, a reference of the same shape
     weights = sum(own_part(p).nbytes for p in model.parameters())
     assert c.parallel == "ddp" or plan.sharded
@@ -90,6 +92,9 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
         ({"normalizer": "sink", "dropout": 0.1}, {}, "adamw", "the loss"),
         ({"dropout": 0.1}, BFLOAT16, "adamw", "the loss"),
         ({}, {"feedback": "fa"}, "adamw", None),
+        ({}, {"feedback": "fa"} | BFLOAT16, "adamw", "the loss"),
+        ({"vocab_size": 2048}, {"feedback": "dfa"}, "adamw", "the loss, backward"),
+        ({}, {"feedback": "dfa"} | TWICE | BFLOAT16, "adamw", None),
         ({"block_size": 16}, {"batch_size": 1}, "sgd", "the optimizer's step"),
         ({"block_size": 16}, {"batch_size": 1}, "muon", "the optimizer's step"),
         ({"vocab_size": 4096, "block_size": 16}, {"batch_size": 1}, "adamw", "the embedding"),
@@ -127,7 +132,8 @@ class Sent(TorchDispatchMode):
 
 def on_two_ranks(ranks: Ranks) -> None:
     shape = {"n_layer": 4, "block_size": 256}
-    for how in ({"parallel": "ddp"}, {"parallel": "fsdp"}, {"parallel": "fsdp", "batch_size": 16}):
+    fsdp = {"parallel": "fsdp"}
+    for how in ({"parallel": "ddp"}, fsdp, fsdp | {"batch_size": 16}, fsdp | {"feedback": "dfa"}):
         plan = Plan(config_of({"batch_size": 8} | how), GPTConfig(**SHAPE | shape), ranks.size, "cpu")
         with Sent(ranks) as sent:
             found = measured(plan, ranks)
@@ -187,9 +193,36 @@ def test_what_is_advised_fits_and_one_step_further_does_not(gpus):
         assert halved.largest(limit) is None
 
 
-def test_ranks_that_cannot_share_a_batch_are_refused():
-    with pytest.raises(UserError, match=r"training.batch_size: 4 sequences cannot be shared out among 3 devices"):
-        Plan(config_of(), GPTConfig(**SHAPE), gpus=3)
+@pytest.mark.parametrize(
+    ("size", "gpus", "nearest"),
+    [
+        (4, 3, "2 or 4 they can, or 3 or 6 among 3"),
+        (4, 9, "4 they can, or 9 among 9"),
+        (480, 64, "60 or 80 they can, or 448 or 512 among 64"),
+    ],
+)
+def test_ranks_that_cannot_share_a_batch_are_refused_with_those_that_can(size, gpus, nearest):
+    problem = f"training.batch_size: {size} sequences cannot be shared out among {gpus} devices: among {nearest}$"
+    with pytest.raises(UserError, match=problem):
+        Plan(config_of({"batch_size": size}), GPTConfig(**SHAPE), gpus)
+
+
+def test_a_block_computed_again_and_a_reference_are_another_pass_each():
+    shape = GPTConfig(**SHAPE)
+    once = Plan(config_of(TWICE), shape, gpus=2).flops
+    assert once == GPT(shape).flops_per_token() * 4 * 128
+    assert Plan(config_of(TWICE | AGAIN), shape, gpus=2).flops == pytest.approx(once * 4 / 3)
+    assert Plan(config_of(TWICE | AGAIN, reference="ckpt.pt"), shape, gpus=2).flops == pytest.approx(once * 5 / 3)
+
+
+def test_the_device_is_the_configs_and_cuda_where_it_says_auto():
+    found = {
+        given: Plan(config_of({"device": given}), GPTConfig(**SHAPE)).device for given in ("auto", "cuda:1", "cpu")
+    }
+    assert found == {"auto": "cuda", "cuda:1": "cuda", "cpu": "cpu"}
+    assert not Plan(config_of({"feedback": "dfa"}), GPTConfig(**SHAPE)).compiled  # on no device
+    with pytest.raises(UserError, match=r"training.device: mps: a plan is for cuda or cpu"):
+        Plan(config_of({"device": "mps"}), GPTConfig(**SHAPE))
 
 
 def test_a_ring_sends_everything_but_one_share_twice():

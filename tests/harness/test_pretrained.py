@@ -15,6 +15,7 @@ from harness.checkpoint import load_model
 from harness.errors import UserError
 from harness.families import FAMILIES, read_config
 from harness.pretrained import load_hf, save_hf, stored_weights
+from harness.tokenizer import from_name
 from model import GPT, GPTConfig
 from tests.helpers import run_python, tiny_gpt
 
@@ -534,3 +535,22 @@ def test_truncated_weights_are_refused(tmp_path):
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
     refusal(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["out/smollm2", "models/mine", "a/b/c", "./mine", "~nobody/mine"])
+def test_what_can_only_be_a_folder_is_not_asked_for_on_the_hub(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("harness.pretrained._import", lambda module: pytest.fail("the hub was asked"))
+    Path("models").mkdir()
+    assert refusal(name) == f"hf:{name}: no such folder"
+    with pytest.raises(UserError, match="no such folder"):
+        from_name(f"hf:{name}")
+
+
+@pytest.mark.parametrize("name", ["gpt2", "HuggingFaceTB/SmolLM2-135M"])
+def test_what_can_be_a_name_on_the_hub_is_asked_for_there(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "harness.pretrained._import", lambda module: (_ for _ in ()).throw(UserError(f"hf:{name}: asked"))
+    )
+    assert refusal(name) == f"hf:{name}: asked"
