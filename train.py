@@ -61,7 +61,7 @@ def main() -> int:
         run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
         with advising_on_memory(config), unfailing_output(), StopSignals(ranks.is_main) as stop, run_folder as folder:
             status = train(config, ranks, folder, stop)
-        ranks.leave()
+            ranks.leave()  # a signal while one waits for the others changes nothing
         return status
 
 
