@@ -14,7 +14,7 @@ import pytest
 from harness import launch
 from harness.config_files import load_config
 from harness.errors import run_cli
-from harness.launch import as_typed, next_steps
+from harness.launch import as_typed, next_steps, without_max_restarts
 from scripts import sample
 from tests.helpers import ROOT
 
@@ -166,6 +166,48 @@ def rank_ids(launcher: int) -> dict[int, int]:
     return {int(v["RANK"]): pid for pid, v in variables.items() if "RANK" in v}
 
 
+@pytest.mark.parametrize(
+    ("arguments", "rest", "restarts"),
+    [
+        (["--max-restarts", "3", "--run.name", "x"], ["--run.name", "x"], "3"),
+        (["--run.name=x", "--max-restarts=0"], ["--run.name=x"], "0"),
+        (["--max_restarts=x"], [], "x"),  # refused with the other numbers
+    ],
+)
+def test_restarts_are_asked_for_as_of_torchrun(arguments, rest, restarts):
+    assert without_max_restarts(["a.yaml", *arguments]) == (["a.yaml", *rest], {"--max-restarts": restarts})
+
+
+@pytest.mark.parametrize("arguments", [("--max-restarts",), ("--max-restarts=",)])
+def test_restarts_without_a_number_are_a_mistake(arguments, launched, capsys):
+    assert launched("configs/stdlib_softmax1.yaml", *arguments) == 2
+    expected = "error: --max-restarts takes a number: how often the ranks are started again after a failure\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_signal_while_a_program_is_being_started_reaches_it(monkeypatch):
+    start, former = subprocess.Popen, signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def popen(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        assert launch.run(["sleep", "5"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch.run(["sh", "-c", "kill -HUP $PPID; sleep 0.1"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "whom", "status", "lines"),
@@ -176,7 +218,7 @@ def rank_ids(launcher: int) -> dict[int, int]:
         (signal.SIGSTOP, 1, 75, ["error: rank 1 on "]),
         (signal.SIGTERM, "launcher", 143, ["", "finishing this step", "stopped at step "]),
         (signal.SIGINT, "launcher", 130, ["", "finishing this step", "stopped at step "]),
-        (signal.SIGKILL, "launcher", -9, ["stopped at step "]),
+        (signal.SIGKILL, "launcher", -9, ["", "SIGTERM: finishing this step", "stopped at step "]),
     ],
 )
 def test_two_ranks_end_with_one_line_that_matters(config, number, whom, status, lines):
