@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from harness import distributed
 from harness.distributed import LAUNCHER, LOST, Ranks, Watch, join_ranks, with_timeout
-from tests.helpers import ROOT, TrainingRun, assert_same_run, finished_on_ranks, run_on_two_ranks
+from tests.helpers import ROOT, TrainingRun, assert_same_run, children, finished_on_ranks, run_on_two_ranks
 
 PROGRAM = """
 import json, pathlib, sys; sys.path.insert(0, sys.argv[1])
@@ -193,10 +193,6 @@ def test_a_watch_connects_again_but_not_to_the_store_of_a_later_attempt(monkeypa
     assert not goes_on(0.3)
     assert not stores[-1].check(["alive/0"])
     watch.leave()
-
-
-def children(pid: int) -> list[int]:
-    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def start_torchrun(*options: str) -> subprocess.Popen:

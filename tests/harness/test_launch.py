@@ -16,7 +16,7 @@ from harness.config_files import load_config
 from harness.errors import run_cli
 from harness.launch import as_typed, next_steps, without_max_restarts
 from scripts import sample
-from tests.helpers import ROOT
+from tests.helpers import ROOT, children
 
 TINY = """
 model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
@@ -158,14 +158,6 @@ def test_a_mistake_about_machines_is_one_line_before_anything_is_prepared(config
     assert not (config.parent / "digits" / "val.bin").exists()
 
 
-def rank_ids(launcher: int) -> dict[int, int]:
-    """The process of each rank that the launcher has started."""
-    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
-    variables = {pid: dict(v.split("=", 1) for v in lines if "=" in v) for pid, lines in environments.items()}
-    return {int(v["RANK"]): pid for pid, v in variables.items() if "RANK" in v}
-
-
 @pytest.mark.parametrize(
     ("arguments", "rest", "restarts"),
     [
@@ -208,6 +200,9 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         signal.signal(signal.SIGHUP, former)
 
 
+FINISHING = "finishing this step, then saving"
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize(
     ("number", "whom", "status", "lines"),
@@ -216,27 +211,28 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
         (signal.SIGKILL, 1, 137, ["error: rank 1 on "]),
         (signal.SIGSTOP, 0, 75, ["error: rank 0 on "]),
         (signal.SIGSTOP, 1, 75, ["error: rank 1 on "]),
-        (signal.SIGTERM, "launcher", 143, ["", "finishing this step", "stopped at step "]),
-        (signal.SIGINT, "launcher", 130, ["", "finishing this step", "stopped at step "]),
-        (signal.SIGKILL, "launcher", -9, ["", "SIGTERM: finishing this step", "stopped at step "]),
+        (signal.SIGTERM, "launcher", 143, [f"SIGTERM: {FINISHING}; Ctrl-C twice", "stopped at step "]),
+        (signal.SIGINT, "launcher", 130, [f"SIGINT: {FINISHING}; Ctrl-C again", "stopped at step "]),
+        (signal.SIGKILL, "launcher", -9, [f"SIGTERM: {FINISHING}", "stopped at step "]),
+        (signal.SIGKILL, "launcher of one rank", -9, [f"SIGTERM: {FINISHING}", "stopped at step "]),
     ],
 )
-def test_two_ranks_end_with_one_line_that_matters(config, number, whom, status, lines):
-    log = config.parent / "log"
-    settings = {"NPROC_PER_NODE": "2", "RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def test_ranks_end_with_the_lines_that_matter(config, number, whom, status, lines):
+    log, size = config.parent / "log", 1 if whom == "launcher of one rank" else 2
+    settings = {"NPROC_PER_NODE": str(size), "RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(ROOT / "run_training.sh"), str(config), "--training.max_steps", "1000000"]
     with log.open("w") as file:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT)
     while "step 20/" not in log.read_text():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
-    ranks = rank_ids(process.pid)
-    os.kill(process.pid if whom == "launcher" else ranks[whom], number)
+    ranks, before = children(process.pid), len(log.read_text())
+    assert len(ranks) == size
+    os.kill(ranks[whom] if isinstance(whom, int) else process.pid, number)
     assert process.wait(60) == status
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         time.sleep(0.05)
-    progress = [line.startswith("step ") for line in log.read_text().splitlines()]
-    said = log.read_text().splitlines()[len(progress) - progress[::-1].index(True) :]
+    said = [line for line in log.read_text()[before:].splitlines() if line and not line.startswith("step ")]
     assert len(said) == len(lines), said
     assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
 
