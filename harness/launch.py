@@ -82,14 +82,16 @@ def without_max_restarts(arguments: list[str]) -> tuple[list[str], dict[str, str
 
 
 def prepare(corpus: Path) -> None:
-    """Run the corpus's prepare.py if that has not been done."""
+    """Run the corpus's prepare.py if that has not been done. SystemExit where a signal stops it."""
     if is_prepared(corpus):
         return
     script = corpus / "prepare.py"
     if not script.exists():
         raise UserError(f"data.corpus: {corpus} has neither a val.bin nor a prepare.py to make one")
     print(f"preparing {corpus}", flush=True)
-    if run([sys.executable, str(script)]):
+    if status := run([sys.executable, str(script)]):
+        if status - 128 in heeded():
+            raise SystemExit(status)
         raise UserError(f"{script} did not prepare {corpus}: run it yourself, python {script} --help says how")
 
 

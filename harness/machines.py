@@ -185,6 +185,9 @@ class Launcher:
         except _WaitedInVain as error:
             code = error.status
             raise
+        except SystemExit as error:  # prepare was stopped by a signal
+            code = int(error.code or 0)
+            raise
         finally:
             store.set("ready", str(code))
             if code:
@@ -202,10 +205,9 @@ class Launcher:
             "PYTHONUNBUFFERED": "1",
             LAUNCHER: str(os.getpid()),
         }
-        usual = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // m.ranks)),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # PyTorch warns of every connection that closes
-        }
+        usual = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # PyTorch warns of every connection that closes
+        if m.ranks > 1:  # one alone has as many threads as without a launcher, and so the same losses
+            usual["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // m.ranks))
         if m.size > 1 and (interface := _interface_towards(m.address)):
             usual["GLOO_SOCKET_IFNAME"] = interface  # gloo asks for the host's name, which is often 127.0.1.1
         for local in range(m.ranks):

@@ -191,6 +191,14 @@ def test_a_signal_while_a_program_is_being_started_reaches_it(monkeypatch):
         signal.signal(signal.SIGTERM, former)
 
 
+def test_a_signal_that_stops_the_preparing_is_no_mistake(config, capsys):
+    script = config.parent / "digits" / "prepare.py"
+    script.write_text("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
+    with pytest.raises(SystemExit, match="143"):
+        launch.prepare(script.parent)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_hangup_that_nohup_ignores_stays_ignored():
     former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:

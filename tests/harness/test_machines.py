@@ -110,6 +110,14 @@ def test_ranks_know_their_places(here):
     assert [Path(rank).read_text() for rank in "01"] == ["0 0 0 2 localhost\n", "1 1 0 2 localhost\n"]
 
 
+@pytest.mark.parametrize(("ranks", "threads"), [(1, "PyTorch's"), (2, "3")])
+def test_ranks_share_the_processors(ranks, threads, here, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machines.os, "cpu_count", lambda: 6)
+    assert launch("echo ${OMP_NUM_THREADS:-PyTorch\\'s} > threads", ranks=ranks) == 0
+    assert Path("threads").read_text() == f"{threads}\n"
+
+
 @pytest.mark.parametrize(
     ("script", "status", "said", "starts"),
     [
