@@ -44,9 +44,9 @@ def receive_while_reading(number: int = signal.SIGTERM) -> None:
 
     read = train.Corpus
 
-    def corpus(*arguments):
+    def corpus(*arguments, **options):
         signal.raise_signal(number)
-        return read(*arguments)
+        return read(*arguments, **options)
 
     train.Corpus = corpus
 
