@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train: ./run_training.sh [CONFIG] [--section.key value …]
+# Train: ./run_training.sh [CONFIG] [--section.key value …] [--max-restarts N]
 # Makes the environment, prepares the corpus, trains (or continues), and says what to do next. --help lists the keys.
 # On several GPUs or machines, variables say which, and otherwise SLURM's own in a step of srun: NNODES, NODE_RANK,
 # MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE, MAX_RESTARTS, RANK_TIMEOUT. docs/training.md explains them.

@@ -66,7 +66,7 @@ def main() -> int:
             ranks.finishing(),
         ):
             status = train(config, ranks, folder, stop)
-        ranks.leave()
+            ranks.leave()  # a signal while one waits for the others changes nothing
         return status
 
 

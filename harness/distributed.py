@@ -30,7 +30,8 @@ from harness.errors import UserError
 LOST = os.EX_TEMPFAIL  # 75: the exit status of a rank that lost another one; the same command may well succeed
 CONTINUES = "the same command continues from the last checkpoint"
 _LEFT = "left"
-_GRACE = 3  # seconds in which a rank ends by itself once another one has
+LAUNCHER = "OFFBYONE_LAUNCHER"  # the variable by which a launcher tells the rank that it starts its own process id
+_ENDS_WITHIN = 3  # seconds: a rank, by itself, once another one has ended
 
 
 @dataclass
@@ -94,6 +95,7 @@ class Ranks:
 
 def join_ranks(device_name: str) -> Ranks:
     """This process alone on its device or, under torchrun, its rank on a device of its own."""
+    _end_with_launcher()
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Ranks(choose_device(device_name))
     device = choose_device(device_name)
@@ -127,26 +129,53 @@ def end_process(main: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def _end_with_launcher() -> None:
+    """From here on, to lose the launcher that started this process is a request to stop: who lived on would keep the
+    run's folder. Not where a shell did, which may go, as under nohup."""
+    if LAUNCHER not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
+    launcher = int(os.environ.pop(LAUNCHER, os.getppid()))
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 @contextlib.contextmanager
 def one_voice() -> Iterator[None]:
     """Around the work of a rank. Of an error that several ranks meet, or that ends the others, the first one is raised,
-    and the other ranks end quietly with its status. Of a rank that was lost, each machine says one line, and the status
-    is LOST."""
+    and the other ranks end quietly with its status; so they do where a signal has ended one at once. Of a rank that was
+    lost, each machine says one line, and the status is LOST."""
     try:
         yield
-    except Exception as error:
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    except BaseException as error:
+        status = _status(error)
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not status:
             raise
-        lost = None if isinstance(error, UserError) else _lost_connection(error)
-        status = LOST if lost else 2 if isinstance(error, (UserError, OSError)) else 1
-        ending = Ending(status, lost or str(error), os.environ["RANK"])
+        lost = isinstance(error, Exception) and not isinstance(error, UserError) and _lost_connection(error)
+        ending = Ending(LOST if lost else status, lost or str(error), os.environ["RANK"])
         first = ending
         with contextlib.suppress(dist.DistError):  # the store may be what was lost
-            patience = _GRACE if lost else 0  # the cause of a loss may come after it
-            first = answer(lambda: ending.announced(meeting_store(), patience))
+            patience = _ENDS_WITHIN if lost else 0  # the cause of a loss may come after it
+            first = with_timeout(lambda: ending.announced(meeting_store(), patience))
         if lost or (first != ending and first.status != LOST):
             sys.exit(first.say())
         raise
+
+
+def _status(error: BaseException) -> int:
+    """The exit status of a process that this ends; 0 after `--help`."""
+    match error:
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case UserError() | OSError():
+            return 2
+    return 1
 
 
 def _lost_connection(error: BaseException | None) -> str:
@@ -175,7 +204,7 @@ def connected(address: str, port: int) -> dist.TCPStore:
     return dist.TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=5))
 
 
-def answer(call: Callable[[], Any], seconds: float = 5) -> Any:
+def with_timeout(call: Callable[[], Any], seconds: float = 5) -> Any:
     """What a call to the store returns. DistNetworkError after some seconds: where the other machine has gone without a
     word, such a call would never return, nor let a signal in."""
     future: Future = Future()
@@ -220,7 +249,7 @@ class Ending:
         if self.status == LOST:
             machine = int(os.environ.get("GROUP_RANK", 0)) if machine is None else machine
             try:
-                first = answer(lambda: (store or meeting_store()).add(f"said/{machine}", 1)) == 1
+                first = with_timeout(lambda: (store or meeting_store()).add(f"said/{machine}", 1)) == 1
             except dist.DistError:
                 first = os.environ.get("LOCAL_RANK", "0") == "0"
             if first:
@@ -230,29 +259,33 @@ class Ending:
 
 class Watch:
     """Two threads that end this process, whatever its main thread waits for, when the run has ended elsewhere or the
-    store, or the next rank, has been silent for `limit` seconds. A launcher that has gone is a request to stop."""
+    store, or the next rank, has been silent for `limit` seconds."""
 
     def __init__(self, rank: int, size: int, limit: float):
         self.rank, self.size, self._next, self._limit = rank, size, (rank + 1) % size, limit
         self._interval = min(1.0, limit / 10)  # silence is counted in these, so that a pause of this process is none
-        self._rounds, self._leaving, self._parent = 0, threading.Event(), os.getppid()
+        self._rounds, self._leaving = 0, threading.Event()
         self._talker = threading.Thread(target=self._talk, daemon=True)  # it may wait for a dead store for ever
         self._talker.start()
         threading.Thread(target=self._guard, daemon=True).start()
 
     def leave(self) -> None:
         self._leaving.set()
-        self._talker.join(_GRACE)
+        self._talker.join(_ENDS_WITHIN)
 
     def _talk(self) -> None:
-        with contextlib.suppress(dist.DistError, RuntimeError):  # then _guard counts
-            store, heard, silence = meeting_store(), "", 0
-            own, other = f"alive/{self.rank}", f"alive/{self._next}"
-            while not self._leaving.is_set():
-                self._rounds += 1
-                store.set(own, f"{self._rounds} on {socket.gethostname()}")
+        store: dist.Store | None = None
+        heard, silence = "", 0
+        own, other = f"alive/{self.rank}", f"alive/{self._next}"
+        while not self._leaving.is_set():
+            try:
+                if store is None:
+                    store = meeting_store()
+                    if self._rounds and not store.check([own]):
+                        raise dist.DistNetworkError("the store that answers is a later attempt's")
+                store.set(own, f"{self._rounds + 1} on {socket.gethostname()}")
                 if store.check([Ending.KEY]) and (ending := Ending.read(store.get(Ending.KEY))).by != str(self.rank):
-                    self._leaving.wait(_GRACE)  # the main thread ends too, unless it waits for a rank that has ended
+                    self._leaving.wait(_ENDS_WITHIN)  # the main thread ends too, unless it waits for an ended rank
                     os._exit(ending.say())
                 word = store.get(other).decode() if store.check([other]) else ""
                 silence = silence + 1 if word == heard and word not in ("", _LEFT) else 0
@@ -261,15 +294,17 @@ class Watch:
                     where = word.partition(" ")[2]
                     reason = f"rank {self._next} {where} has not been heard of for {self._limit:g} s"
                     os._exit(Ending(LOST, reason, str(self.rank)).announced(store).say())
-                self._leaving.wait(self._interval)
-            store.set(own, _LEFT)
+                self._rounds += 1
+            except (dist.DistError, RuntimeError):  # a round that _guard misses: the next one connects anew
+                store = None
+            self._leaving.wait(self._interval)
+        if store:
+            with contextlib.suppress(dist.DistError, RuntimeError):
+                store.set(own, _LEFT)
 
     def _guard(self) -> None:
         rounds, silence = -1, 0
         while not self._leaving.wait(self._interval):
-            if os.getppid() != self._parent:
-                os.kill(os.getpid(), signal.SIGTERM)
-                return
             silence = silence + 1 if self._rounds == rounds else 0
             rounds = self._rounds
             if silence * self._interval >= self._limit:

@@ -12,21 +12,24 @@ import torch
 from harness.config import Config
 from harness.config_files import main_config, parse_overrides
 from harness.corpus import is_prepared
+from harness.distributed import LAUNCHER
 from harness.errors import UserError, run_cli
-from harness.machines import STOPS, Launcher, Machines, machines_of
+from harness.machines import Launcher, Machines, machines_of
+from harness.signals import heeded
 
 PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.reference")  # the options that take one
 
 
 def main() -> int:
     here = Path(sys.argv[1])
-    arguments = as_typed(sys.argv[2:], here)
+    arguments, restarts = without_max_restarts(sys.argv[2:])
+    arguments = as_typed(arguments, here)
     if arguments and Path(arguments[0]).exists() and not Path(arguments[0]).is_file():
         raise UserError(f"{arguments[0]} is no file, as a config has to be: it is read more than once")
     config = main_config(arguments)
     corpus = Path(config.data.corpus)
     gpus = torch.cuda.device_count() if config.training.device in ("auto", "cuda") else 0
-    machines = machines_of(os.environ, gpus, config.training.batch_size)
+    machines = machines_of(os.environ | restarts, gpus, config.training.batch_size)
     checkpoint = config.folder / "ckpt.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
 
@@ -64,24 +67,52 @@ def as_typed(arguments: list[str], here: Path) -> list[str]:
     return typed
 
 
+def without_max_restarts(arguments: list[str]) -> tuple[list[str], dict[str, str]]:
+    """The arguments without torchrun's option `--max-restarts N`, which is no key of a config, and N under its name."""
+    rest, found, words = [], {}, iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option in ("--max-restarts", "--max_restarts"):
+            found["--max-restarts"] = value if equals else next(words, "")
+            if not found["--max-restarts"]:
+                raise UserError(f"{option} takes a number: how often the ranks are started again after a failure")
+        else:
+            rest.append(word)
+    return rest, found
+
+
 def prepare(corpus: Path) -> None:
-    """Run the corpus's prepare.py if that has not been done."""
+    """Run the corpus's prepare.py if that has not been done. SystemExit where a signal stops it."""
     if is_prepared(corpus):
         return
     script = corpus / "prepare.py"
     if not script.exists():
         raise UserError(f"data.corpus: {corpus} has neither a val.bin nor a prepare.py to make one")
     print(f"preparing {corpus}", flush=True)
-    if run([sys.executable, str(script)]):
+    if status := run([sys.executable, str(script)]):
+        if status - 128 in heeded():
+            raise SystemExit(status)
         raise UserError(f"{script} did not prepare {corpus}: run it yourself, python {script} --help says how")
 
 
 def run(command: list[str]) -> int:
-    """The exit status of `command`. Signals are passed on; a Ctrl-C reaches it from the terminal by itself."""
-    child = subprocess.Popen(command)
-    former = {number: signal.signal(number, lambda got, _: child.send_signal(got)) for number in STOPS}
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    status = child.wait()
+    """The exit status of `command`. Signals are passed on, those too that come while it is being started; a Ctrl-C
+    reaches it from the terminal by itself."""
+    children: list[subprocess.Popen] = []
+    early: list[int] = []
+
+    def pass_on(number: int, _frame) -> None:
+        if children:
+            children[0].send_signal(number)
+        else:
+            early.append(number)
+
+    former = {number: signal.signal(number, pass_on) for number in heeded()}
+    signal.signal(signal.SIGINT, lambda *_: None)  # which, unlike SIG_IGN, the child does not inherit
+    children.append(subprocess.Popen(command, env=os.environ | {LAUNCHER: str(os.getpid())}))
+    for number in early:
+        children[0].send_signal(number)
+    status = children[0].wait()
     for number, handler in former.items():
         signal.signal(number, handler)
     return status if status >= 0 else 128 - status

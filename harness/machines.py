@@ -22,14 +22,16 @@ from functools import partial
 
 import torch.distributed as dist
 
-from harness.distributed import CONTINUES, LOST, Ending, answer, connected
+from harness.distributed import CONTINUES, LAUNCHER, LOST, Ending, connected, with_timeout
 from harness.errors import UserError
+from harness.signals import heeded
 
-_GRACE = 5  # seconds in which the others end by themselves once one rank, or one machine, has ended
-_PATIENCE = 30 * 60  # seconds to wait for another machine, as PyTorch waits for another rank
+_KILLED_AFTER = 5  # seconds that the others have to end by themselves once one rank, or one machine, has ended
+_ANSWERED_WITHIN = 15  # seconds, by a store at which this machine waits
+_SAID_AFTER = 10  # seconds of waiting for another machine
+_PATIENCE = 30 * 60  # seconds to wait for it, as PyTorch waits for another rank
 _TICK = 0.1  # seconds between two looks
 _SIOCGIFADDR = 0x8915  # Linux: an interface's address
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGXCPU)
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class Machines:
 
 def machines_of(environment: Mapping[str, str], gpus: int, batch_size: int) -> Machines:
     """What NNODES, NODE_RANK, MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE and MAX_RESTARTS say, or in a step that `srun`
-    started SLURM's own variables; UserError for a mistake in them. A machine has a rank a GPU by default, or as many as
-    can share a batch of `batch_size` sequences."""
+    started SLURM's own variables; UserError for a mistake in them. `--max-restarts` is the command line's and comes
+    before MAX_RESTARTS. A machine has a rank a GPU by default, or as many as can share a batch of `batch_size`
+    sequences."""
 
     def number(default: int | None, least: int, most: int, *names: str) -> int:
         name = next((n for n in names if environment.get(n)), None)
@@ -59,7 +62,7 @@ def machines_of(environment: Mapping[str, str], gpus: int, batch_size: int) -> M
         return int(value)
 
     size = number(1, 1, 100_000, "NNODES", "SLURM_STEP_NUM_NODES")
-    restarts = number(0, 0, 1_000_000, "MAX_RESTARTS")
+    restarts = number(0, 0, 1_000_000, "--max-restarts", "MAX_RESTARTS")
     number(30, 1, 86_400, "RANK_TIMEOUT")  # read by each rank
     usable = max((n for n in range(1, gpus + 1) if batch_size % (n * size) == 0), default=max(gpus, 1))
     ranks = number(usable, 1, gpus or 10_000, "NPROC_PER_NODE")
@@ -89,25 +92,28 @@ def _first_slurm_host(environment: Mapping[str, str]) -> str:
 
 
 class Launcher:
-    """Starts this machine's ranks, and ends when they have ended. Signals are this process's from here on: SIGINT,
-    SIGTERM, SIGHUP, SIGUSR1 and SIGXCPU reach every rank once, as SIGTERM, and have all the time that saving takes. A
-    second Ctrl-C kills. Ctrl-Z and `fg` pause and continue the ranks too."""
+    """Starts this machine's ranks, and ends when they have ended. Signals are this process's from here on: what is
+    heeded reaches every rank, which has all the time that saving takes. A second Ctrl-C kills. Ctrl-Z and `fg` pause
+    and continue the ranks too."""
 
     def __init__(self, machines: Machines):
-        self.machines, self._asked, self._killed = machines, 0, False
+        self.machines = machines
+        self._asked: list[int] = []  # the numbers of the signals that have come
+        self._killed = False
         self._processes: list[subprocess.Popen] = []
-        for number in STOPS:
+        for number in heeded():
             signal.signal(number, self._ask)
         signal.signal(signal.SIGTSTP, self._pause)
 
     def run(self, command: list[str], prepare: Callable[[], None]) -> int:
-        """The exit status of the first rank that failed, 128 + a signal's number after that signal, or 0. `prepare` is
-        called on the first machine before any rank starts, and the others wait for it."""
+        """The exit status: 0 where that of every rank is, else that of the first rank that failed, else 128 + the
+        number of the signal after which they have saved. `prepare` is called on the first machine before any rank
+        starts, and the others wait for it."""
         for restarts in range(self.machines.restarts, -1, -1):
             code = self._attempt(command, prepare, again=restarts < self.machines.restarts)
-            if self._asked and code != 2:
-                return 128 + self._asked
-            if not restarts or code in (0, 2) or code > 128:  # done, a user's mistake, or stopped on another machine
+            if self._killed:
+                return 128 + signal.SIGINT
+            if self._asked or not restarts or code in (0, 2) or code > 128:  # done, a user's mistake, or stopped
                 break
             print(f"starting the ranks again, from the last checkpoint (restarts left: {restarts - 1})", flush=True)
         return code if code >= 0 else 128 - code
@@ -116,25 +122,25 @@ class Launcher:
         """0, or the first failure's return code, which is negative after a signal."""
         m = self.machines
         try:
-            store = self._meet(again)
+            store = self._open_store(again)
             if m.rank == 0:
                 self._make_ready(store, prepare)
             else:
-                self._until(lambda: store.check(["ready"]), f"{m.address} to prepare the corpus")
-                if code := int(answer(lambda: store.get("ready"))):
-                    self._part(store)
+                self._wait_until(lambda: store.check(["ready"]), f"{m.address} to prepare the corpus")
+                if code := int(with_timeout(lambda: store.get("ready"))):
+                    self._leave_store(store)
                     return code
-        except _NotCome as error:
-            return error.code
+        except _WaitedInVain as error:
+            return error.status
         except dist.DistError:
             print(f"error: {m.address} was lost while this machine waited for it: {CONTINUES}", file=sys.stderr)
             return LOST
         self._start(command, store)
         code = self._wait(store)
-        self._part(store)
+        self._leave_store(store)
         return code
 
-    def _meet(self, again: bool) -> dist.TCPStore:
+    def _open_store(self, again: bool) -> dist.TCPStore:
         """The store of an attempt: a new one on the first machine, which keeps it, and a connection to it on others."""
         m = self.machines
         stores: list[dist.TCPStore] = []
@@ -142,12 +148,15 @@ class Launcher:
         def come() -> bool:
             try:
                 if m.rank == 0:
-                    patience = timedelta(seconds=_GRACE)
+                    patience = timedelta(seconds=5)
                     store = dist.TCPStore(m.address, m.port, None, True, patience, wait_for_workers=False)
                 else:
                     store = connected(m.address, m.port)
                 store.set(f"shape/{m.rank}", f"{m.size} × {m.ranks}")
-                if store.add(f"come/{m.rank}", 1) == 1:  # else it is of an attempt that lost this machine, and will end
+                # Every attempt has a store of its own, which counts each machine once. Where this one has been counted
+                # before, that is the store of the former attempt, not ended yet: the first machine will close it,
+                # and open the next one.
+                if store.add(f"come/{m.rank}", 1) == 1:
                     stores.append(store)
             except dist.DistError as error:
                 if isinstance(error.__cause__, socket.gaierror):
@@ -159,7 +168,7 @@ class Launcher:
                     ) from None
             return bool(stores)
 
-        self._until(come, f"{m.address}, port {m.port}")
+        self._wait_until(come, f"{m.address}, port {m.port}")
         return stores[0]
 
     def _make_ready(self, store: dist.TCPStore, prepare: Callable[[], None]) -> None:
@@ -168,18 +177,21 @@ class Launcher:
         try:
             prepare()
             for other in range(1, m.size):
-                self._until(partial(store.check, [f"come/{other}"]), f"the machine with NODE_RANK {other}")
+                self._wait_until(partial(store.check, [f"come/{other}"]), f"the machine with NODE_RANK {other}")
                 if (shape := store.get(f"shape/{other}").decode()) != f"{m.size} × {m.ranks}":
                     here = f"NNODES × NPROC_PER_NODE is {m.size} × {m.ranks}"
                     raise UserError(f"{here} here and {shape} on the machine with NODE_RANK {other}: make them equal")
             code = 0
-        except _NotCome as error:
-            code = error.code
+        except _WaitedInVain as error:
+            code = error.status
+            raise
+        except SystemExit as error:  # prepare was stopped by a signal
+            code = int(error.code or 0)
             raise
         finally:
             store.set("ready", str(code))
             if code:
-                self._part(store)
+                self._leave_store(store)
 
     def _start(self, command: list[str], store: dist.TCPStore) -> None:
         m = self.machines
@@ -191,11 +203,11 @@ class Launcher:
             "GROUP_RANK": str(m.rank),
             "TORCHELASTIC_USE_AGENT_STORE": "True",  # the store is there: no rank has to keep it
             "PYTHONUNBUFFERED": "1",
+            LAUNCHER: str(os.getpid()),
         }
-        usual = {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // m.ranks)),
-            "TORCH_CPP_LOG_LEVEL": "ERROR",  # PyTorch warns of every connection that closes
-        }
+        usual = {"TORCH_CPP_LOG_LEVEL": "ERROR"}  # PyTorch warns of every connection that closes
+        if m.ranks > 1:  # one alone has as many threads as without a launcher, and so the same losses
+            usual["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // m.ranks))
         if m.size > 1 and (interface := _interface_towards(m.address)):
             usual["GLOO_SOCKET_IFNAME"] = interface  # gloo asks for the host's name, which is often 127.0.1.1
         for local in range(m.ranks):
@@ -204,20 +216,21 @@ class Launcher:
             process = subprocess.Popen(command, env=usual | os.environ | shared | own, process_group=0)
             self._processes[local:] = [process]
         if self._asked:
-            self._signal(signal.SIGTERM)
+            self._signal(signal.SIGKILL if self._killed else self._asked[0])
 
     def _wait(self, store: dist.TCPStore) -> int:
-        """The first failure's return code, or 0, when every rank has ended: after a failure within some seconds, after
-        a request to stop whenever it has saved."""
+        """The first failure's return code, or else what the ranks say after a request to stop, or 0, when every rank
+        has ended: after a failure within some seconds, after a request to stop whenever it has saved."""
         failure, deadline = 0, math.inf
         while True:
             codes = [process.poll() for process in self._processes]
-            if not failure and (failed := [code for code in codes if code]):
-                failure = min(failed, key=lambda code: (code == LOST, code > 0, code != 2))  # the cause first
-                if failure < 0 and not self._asked:
+            if (not failure or failure > 128) and (failed := [code for code in codes if code]):
+                # the cause first; a failure while others have stopped as asked is one too
+                failure = min(failed, key=lambda code: (code == LOST, code > 128, code > 0, code != 2))
+                if failure < 0:
                     self._announce(codes.index(failure), failure, store)
                 if failure <= 128:
-                    deadline = time.monotonic() + _GRACE
+                    deadline = time.monotonic() + _KILLED_AFTER
             if None not in codes:
                 return failure
             if time.monotonic() > deadline:
@@ -225,39 +238,47 @@ class Launcher:
             time.sleep(_TICK)
 
     def _announce(self, local: int, code: int, store: dist.TCPStore) -> None:
-        """To all ranks, and here in a line: one was killed, and cannot say it itself."""
-        name = signal.Signals(-code).name + (" (out of memory?)" if code == -signal.SIGKILL else "")
+        """To all ranks, and here in a line: one was killed, and cannot say it itself. Where that was asked for, it had
+        only begun, and nothing is lost."""
+        number = signal.SIGINT if self._killed else -code
+        name = signal.Signals(number).name + (" (out of memory?)" if number == signal.SIGKILL else "")
         rank = self.machines.rank * self.machines.ranks + local
-        killed = Ending(LOST, f"rank {rank} on {socket.gethostname()} was killed by {name}", f"launcher of {rank}")
+        status = 128 + number if number in self._asked else LOST
+        killed = Ending(status, f"rank {rank} on {socket.gethostname()} was killed by {name}", f"launcher of {rank}")
         with contextlib.suppress(dist.DistError):
-            killed = answer(lambda: killed.announced(store))
+            killed = with_timeout(lambda: killed.announced(store))
         killed.say(store, self.machines.rank)
 
-    def _part(self, store: dist.TCPStore) -> None:
-        """The first machine keeps the store until the others have ended, or were silent for a while."""
+    def _leave_store(self, store: dist.TCPStore) -> None:
+        """The first machine, which keeps the store, ends once no other needs it, or they were silent for a while."""
         if self.machines.rank:
             with contextlib.suppress(dist.DistError):
-                answer(lambda: store.add("parted", 1))
+                with_timeout(lambda: store.add("left", 1))
             return
-        deadline = time.monotonic() + _GRACE
-        while store.add("parted", 0) < self.machines.size - 1 and time.monotonic() < deadline and not self._killed:
+        deadline = time.monotonic() + _KILLED_AFTER
+        while store.add("left", 0) < self.machines.size - 1 and time.monotonic() < deadline and not self._killed:
             time.sleep(_TICK)
 
-    def _until(self, condition: Callable[[], bool], what: str) -> None:
-        """Wait for the condition. _NotCome if a signal asks for an end, or after half an hour, which is said."""
-        deadline = time.monotonic() + _PATIENCE
-        while not answer(condition, 3 * _GRACE):
+    def _wait_until(self, condition: Callable[[], bool], what: str) -> None:
+        """Wait for the condition; after some seconds, say once for what. _WaitedInVain if a signal asks for an end, or
+        after half an hour, which is said."""
+        start, said = time.monotonic(), False
+        while not with_timeout(condition, _ANSWERED_WITHIN):
             if self._asked:
-                raise _NotCome(128 + self._asked)
-            if time.monotonic() > deadline:
+                raise _WaitedInVain(128 + self._asked[0])
+            waited = time.monotonic() - start
+            if waited > _PATIENCE:
                 print(f"error: waited {_PATIENCE // 60} minutes for {what}: {CONTINUES}", file=sys.stderr)
-                raise _NotCome(LOST)
+                raise _WaitedInVain(LOST)
+            if waited > _SAID_AFTER and not said:
+                print(f"waiting for {what}", flush=True)
+                said = True
             time.sleep(_TICK)
 
     def _ask(self, number: int, _frame) -> None:
-        self._killed = self._killed or (number == signal.SIGINT and bool(self._asked))
-        self._asked = self._asked or number
-        self._signal(signal.SIGKILL if self._killed else signal.SIGTERM)
+        self._killed = self._killed or (number == signal.SIGINT and signal.SIGINT in self._asked)
+        self._asked.append(number)
+        self._signal(signal.SIGKILL if self._killed else number)
 
     def _pause(self, _number: int, _frame) -> None:
         self._signal(signal.SIGSTOP)
@@ -267,14 +288,14 @@ class Launcher:
     def _signal(self, number: int) -> None:
         for process in self._processes:
             if process.poll() is None:  # what a rank has started is asked to end by the rank alone
-                (os.kill if number == signal.SIGTERM else os.killpg)(process.pid, number)
+                (os.kill if number in self._asked else os.killpg)(process.pid, number)
 
 
-class _NotCome(Exception):
-    """What was waited for has not come; `code` is the status."""
+class _WaitedInVain(Exception):
+    """The attempt cannot begin; `status` is the exit status."""
 
-    def __init__(self, code: int):
-        self.code = code
+    def __init__(self, status: int):
+        self.status = status
 
 
 def _interface_towards(address: str) -> str | None:

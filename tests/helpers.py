@@ -275,6 +275,11 @@ def run_on_two_ranks(*arguments) -> subprocess.CompletedProcess:
     return run_python(*torchrun, *arguments, cwd=Path.cwd(), OMP_NUM_THREADS="1")
 
 
+def children(pid: int) -> list[int]:
+    """The processes that this one's main thread has started, in that order."""
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def diagnose(diagnostic: Diagnostic, *arguments) -> int:
     """The exit status of a diagnostic's script, run in this process."""
     return run_cli(lambda: run(diagnostic, list(map(str, arguments)))) or 0

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from harness.corpus import is_prepared
 from harness.device import commit, processor_name
+from harness.distributed import LAUNCHER
 from harness.errors import UserError
 from harness.experiments.grid import ROOT, Cell, Experiment
 from harness.experiments.state import ANEW, as_run, changed_keys, recorded, to_measure, trained
@@ -44,7 +45,7 @@ class Job:
         self.started, self.problems = time.monotonic(), list[str]()
         self._commands = self._plan()
         self._environment = os.environ | {"WANDB_RUN_GROUP": os.environ.get("WANDB_RUN_GROUP", experiment.name)}
-        self._environment |= {"OMP_NUM_THREADS": str(threads)}
+        self._environment |= {"OMP_NUM_THREADS": str(threads), LAUNCHER: str(os.getpid())}
         if torch.cuda.device_count():
             self._environment["CUDA_VISIBLE_DEVICES"] = _visible(slot)
         self.log = experiment.folder / "logs" / f"{cell.name}.log"

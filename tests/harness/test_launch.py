@@ -14,9 +14,9 @@ import pytest
 from harness import launch
 from harness.config_files import load_config
 from harness.errors import run_cli
-from harness.launch import as_typed, next_steps
+from harness.launch import as_typed, next_steps, without_max_restarts
 from scripts import sample
-from tests.helpers import ROOT
+from tests.helpers import ROOT, children
 
 TINY = """
 model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
@@ -158,12 +158,57 @@ def test_a_mistake_about_machines_is_one_line_before_anything_is_prepared(config
     assert not (config.parent / "digits" / "val.bin").exists()
 
 
-def rank_ids(launcher: int) -> dict[int, int]:
-    """The process of each rank that the launcher has started."""
-    children = subprocess.run(["pgrep", "-P", str(launcher)], capture_output=True, text=True).stdout.split()
-    environments = {int(pid): Path(f"/proc/{pid}/environ").read_text().split("\0") for pid in children}
-    variables = {pid: dict(v.split("=", 1) for v in lines if "=" in v) for pid, lines in environments.items()}
-    return {int(v["RANK"]): pid for pid, v in variables.items() if "RANK" in v}
+@pytest.mark.parametrize(
+    ("arguments", "rest", "restarts"),
+    [
+        (["--max-restarts", "3", "--run.name", "x"], ["--run.name", "x"], "3"),
+        (["--run.name=x", "--max-restarts=0"], ["--run.name=x"], "0"),
+        (["--max_restarts=x"], [], "x"),  # refused with the other numbers
+    ],
+)
+def test_restarts_are_asked_for_as_of_torchrun(arguments, rest, restarts):
+    assert without_max_restarts(["a.yaml", *arguments]) == (["a.yaml", *rest], {"--max-restarts": restarts})
+
+
+@pytest.mark.parametrize("arguments", [("--max-restarts",), ("--max-restarts=",)])
+def test_restarts_without_a_number_are_a_mistake(arguments, launched, capsys):
+    assert launched("configs/stdlib_softmax1.yaml", *arguments) == 2
+    expected = "error: --max-restarts takes a number: how often the ranks are started again after a failure\n"
+    assert capsys.readouterr().err == expected
+
+
+def test_a_signal_while_a_program_is_being_started_reaches_it(monkeypatch):
+    start, former = subprocess.Popen, signal.signal(signal.SIGTERM, lambda *_: None)
+
+    def popen(*arguments, **options):
+        signal.raise_signal(signal.SIGTERM)
+        return start(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    try:
+        assert launch.run(["sleep", "5"]) == 128 + signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, former)
+
+
+def test_a_signal_that_stops_the_preparing_is_no_mistake(config, capsys):
+    script = config.parent / "digits" / "prepare.py"
+    script.write_text("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
+    with pytest.raises(SystemExit, match="143"):
+        launch.prepare(script.parent)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert launch.run(["sh", "-c", "kill -HUP $PPID; sleep 0.1"]) == 0
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+FINISHING = "finishing this step, then saving"
 
 
 @pytest.mark.faults
@@ -174,27 +219,28 @@ def rank_ids(launcher: int) -> dict[int, int]:
         (signal.SIGKILL, 1, 137, ["error: rank 1 on "]),
         (signal.SIGSTOP, 0, 75, ["error: rank 0 on "]),
         (signal.SIGSTOP, 1, 75, ["error: rank 1 on "]),
-        (signal.SIGTERM, "launcher", 143, ["", "finishing this step", "stopped at step "]),
-        (signal.SIGINT, "launcher", 130, ["", "finishing this step", "stopped at step "]),
-        (signal.SIGKILL, "launcher", -9, ["stopped at step "]),
+        (signal.SIGTERM, "launcher", 143, [f"SIGTERM: {FINISHING}; Ctrl-C twice", "stopped at step "]),
+        (signal.SIGINT, "launcher", 130, [f"SIGINT: {FINISHING}; Ctrl-C again", "stopped at step "]),
+        (signal.SIGKILL, "launcher", -9, [f"SIGTERM: {FINISHING}", "stopped at step "]),
+        (signal.SIGKILL, "launcher of one rank", -9, [f"SIGTERM: {FINISHING}", "stopped at step "]),
     ],
 )
-def test_two_ranks_end_with_one_line_that_matters(config, number, whom, status, lines):
-    log = config.parent / "log"
-    settings = {"NPROC_PER_NODE": "2", "RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+def test_ranks_end_with_the_lines_that_matter(config, number, whom, status, lines):
+    log, size = config.parent / "log", 1 if whom == "launcher of one rank" else 2
+    settings = {"NPROC_PER_NODE": str(size), "RANK_TIMEOUT": "3", "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     command = [str(ROOT / "run_training.sh"), str(config), "--training.max_steps", "1000000"]
     with log.open("w") as file:
         process = subprocess.Popen(command, env=os.environ | settings, stdout=file, stderr=subprocess.STDOUT)
     while "step 20/" not in log.read_text():
         assert process.poll() is None, log.read_text()
         time.sleep(0.05)
-    ranks = rank_ids(process.pid)
-    os.kill(process.pid if whom == "launcher" else ranks[whom], number)
+    ranks, before = children(process.pid), len(log.read_text())
+    assert len(ranks) == size
+    os.kill(ranks[whom] if isinstance(whom, int) else process.pid, number)
     assert process.wait(60) == status
-    while any(Path(f"/proc/{pid}").exists() for pid in ranks.values()):
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks):
         time.sleep(0.05)
-    progress = [line.startswith("step ") for line in log.read_text().splitlines()]
-    said = log.read_text().splitlines()[len(progress) - progress[::-1].index(True) :]
+    said = [line for line in log.read_text()[before:].splitlines() if line and not line.startswith("step ")]
     assert len(said) == len(lines), said
     assert all(line.startswith(start) for line, start in zip(said, lines, strict=True)), said
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from harness import machines
 from harness.distributed import LOST
 from harness.errors import run_cli
 from harness.launch import prepare
-from harness.machines import STOPS, Launcher, Machines, machines_of
+from harness.machines import Launcher, Machines, machines_of
+from harness.signals import STOPS
 from tests.helpers import CONTEXT, ROOT, TrainingRun, assert_same_run, finished_on_ranks
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
@@ -47,6 +49,7 @@ def scontrol(tmp_path, monkeypatch):
         ({"MASTER_ADDR": "left over", "NODE_RANK": ""}, 1, Machines()),
         ({}, 8, Machines(ranks=6)),  # which divides 12
         ({"NPROC_PER_NODE": "3", "MAX_RESTARTS": "2"}, 0, Machines(ranks=3, restarts=2)),
+        ({"--max-restarts": "1", "MAX_RESTARTS": "2"}, 0, Machines(restarts=1)),
         (TWO, 0, Machines(2, 1, "a", 1234)),
         (TWO, 8, Machines(2, 1, "a", 1234, 6)),
         (SLURM, 4, Machines(2, 1, "node3", 29542, 3)),
@@ -70,6 +73,7 @@ def test_the_environment_says_which_machines_train(environment, gpus, expected, 
         (TWO | {"MASTER_PORT": "70000"}, "MASTER_PORT: '70000' is not a whole number from 1 to 65535"),
         ({"NPROC_PER_NODE": "9"}, "NPROC_PER_NODE: '9' is not a whole number from 1 to 4"),  # GPUs
         ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS: '-1' is not a whole number from 0 to 1000000"),
+        ({"--max-restarts": "x"}, "--max-restarts: 'x' is not a whole number from 0 to 1000000"),
         ({"RANK_TIMEOUT": "½"}, "RANK_TIMEOUT: '½' is not a whole number from 1 to 86400"),
         (SLURM | {"SLURM_STEP_NUM_TASKS": "8"},
          "srun started 8 tasks on 2 nodes: start one a node, by srun --ntasks-per-node=1"),
@@ -106,6 +110,14 @@ def test_ranks_know_their_places(here):
     assert [Path(rank).read_text() for rank in "01"] == ["0 0 0 2 localhost\n", "1 1 0 2 localhost\n"]
 
 
+@pytest.mark.parametrize(("ranks", "threads"), [(1, "PyTorch's"), (2, "3")])
+def test_ranks_share_the_processors(ranks, threads, here, monkeypatch):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machines.os, "cpu_count", lambda: 6)
+    assert launch("echo ${OMP_NUM_THREADS:-PyTorch\\'s} > threads", ranks=ranks) == 0
+    assert Path("threads").read_text() == f"{threads}\n"
+
+
 @pytest.mark.parametrize(
     ("script", "status", "said", "starts"),
     [
@@ -129,38 +141,87 @@ def test_a_failure_ends_all_is_said_once_and_tried_again_where_that_may_help(
 
 
 def test_what_does_not_end_by_itself_is_killed(monkeypatch):
-    monkeypatch.setattr(machines, "_GRACE", 0.1)
+    monkeypatch.setattr(machines, "_KILLED_AFTER", 0.1)
     start = time.monotonic()
     assert launch("trap '' TERM; test $RANK = 1 && exit 75; test $RANK = 2 && kill -STOP $$; sleep 60") == LOST
     assert time.monotonic() - start < 30
 
 
+@contextlib.contextmanager
+def signalled(*numbers: int, pause: float = 0.2) -> Iterator[None]:
+    """This process gets these signals one after another, once the ranks have had time to start."""
+
+    def send() -> None:
+        for number in numbers:
+            time.sleep(pause)
+            os.kill(os.getpid(), number)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    yield
+    thread.join()
+
+
+def waits_for(number: int, then: str) -> str:
+    """The script of a rank that does something at a signal, and runs on."""
+    return f"trap '{then}' {signal.Signals(number).name.removeprefix('SIG')}; while :; do sleep 0.02; done"
+
+
 @pytest.mark.parametrize("number", STOPS)
-def test_a_signal_reaches_every_rank_once_and_waits_for_what_it_saves(number, tmp_path, monkeypatch):
+def test_a_signal_reaches_every_rank_once_and_waits_for_what_it_saves(number, here, monkeypatch):
     """Longer than others are waited for after a failure, and whichever rank ends first."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(machines, "_GRACE", 0.1)
-    script = "trap 'echo $RANK >> saved; sleep 0.$RANK; test $RANK = 2 && sleep 0.3; touch done$RANK; exit 143' TERM; "
-    timer = threading.Timer(0.3, os.kill, (os.getpid(), number))
-    timer.start()
-    assert launch(script + "while :; do sleep 0.02; done", restarts=3) == 128 + number
+    monkeypatch.setattr(machines, "_KILLED_AFTER", 0.1)
+    saves = f"echo $RANK >> saved; sleep 0.$RANK; test $RANK = 2 && sleep 0.3; touch done$RANK; exit {128 + number}"
+    with signalled(number):
+        assert launch(waits_for(number, saves), restarts=3) == 128 + number
     assert sorted(Path("saved").read_text().split()) == ["0", "1", "2"]
     assert all(Path(f"done{rank}").exists() for rank in "012")
 
 
-def test_a_second_ctrl_c_kills_and_a_pause_is_none():
-    def press():
-        for number, seconds in ((signal.SIGTSTP, 0.2), (signal.SIGINT, 0.2), (signal.SIGINT, 0)):
-            os.kill(os.getpid(), number)
-            time.sleep(seconds)
+@pytest.mark.parametrize(
+    ("then", "status"),
+    [
+        ("exit 0", 0),  # it was the last step
+        ("test $RANK = 1 && sleep 0.2 && exit 2; exit 143", 2),  # the disk was full
+        ("test $RANK = 1 && sleep 0.2 && exit 1; exit 143", 1),
+        ("test $RANK = 1 && kill -9 $$; sleep 0.2; exit 75", 137),  # out of memory
+    ],
+)
+def test_a_failure_after_a_signal_is_not_hidden_by_it(then, status):
+    with signalled(signal.SIGTERM):
+        assert launch(waits_for(signal.SIGTERM, then), restarts=3) == status
 
-    with pytest.MonkeyPatch.context() as patch:
-        kill = os.kill
-        patch.setattr(machines.os, "kill", lambda pid, number: number == signal.SIGSTOP or kill(pid, number))
-        timer = threading.Timer(0.3, press)
-        timer.start()
-        assert launch("trap '' TERM; while :; do sleep 0.02; done") == 130
-        timer.join()
+
+def test_one_ctrl_c_after_another_signal_lets_the_ranks_save(here):
+    with signalled(signal.SIGTERM, signal.SIGINT):
+        script = waits_for(signal.SIGTERM, "sleep 0.4; touch saved$RANK; exit 143")
+        assert launch(f"trap : INT; {script}", ranks=2) == 143
+    assert len([*here.glob("saved*")]) == 2
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    former = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signalled(signal.SIGHUP, pause=0.1):
+            assert launch("sleep 0.3", ranks=2) == 0
+    finally:
+        signal.signal(signal.SIGHUP, former)
+
+
+def test_a_second_ctrl_c_kills_and_a_pause_is_none(monkeypatch):
+    kill = os.kill
+    monkeypatch.setattr(machines.os, "kill", lambda pid, number: number == signal.SIGSTOP or kill(pid, number))
+    with signalled(signal.SIGTSTP, signal.SIGINT, signal.SIGINT):
+        assert launch("trap '' INT; while :; do sleep 0.02; done") == 130
+
+
+def test_who_is_waited_for_is_said_once(monkeypatch, capfd):
+    for name, seconds in (("_SAID_AFTER", 0.1), ("_PATIENCE", 0.5), ("_KILLED_AFTER", 0.1)):
+        monkeypatch.setattr(machines, name, seconds)
+    assert launch("exit 0", ranks=1, size=2) == LOST
+    said = capfd.readouterr()
+    assert said.out == "waiting for the machine with NODE_RANK 1\n"
+    assert "minutes for the machine with NODE_RANK 1: the same command continues" in said.err
 
 
 # --- two machines on loopback, whose ranks are shells -----------------------------------------------------------------

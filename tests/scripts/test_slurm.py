@@ -26,7 +26,8 @@ exit "${STATUS:-0}"
         ({"CONFIG_STATUS": "2"}, 2, False),  # and nothing is started
         ({"STATUS": "2"}, 2, False),
         ({"STATUS": "1"}, 1, False),
-        ({"STATUS": "138"}, 138, True),
+        ({"STATUS": "138", "SLURM_RESTART_COUNT": "99"}, 138, True),  # the time was up
+        ({"STATUS": "138", "SLURM_RESTART_COUNT": "100"}, 138, False),
         ({"STATUS": "75"}, 75, True),
         ({"STATUS": "75", "SLURM_RESTART_COUNT": "10"}, 75, False),
     ],

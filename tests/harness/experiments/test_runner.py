@@ -10,6 +10,7 @@ import time
 import pytest
 import yaml
 
+from harness.distributed import LAUNCHER
 from harness.errors import UserError
 from harness.experiments import runner
 from harness.experiments.grid import Experiment, load_experiment
@@ -145,7 +146,9 @@ def test_a_second_runner_in_the_same_folder_is_refused(experiment, processes, mo
 
 
 @pytest.mark.parametrize(("visible", "names"), [(None, {"0", "1"}), ("5,GPU-7", {"5", "GPU-7"})])
-def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, monkeypatch, visible, names):
+def test_cells_run_one_a_gpu_as_a_group_of_wandbs_and_know_their_launcher(
+    experiment, processes, monkeypatch, visible, names
+):
     """PyTorch would not start here with these GPUs, so only the processes' environment is looked at."""
     monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(runner.torch.cuda, "get_device_name", lambda i: f"card {i}")
@@ -154,11 +157,11 @@ def test_cells_run_one_a_gpu_and_are_a_group_of_wandbs(experiment, processes, mo
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     for name in processes:
-        keys = "CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP"
+        keys = "CUDA_VISIBLE_DEVICES", "WANDB_RUN_GROUP", LAUNCHER
         processes[name] = [f"import os, time; time.sleep(0.1); print([os.environ[key] for key in {keys}])"]
     assert run_experiment(experiment, None, "the command") == 0
     logs = [(experiment.folder / "logs" / f"{name}.log").read_text().splitlines()[-1] for name in processes]
-    assert set(logs) == {str([name, "grid"]) for name in names}
+    assert set(logs) == {str([name, "grid", str(os.getpid())]) for name in names}
     assert json.loads((experiment.folder / "experiment.json").read_text())["machine"]["gpus"] == "card 0, card 1"
     with pytest.raises(UserError, match="--jobs 3: there are 2 GPUs"):
         run_experiment(experiment, 3, "")
