@@ -93,16 +93,28 @@ class Ranks:
             self.watch.leave()
 
 
+def is_one_of_several() -> bool:
+    """Whether this process was started as a rank among others, as its environment says."""
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
 def join_ranks(device_name: str) -> Ranks:
     """This process alone on its device or, under torchrun, its rank on a device of its own."""
     _end_with_launcher()
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not is_one_of_several():
         return Ranks(choose_device(device_name))
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
+        if not os.environ.get(name, "").isdecimal() or not os.environ.get("MASTER_ADDR"):
+            said = f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several ranks"
+            raise UserError(f"{said}, but {name} and MASTER_ADDR are not set so: unset it, or start ranks by torchrun")
+    limit = os.environ.get("RANK_TIMEOUT") or "30"
+    if not limit.isdecimal() or not 1 <= int(limit) <= 86_400:
+        raise UserError(f"RANK_TIMEOUT: {limit!r} is not a whole number of seconds from 1 to 86400")
     device = choose_device(device_name)
     if device.type == "cuda":
         device = choose_device(f"cuda:{os.environ['LOCAL_RANK']}")
         torch.cuda.set_device(device)
-    watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), float(os.environ.get("RANK_TIMEOUT", 30)))
+    watch = Watch(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), int(limit))
     # Gradients travel by NCCL; flags and sums of plain numbers stay on the CPU, so that they never wait for the GPU.
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     options: dict[str, Any] = {"timeout": timedelta(minutes=30)}
@@ -120,7 +132,7 @@ def end_process(main: Callable[[], int]) -> NoReturn:
         status = main()
     except SystemExit as request:
         status = request.code if isinstance(request.code, int) else 1
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if is_one_of_several():
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -153,7 +165,8 @@ def one_voice() -> Iterator[None]:
         yield
     except BaseException as error:
         status = _status(error)
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not status:
+        can_meet = os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}
+        if not is_one_of_several() or not can_meet or not status:
             raise
         lost = isinstance(error, Exception) and not isinstance(error, UserError) and _lost_connection(error)
         ending = Ending(LOST if lost else status, lost or str(error), os.environ["RANK"])

@@ -95,12 +95,12 @@ def _asked_for(error: BaseException) -> str:
 def out_of_memory(error: BaseException, config) -> UserError:
     """What a training run of that config, which had no memory left, may change to take less."""
     c = config.training
-    share = c.batch_size // int(os.environ.get("WORLD_SIZE", 1))
+    share = c.batch_size // max(1, min(c.batch_size, int(os.environ.get("WORLD_SIZE") or 1)))
     most = min(c.micro_batch_size or share, share)
     size, smaller = (max(n for n in range(1, upper + 1) if share % n == 0) for upper in (most, max(most // 2, 1)))
     less = []
     if smaller < size:
-        less.append(f"training.micro_batch_size from {size} to {smaller}, of which the losses do not depend")
+        less.append(f"training.micro_batch_size from {size} to {smaller}, on which the losses do not depend")
     if not c.checkpoint_activations:
         less.append("training.checkpoint_activations true")
     if c.parallel != "fsdp":

@@ -33,10 +33,16 @@ def main() -> int:
     checkpoint = config.folder / "ckpt.pt"
     before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else None
 
-    command = [sys.executable, "train.py", *arguments]
+    def command() -> list[str]:
+        """What an attempt runs. A later one goes on with what an earlier one has saved, also of a run that was to begin
+        afresh, which the earlier one has begun."""
+        saved = checkpoint.exists() and checkpoint.stat().st_mtime_ns != before
+        goes_on = ["--training.resume", "auto", "--training.overwrite", "false"] if saved else []
+        return [sys.executable, "train.py", *arguments, *(goes_on if config.training.resume == "never" else [])]
+
     if machines == Machines():
         prepare(corpus)
-        status = run(command)
+        status = run(command())
     else:
         status = Launcher(machines).run(command, lambda: prepare(corpus))
     if status == 0 and machines.rank == 0 and not config.evaluation.only:
@@ -133,14 +139,17 @@ def next_steps(config: Config, arguments: list[str], here: Path) -> str:
     kept = [
         f"--{k} {shlex.quote(str(v))}" for k, v in changed.items() if k not in ("training.resume", "training.overwrite")
     ]
-    again = " ".join(["./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
+    names = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "NPROC_PER_NODE", "MAX_RESTARTS")
+    machines = [f"{name}={shlex.quote(os.environ[name])}" for name in names if os.environ.get(name)]
+    again = " ".join([*machines, "./run_training.sh", shlex.quote(os.path.relpath(arguments[0])), *kept])
     quoted = shlex.quote(str(folder))
+    shards = "shards/ (the optimizer's state), " if (folder / "shards").exists() else ""
     leet = ""
     if config.tracking.wandb != "disabled":
         leet = f"\n  wandb leet {quoted}/wandb                    # the curves, in the terminal"
     there = "" if here.samefile(".") else f"  cd {shlex.quote(str(Path.cwd()))}\n"
     return f"""
-{folder}/  ckpt.pt (the latest), best.pt (the best on validation), metrics.jsonl, config.yaml, wandb/
+{folder}/  ckpt.pt (the latest), best.pt (the best on validation), {shards}metrics.jsonl, config.yaml, wandb/
 
 next:
 {there}  source {shlex.quote(os.path.relpath(sys.prefix))}/bin/activate

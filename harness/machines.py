@@ -68,6 +68,10 @@ def machines_of(environment: Mapping[str, str], gpus: int, batch_size: int) -> M
     ranks = number(usable, 1, gpus or 10_000, "NPROC_PER_NODE")
     if usable < gpus and not environment.get("NPROC_PER_NODE"):
         print(f"using {usable} of {gpus} GPUs: they have to divide training.batch_size, {batch_size}")
+    if size == 1 and not environment.get("NNODES") and environment.get("NODE_RANK"):
+        raise UserError(
+            "NODE_RANK is set and NNODES, how many machines train together, is not: set it, or unset NODE_RANK"
+        )
     if size == 1:
         return Machines(ranks=ranks, restarts=restarts)
     rank = number(None, 0, size - 1, "NODE_RANK", "SLURM_NODEID")
@@ -105,12 +109,12 @@ class Launcher:
             signal.signal(number, self._ask)
         signal.signal(signal.SIGTSTP, self._pause)
 
-    def run(self, command: list[str], prepare: Callable[[], None]) -> int:
+    def run(self, command: Callable[[], list[str]], prepare: Callable[[], None]) -> int:
         """The exit status: 0 where that of every rank is, else that of the first rank that failed, else 128 + the
-        number of the signal after which they have saved. `prepare` is called on the first machine before any rank
-        starts, and the others wait for it."""
+        number of the signal after which they have saved. `command` says what the ranks of an attempt are to run.
+        `prepare` is called on the first machine before any rank starts, and the others wait for it."""
         for restarts in range(self.machines.restarts, -1, -1):
-            code = self._attempt(command, prepare, again=restarts < self.machines.restarts)
+            code = self._attempt(command(), prepare, again=restarts < self.machines.restarts)
             if self._killed:
                 return 128 + signal.SIGINT
             if self._asked or not restarts or code in (0, 2) or code > 128:  # done, a user's mistake, or stopped

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from harness import distributed
-from harness.distributed import LAUNCHER, LOST, Ranks, Watch, join_ranks, with_timeout
+from harness.distributed import LAUNCHER, LOST, Ranks, Watch, join_ranks, one_voice, with_timeout
+from harness.errors import UserError
 from tests.helpers import ROOT, TrainingRun, assert_same_run, children, finished_on_ranks, run_on_two_ranks
 
 PROGRAM = """
@@ -234,3 +235,34 @@ def test_the_only_rank_of_a_torchrun_that_was_killed_saves_and_ends(training_fol
         assert time.monotonic() < deadline, Path("log").read_text()
         time.sleep(0.05)
     assert "the same command continues" in Path("log").read_text()
+
+
+MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that this is one of several ranks, but RANK and MASTER_ADDR"),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x says that this is one of several ranks, but WORLD_SIZE and"),
+        (MEETING | {"MASTER_PORT": "b"}, "MASTER_PORT"),
+        (
+            {
+                "WORLD_SIZE": "2",
+                "RANK": "0",
+                "LOCAL_RANK": "0",
+                "MASTER_ADDR": "a",
+                "MASTER_PORT": "1",
+                "RANK_TIMEOUT": "nan",
+            },
+            "RANK_TIMEOUT: 'nan' is not a whole number of seconds",
+        ),
+    ],
+)
+def test_a_mistake_in_what_says_that_there_are_ranks_is_a_line(monkeypatch, environment, expected):
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "RANK_TIMEOUT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=expected), one_voice():
+        join_ranks("cpu")

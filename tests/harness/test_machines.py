@@ -66,6 +66,7 @@ def test_the_environment_says_which_machines_train(environment, gpus, expected, 
     ("environment", "expected"),
     [
         ({"NNODES": "two"}, "NNODES: 'two' is not a whole number from 1 to 100000"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK is set and NNODES, how many machines train together, is not"),
         (TWO | {"NODE_RANK": "2"}, "NODE_RANK: '2' is not a whole number from 0 to 1"),
         (TWO | {"NODE_RANK": ""}, "NODE_RANK is not set: with several machines it counts them, from 0 on"),
         (TWO | {"MASTER_ADDR": ""},
@@ -99,7 +100,7 @@ def launch(script: str, ranks: int = 3, prepare=lambda: None, **more) -> int:
     """The status of ranks that run a shell script."""
     former = [(number, signal.getsignal(number)) for number in (*STOPS, signal.SIGTSTP)]
     try:
-        return Launcher(Machines(ranks=ranks, **more)).run(["sh", "-c", script], prepare)
+        return Launcher(Machines(ranks=ranks, **more)).run(lambda: ["sh", "-c", script], prepare)
     finally:
         for number, handler in former:
             signal.signal(number, handler)
@@ -238,7 +239,7 @@ def _machine(rank: int, port: int, log: str, arguments: dict) -> None:
         os.dup2(file.fileno(), 2)
     script, corpus = arguments.pop("script"), arguments.pop("corpus", None)
     launcher = Launcher(Machines(**{"size": 2, "rank": rank, "address": "localhost", "port": port} | arguments))
-    sys.exit(run_cli(lambda: launcher.run(["sh", "-c", script], lambda: corpus and prepare(Path(corpus)))))
+    sys.exit(run_cli(lambda: launcher.run(lambda: ["sh", "-c", script], lambda: corpus and prepare(Path(corpus)))))
 
 
 class Machine:
