@@ -66,7 +66,7 @@ def test_the_environment_says_which_machines_train(environment, gpus, expected, 
     ("environment", "expected"),
     [
         ({"NNODES": "two"}, "NNODES: 'two' is not a whole number from 1 to 100000"),
-        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK is set and NNODES, how many machines train together, is not"),
+        ({"NODE_RANK": "1", "MASTER_ADDR": "a"}, "NODE_RANK is set and NNODES, how many machines train"),
         (TWO | {"NODE_RANK": "2"}, "NODE_RANK: '2' is not a whole number from 0 to 1"),
         (TWO | {"NODE_RANK": ""}, "NODE_RANK is not set: with several machines it counts them, from 0 on"),
         (TWO | {"MASTER_ADDR": ""},
