@@ -103,10 +103,13 @@ def join_ranks(device_name: str) -> Ranks:
     _end_with_launcher()
     if not is_one_of_several():
         return Ranks(choose_device(device_name))
-    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT"):
-        if not os.environ.get(name, "").isdecimal() or not os.environ.get("MASTER_ADDR"):
-            said = f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several ranks"
-            raise UserError(f"{said}, but {name} and MASTER_ADDR are not set so: unset it, or start ranks by torchrun")
+    numbers = ("WORLD_SIZE", "RANK", "LOCAL_RANK", "MASTER_PORT")
+    wrong = [name for name in numbers if not os.environ.get(name, "").isdecimal()]
+    if wrong := wrong + [name for name in ("MASTER_ADDR",) if not os.environ.get(name)]:
+        said = f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several ranks"
+        raise UserError(
+            f"{said}, but not so {', '.join(wrong)}: unset it, or start ranks by ./run_training.sh or torchrun"
+        )
     limit = os.environ.get("RANK_TIMEOUT") or "30"
     if not limit.isdecimal() or not 1 <= int(limit) <= 86_400:
         raise UserError(f"RANK_TIMEOUT: {limit!r} is not a whole number of seconds from 1 to 86400")
@@ -165,7 +168,7 @@ def one_voice() -> Iterator[None]:
         yield
     except BaseException as error:
         status = _status(error)
-        can_meet = os.environ.keys() >= {"RANK", "MASTER_ADDR", "MASTER_PORT"}
+        can_meet = os.environ.keys() >= {"RANK", "MASTER_ADDR"} and os.environ.get("MASTER_PORT", "").isdecimal()
         if not is_one_of_several() or not can_meet or not status:
             raise
         lost = isinstance(error, Exception) and not isinstance(error, UserError) and _lost_connection(error)

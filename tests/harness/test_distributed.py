@@ -243,9 +243,12 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"
 @pytest.mark.parametrize(
     ("environment", "expected"),
     [
-        ({"WORLD_SIZE": "2"}, "WORLD_SIZE=2 says that this is one of several ranks, but RANK and MASTER_ADDR"),
-        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x says that this is one of several ranks, but WORLD_SIZE and"),
-        (MEETING | {"MASTER_PORT": "b"}, "MASTER_PORT"),
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 says that this is one of several ranks, but not so RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR:",
+        ),
+        ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x says that this is one of several ranks, but not so WORLD_SIZE, RANK"),
+        (MEETING | {"MASTER_PORT": "b"}, "but not so MASTER_PORT: unset it"),
         (
             {
                 "WORLD_SIZE": "2",
