@@ -245,7 +245,7 @@ MEETING = {"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "a"
     [
         (
             {"WORLD_SIZE": "2"},
-            "WORLD_SIZE=2 says that this is one of several ranks, but not so RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR:",
+            "that this is one of several ranks, but not so RANK, LOCAL_RANK, MASTER_PORT, MASTER_ADDR",
         ),
         ({"WORLD_SIZE": "x"}, "WORLD_SIZE=x says that this is one of several ranks, but not so WORLD_SIZE, RANK"),
         (MEETING | {"MASTER_PORT": "b"}, "but not so MASTER_PORT: unset it"),
