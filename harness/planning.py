@@ -46,6 +46,9 @@ class Plan:
             raise config.error("training.device", f"{c.device}: a plan is for cuda or cpu")
         if c.feedback != "backprop":
             shape = replace(shape, tie_embeddings=False)
+        for key, most in {"n_layer": 10**4, "n_embd": 10**6, "vocab_size": 10**8, "block_size": 10**8}.items():
+            if getattr(shape, key) > most:
+                raise config.error(f"model.{key}", f"{getattr(shape, key)}: a plan is for {most:,} at most")
         self.config, self.shape, self.gpus, self.device = config, shape, gpus, device
         share, rest = divmod(c.batch_size, gpus)
         if rest or not share:

@@ -99,6 +99,8 @@ def test_mistakes_are_one_line(capsys, tmp_path):
     for arguments, problem in (((), "no config given"), ((LLAMA, "--foo", "3"), "--foo: no option of this script")):
         assert f"{problem}: python scripts/plan.py CONFIG" in (line := refused(capsys, *arguments))
         assert "python train.py --help the keys" in line
+    deep = refused(capsys, LLAMA, "--model.n_layer", "100000000")
+    assert "model.n_layer: 100000000: a plan is for 10,000 at most" in deep
     assert "training.batch_size: 480 sequences cannot be shared out among 7" in refused(capsys, LLAMA, "--gpus", "7")
     unknown = refused(capsys, LLAMA, "--model.vocab_size", "null", "--data.corpus", str(tmp_path))
     assert "is not prepared" in unknown
