@@ -63,13 +63,13 @@ def test_activations_computed_again_change_no_bit(training_folder):
 ROUNDING = 1e3 * 1e3 * torch.finfo(torch.float64).eps
 
 
-def three_steps(ranks: Ranks | None, model, optimizer: str, dtype=torch.float64) -> tuple[list, dict]:
-    """Losses, gradient norms and weights of three steps on the same sequences, in one process or, sharded, on all."""
+def train(ranks: Ranks | None, model, optimizer: str, dtype, steps: int) -> tuple[list, dict]:
+    """Losses, gradient norms and weights of steps on the same sequences, in one process or, sharded, on all."""
     if ranks:
         placed(model, ranks, sharded_in=dtype, use_compile=False)
     stepper = make_optimizer(model, OptimizerConfig(name=optimizer, lr=1e-2))
     found = []
-    for step in range(3):
+    for step in range(steps):
         x = random_ids(4, 13, seed=step)
         x = x.chunk(ranks.size)[ranks.rank] if ranks else x
         with torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
@@ -82,8 +82,10 @@ def three_steps(ranks: Ranks | None, model, optimizer: str, dtype=torch.float64)
     return found, {name: whole(p.detach()) for name, p in model.named_parameters()}
 
 
-def compare(ranks: Ranks, make, optimizer: str = "sgd", dtype=torch.float64, rounding: float = ROUNDING) -> None:
-    alone, sharded = three_steps(None, make(), optimizer, dtype), three_steps(ranks, make(), optimizer, dtype)
+def compare(
+    ranks: Ranks, make, optimizer: str = "sgd", dtype=torch.float64, rounding: float = ROUNDING, steps: int = 3
+) -> None:
+    alone, sharded = (train(there, make(), optimizer, dtype, steps) for there in (None, ranks))
     np.testing.assert_allclose(sharded[0], alone[0], rtol=rounding)
     for name, weight in alone[1].items():
         torch.testing.assert_close(sharded[1][name], weight, rtol=0, atol=rounding)
@@ -102,7 +104,7 @@ def recomputed(**config):
 def every_attention(ranks: Ranks) -> None:
     for normalizer, backward in product(NORMALIZERS, BACKWARDS):
         if backward in ("full", "ste") or getattr(NORMALIZERS[normalizer], backward):
-            compare(ranks, partial(noisy, normalizer=normalizer, backward=backward))
+            compare(ranks, partial(noisy, normalizer=normalizer, backward=backward), steps=1)
 
 
 def every_kind(ranks: Ranks) -> None:

@@ -36,7 +36,7 @@ def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
     first = ("--training.max_steps", "8", "--optimizer.decay_steps", "16")
     finished_on_ranks(2, "sharded", *FSDP, *first)
     finished("whole", *HOW, *first)
-    for name, number, how in (("sharded", 3, FSDP), ("sharded", 2, FSDP), ("sharded", 1, HOW), ("whole", 2, FSDP)):
+    for name, number, how in (("sharded", 3, FSDP), ("sharded", 1, HOW), ("whole", 2, FSDP)):
         copy = f"{name}{number}"
         shutil.copytree(f"out/{name}", f"out/{copy}")
         again = ("--training.max_steps", "16", "--optimizer.decay_steps", "16")
