@@ -212,7 +212,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
             "reference": reference and reference.identity,
             "machine": machine,
             "scaler": scaler.state_dict(),
-            "skipped": skips.count,
+            "skipped": dict(skips.count),
         }
         paths: list[Path] = []
         if folder and best:  # first: a kill in between leaves no ckpt.pt that speaks of a best.pt not written
