@@ -4,9 +4,9 @@ Under FSDP2 (Zhao et al. 2023; PyTorch's `fully_shard`) a parameter is a DTensor
 block's matrices are gathered when it runs, forward and backward, and dropped behind it; the embeddings, the last norm
 and the head stay gathered from the forward to the backward pass. Optimizers work on the shards.
 
-Under bfloat16 the blocks' matrices are gathered and multiplied in that type. Norms, and all parameters outside of the
-blocks, stay float32, and gradients are summed in float32, as under DDP with autocast. Unlike there, a block's biases
-and what its normalizer learns are gathered in bfloat16, beside the matrices.
+Under bfloat16 the blocks' matrices and biases are gathered and multiplied in that type. Norms, and all parameters
+outside of the blocks, stay float32, and gradients are summed in float32, as under DDP with autocast. Unlike there, what
+a block's normalizer learns is gathered in bfloat16, beside the matrices.
 """
 
 import contextlib
