@@ -57,12 +57,11 @@ def main() -> int:
         config = main_config(sys.argv[1:])
         ranks = join_ranks(config.training.device)
         writes = ranks.is_main and not config.evaluation.only
-        run_folder = RunFolder(config.folder) if writes else contextlib.nullcontext()
         with (
             advising(config),
             unfailing_output(),
             StopSignals(ranks.is_main) as stop,
-            run_folder as folder,
+            RunFolder(config.folder) if writes else contextlib.nullcontext() as folder,
             ranks.finishing(),
         ):
             status = train(config, ranks, folder, stop)
