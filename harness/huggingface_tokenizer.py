@@ -155,7 +155,9 @@ class HuggingFace(Tokenizer):
 
         try:
             tokenizer = tokenizers.Tokenizer.from_str(self.vocabulary)
-        except Exception as error:  # it raises nothing narrower
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # it raises nothing narrower, and Rust's panics are no Exception
             raise UserError(f"the package tokenizers cannot read this tokenizer.json ({error})") from error
         tokenizer.encode_special_tokens = True  # as any other text
         tokenizer.no_truncation()

@@ -85,7 +85,7 @@ def read_yaml(path: Path, what: str, by: str = "") -> Any:
     except FileNotFoundError:
         raise UserError(f"{by}no {what} file {path}") from None
     except (OSError, ValueError, RecursionError) as e:
-        raise UserError(f"cannot read the {what} {path}: {e}") from e
+        raise UserError(f"cannot read the {what} {path}: {getattr(e, 'strerror', None) or e}") from e
     except yaml.YAMLError as e:
         mark = getattr(e, "problem_mark", None)
         line = f", line {mark.line + 1}" if mark else ""
