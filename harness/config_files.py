@@ -5,6 +5,7 @@ jsonargparse checks and converts the values; errors name the file (or the comman
 """
 
 import dataclasses
+import difflib
 import functools
 import os
 import re
@@ -54,7 +55,9 @@ def build_config(values: dict[str, dict[str, Any]], sources: dict[str, str]) -> 
         for name in entries:
             source = sources.get(f"{section}.{name}", where)
             if name not in known:
-                raise UserError(f"{source}: unknown key '{name}' in section '{section}', which has {', '.join(known)}")
+                meant = difflib.get_close_matches(str(name), known, 1)
+                advice = f"; did you mean '{meant[0]}'?" if meant else f", which has {', '.join(known)}"
+                raise UserError(f"{source}: unknown key '{name}' in section '{section}'{advice}")
 
     try:
         parsed = _parser().parse_object(values)

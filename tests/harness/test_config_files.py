@@ -337,3 +337,12 @@ def test_printed_config_is_the_same_config(capsys):
 
 def test_main_config_returns_the_config_otherwise():
     assert main_config([write("experiment.yaml", "model: {n_layer: 2}")]).model.n_layer == 2
+
+
+def test_a_mistyped_key_is_told_the_nearest_one_and_another_all_of_them(tmp_path):
+    (tmp_path / "a.yaml").write_text("training: {paralel: fsdp}\n")
+    with pytest.raises(UserError, match=r"unknown key 'paralel' in section 'training'; did you mean 'parallel'\?$"):
+        load_config([str(tmp_path / "a.yaml")])
+    (tmp_path / "a.yaml").write_text("data: {xyz: 1}\n")
+    with pytest.raises(UserError, match="unknown key 'xyz' in section 'data', which has corpus, windows$"):
+        load_config([str(tmp_path / "a.yaml")])
