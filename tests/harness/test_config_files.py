@@ -344,5 +344,5 @@ def test_a_mistyped_key_is_told_the_nearest_one_and_another_all_of_them(tmp_path
     with pytest.raises(UserError, match=r"unknown key 'paralel' in section 'training'; did you mean 'parallel'\?$"):
         load_config([str(tmp_path / "a.yaml")])
     (tmp_path / "a.yaml").write_text("data: {xyz: 1}\n")
-    with pytest.raises(UserError, match="unknown key 'xyz' in section 'data', which has corpus, windows$"):
+    with pytest.raises(UserError, match=r"unknown key 'xyz' in section 'data', which has corpus, windows$"):
         load_config([str(tmp_path / "a.yaml")])
