@@ -26,12 +26,14 @@ use_environment() {
     exit 2
   fi
   export PATH="$environment/bin:$PATH"
+  unset PYTHONDONTWRITEBYTECODE # which would compile PyTorch again at every start
 
   local installed=$environment/.offbyone-$(basename "$requirements") wanted
   wanted=$(cd "$(dirname "$requirements")" && cat requirements.txt "$(basename "$requirements")")
   if [[ $(cat "$installed" 2>/dev/null) != "$wanted" ]]; then
     echo "installing $requirements into $environment (a few minutes the first time)"
-    if ! python -m pip install --quiet --disable-pip-version-check -r "$requirements"; then
+    # Compiling all 16,000 files takes as long as the rest: what is imported is compiled then, and kept.
+    if ! python -m pip install --quiet --no-compile --disable-pip-version-check -r "$requirements"; then
       echo "error: pip could not install $requirements (see above)" >&2
       exit 2
     fi

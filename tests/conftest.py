@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import os
 import shutil
+import signal
 import tempfile
 from multiprocessing import forkserver
 from pathlib import Path
@@ -32,7 +33,10 @@ TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838d
 
 
 def pytest_configure(config) -> None:
-    """Every test, and every program that one starts, finds GPT-2's tokenizer file, in whatever order they run."""
+    """Every test, and every program that one starts, finds GPT-2's tokenizer file, in whatever order they run, and heeds
+    signals, also where these tests run under nohup or behind a script's &, which have them ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if (content := gpt2_ranks()) is not None:
         folder = tempfile.mkdtemp(prefix="tiktoken-")
         config.add_cleanup(lambda: shutil.rmtree(folder))
