@@ -23,7 +23,7 @@ from harness.device import (
     peak_memory,
 )
 from harness.kl_training import Reference
-from harness.optimizers import make_optimizer
+from harness.optimizers import make_optimizer, set_learning_rates
 from harness.parallel import recompute_activations
 from harness.timing import Laps
 from kernels.backends import use_backend
@@ -39,10 +39,10 @@ class Stepper:
 
     As `nanogpt`, the baseline: PyTorch's own attention (softmax, full backward, whatever the config says) and
     cross-entropy over the logits, batches from the main thread; on CUDA compiled, with autocast and fused AdamW, else
-    eager in float32 and AdamW not fused (Karpathy 2022).
+    eager in float32 and AdamW not fused (Karpathy 2022). `mode` is torch.compile's, where the model is compiled.
     """
 
-    def __init__(self, config: Config, nanogpt: bool = False):
+    def __init__(self, config: Config, nanogpt: bool = False, mode: str | None = None):
         self.config, c, how = config, config.training, config.optimizer
         self.device = choose_device(c.device)
         on_gpu = self.device.type == "cuda"
@@ -65,7 +65,7 @@ class Stepper:
             recompute_activations(self.raw_model)
         model = NanoGPT(self.raw_model) if nanogpt else self.raw_model
         use_compile = on_gpu if nanogpt else choose_compile(c.compile, self.device, c.feedback)
-        self.eager, self.model = model, torch.compile(model) if use_compile else model
+        self.eager, self.model = model, torch.compile(model, mode=mode) if use_compile else model
         self.backend = functools.partial(use_backend, "stock") if nanogpt else contextlib.nullcontext
         self.reference = None
         if config.kl.reference:
@@ -82,16 +82,29 @@ class Stepper:
         laps = [self._step() for _ in range(steps)]
         return [dict.fromkeys(PHASES, 0.0) | each.seconds() for each in laps]
 
+    def losses(self, steps: int) -> list[float]:
+        """The training loss of each of the first steps, in nats a token, at the learning rates of train.py, which draws
+        the same weights and batches. For a Stepper that has not run yet."""
+        losses = []
+        for step in range(1, steps + 1):
+            set_learning_rates(self.optimizer, step, self.config)
+            self._step()
+            losses.append(self.loss)
+        return torch.stack(losses).tolist()
+
     def _step(self) -> Laps:
         laps, micro_steps = Laps(self.device), self.config.training.batch_size // self.micro_batch_size
+        self.loss = torch.zeros((), device=self.device)
         for _ in range(micro_steps):
             x, y = next(self.batches)
             laps.end("data")
             with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
                 logits, loss = self.model(x, y, with_logits=self.reference is not None)
                 laps.end("forward")
+                self.loss += loss.detach() / micro_steps
                 if self.reference:
                     loss = loss + self.reference.penalty(x, logits, y)[0]
+                    del logits  # which the next forward pass would find still there
                     laps.end("kl")
             self.scaler.scale(loss / micro_steps).backward()
             laps.end("backward")

@@ -1,10 +1,12 @@
 """Everything that only a GPU can prove, in one call: `python scripts/gpu_report.py [--minutes 8] [--out DIR]`.
 
 Sections in the order of what is lost if the time runs out: the card and its ceilings; every attention variant, backend
-and dtype against float64; a training step of GPT-2's 124M beside nanoGPT's; attention alone beside PyTorch's kernels
-and FlexAttention; further shapes and variants; softmax and softmax1 trained at 124M for the minutes left, with outliers
-and quantization of both. Each has a process and a time limit of its own, prints its table when done, and is written at
-once to <date>_<card>.json and .md in --out: a crash loses nothing. Logs and checkpoints go to out/gpu_report/.
+and dtype against float64; a training step of GPT-2's 124M beside nanoGPT's; small models on the card and on the CPU,
+and runs that stop and go on; attention alone beside PyTorch's kernels and FlexAttention; further shapes and variants;
+and, for the minutes left, softmax, softmax1, a sink and a gate trained at 124M beside nanoGPT's loop, with their
+outliers and quantization. steps_tuned, for which Inductor tunes the matrix products, runs only if asked for. Each has
+a process and a time limit of its own, prints its table when done, and is written at once to <date>_<card>.json and .md
+in --out: a crash loses nothing. Logs and checkpoints go to out/gpu_report/.
 
 It needs torch, triton, numpy, scipy, matplotlib and tqdm, and as wheels jsonargparse, docstring-parser and pyyaml. The
 corpus that it trains on is prepared beforehand, 24 million tokens (48 MB), by
@@ -34,7 +36,7 @@ import torch
 from harness.device import commit
 from harness.files import make_folder, write_text
 from harness.gpu_report.document import markdown, print_section, wrong_rows
-from harness.gpu_report.plan import SECTIONS
+from harness.gpu_report.plan import BY_NAME, SECTIONS
 from harness.gpu_report.process import ROOT, run_section
 
 MINUTES = 8.0
@@ -44,9 +46,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=MINUTES, help=f"for all of it; default: {MINUTES:g}")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: benchmarks; of a dry run out/gpu_report")
-    parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all", metavar="NAME"
-    )
+    default = [name for name in SECTIONS if name not in BY_NAME]
+    of = f"of {', '.join(SECTIONS)}; default: all but {', '.join(BY_NAME)}"
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=default, help=of, metavar="NAME")
     parser.add_argument("--corpus", metavar="DIR", help="the one to train on; default: data/pysource")
     parser.add_argument("--seed", type=int, help="of everything random; default: a fresh one, which the report names")
     parser.add_argument("--commit", help="what the report calls the code; default: what git says")

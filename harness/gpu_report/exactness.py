@@ -12,6 +12,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,54 +47,65 @@ CPU_BACKENDS = {  # the dry run's: Triton's kernels in its interpreter, beside t
     "materialized": ("bfloat16", "float32"),
     "stock": ("float32",),
 }
-MAIN = [(1024, 1024, 64)]  # T_q, T_k, D
+
+
+class Shape(NamedTuple):
+    T_q: int
+    T_k: int
+    D: int
+    group: int = 1
+    """heads of queries that read one of keys"""
+
+
+MAIN = [Shape(1024, 1024, 64)]
 OTHERS = [
-    (1, 1, 64),
-    (63, 63, 64),
-    (129, 129, 80),
-    (129, 129, 20),
-    (1000, 1000, 128),
-    (65, 200, 64),
-    (2048, 2048, 32),
-    (513, 513, 256),
+    Shape(1, 1, 64),
+    Shape(63, 63, 64),
+    Shape(129, 129, 80),
+    Shape(129, 129, 20),
+    Shape(1000, 1000, 128),
+    Shape(1000, 1000, 64, group=4),
+    Shape(65, 200, 64),
+    Shape(65, 200, 128, group=2),
+    Shape(2048, 2048, 32),
+    Shape(513, 513, 256),
 ]
-SMALL_MAIN, SMALL_OTHERS = [(33, 33, 16)], [(1, 1, 16), (9, 20, 24)]
+SMALL_MAIN, SMALL_OTHERS = [Shape(17, 17, 16)], [Shape(1, 1, 16), Shape(9, 20, 24, group=2)]
 
 
-def run(task: Task, shapes: list[tuple[int, int, int]], dtypes: tuple[str, ...]) -> Iterator[dict]:
+def run(task: Task, shapes: list[Shape], dtypes: tuple[str, ...]) -> Iterator[dict]:
     """All shapes and dtypes, as many at a time as there are processors: most of the time goes to compiling."""
     jobs = list(itertools.product(shapes, dtypes))
     count = min(len(jobs), cpu_count())
     with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
         compiled = len(shapes) == 1
         checks = {job: pool.submit(check, task.cpu, task.seed + i, *job, compiled) for i, job in enumerate(jobs)}
-        for ((T_q, T_k, D), dtype), checked in checks.items():
+        for (shape, dtype), checked in checks.items():
             try:
                 yield from checked.result()
             except Exception as error:  # the pool's too, where a process of it has died
-                row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": "all/all", "backend": "all", "dtype": dtype}
+                row = shape._asdict() | {"variant": "all/all", "backend": "all", "dtype": dtype}
                 yield row | {"error": None, "verdict": "FAILED", "note": f"{type(error).__name__}: {error}"[:200]}
 
 
-def check(cpu: bool, seed: int, shape: tuple[int, int, int], dtype: str, compiled: bool) -> list[dict]:
+def check(cpu: bool, seed: int, shape: Shape, dtype: str, compiled: bool) -> list[dict]:
     """Every variant on every backend that takes the dtype."""
-    T_q, T_k, D = shape
     generator, rows = torch.Generator().manual_seed(seed), []
     for normalizer, backward in VARIANTS.values():
         device = torch.device("cpu" if cpu else "cuda")
-        inputs = draw(T_q, T_k, D, getattr(torch, dtype), generator, device, normalizer)
+        inputs = draw(shape, getattr(torch, dtype), generator, device, normalizer)
         with materialized_attention():
             reference = values([x.double() for x in inputs], normalizer, backward)
         for backend in (name for name, taken in (CPU_BACKENDS if cpu else BACKENDS).items() if dtype in taken):
             if backend.startswith("stock") and (normalizer, backward) != ("softmax", "full"):
                 continue  # PyTorch has no other
-            if backend != "materialized" and not _takes(backend, normalizer, D):
+            if backend != "materialized" and not _takes(backend, normalizer, shape.D):
                 continue
             if "compiled" in backend and f"{normalizer}/{backward}" not in names(FIRST):
                 continue  # most of the time goes there
-            if ("compiled" in backend and not compiled) or ("cudnn" in backend and (D > 128 or T_k == 1)):
+            if ("compiled" in backend and not compiled) or ("cudnn" in backend and (shape.D > 128 or shape.T_k == 1)):
                 continue
-            row = {"T_q": T_q, "T_k": T_k, "D": D, "variant": f"{normalizer}/{backward}", "backend": backend}
+            row = shape._asdict() | {"variant": f"{normalizer}/{backward}", "backend": backend}
             rows.append(row | {"dtype": dtype} | compare(cpu, inputs, reference, backend, normalizer, backward))
     return rows
 
@@ -105,11 +117,13 @@ def _takes(backend: str, normalizer: str, D: int) -> bool:
     return NORMALIZERS[normalizer].tile == "softmax"
 
 
-def draw(T_q: int, T_k: int, D: int, dtype, generator, device, normalizer: str) -> list[Tensor]:
+def draw(shape: Shape, dtype, generator, device, normalizer: str) -> list[Tensor]:
     """q, k, v as views of one projection where T_q = T_k, dL/dO, and what the normalizer learns."""
-    B, H = 2, 4
-    qkv = torch.randn(B, T_k, 3 * H * D, generator=generator).to(device, dtype)
-    q, k, v = (x.view(B, T_k, H, D).transpose(1, 2) for x in qkv.split(H * D, dim=-1))
+    T_q, T_k, D, group = shape
+    B, H = 2 if T_k > 1 else 8, 4  # of a single score one or another is near 0, where it has lost its digits
+    widths = [heads * D for heads in (H, H // group, H // group)]
+    qkv = torch.randn(B, T_k, sum(widths), generator=generator).to(device, dtype)
+    q, k, v = (x.view(B, T_k, -1, D).transpose(1, 2) for x in qkv.split(widths, dim=-1))
     grad = torch.randn(B, T_q, H, D, generator=generator).to(device, dtype).transpose(1, 2)
     # In float32, as a model has them, but in the dtype's own numbers, to which a null key is rounded beside the others.
     own = []
@@ -150,9 +164,12 @@ def compare(cpu: bool, inputs, reference: dict[str, Tensor], backend: str, norma
     errors = {name: error / norms[name].item() if norms[name] else error for name, error in errors.items()}
     if inputs[1].size(2) == 1:
         # Of one key: 1 − P may be near 0, and then the scores' gradient has lost its digits, as in every form. Where it
-        # is 0, as under softmax, it must be 0.
-        errors = {name: error for name, error in errors.items() if name in ("out", "dV")}
-        errors |= {name: found[name].double().abs().max().item() for name in ("dQ", "dK") if norms[name] == 0}
+        # is 0, as under softmax, it must be.
+        errors = {
+            name: error
+            for name, error in errors.items()
+            if name in ("out", "dV") or (name in ("dQ", "dK") and not reference[name].any())
+        }
     eps = torch.finfo(dtype).eps
     allowed = 4 * D**0.5 * eps if dtype == torch.float32 else 2 * eps
     worst = max(errors, key=lambda name: float("inf") if errors[name] != errors[name] else errors[name])
@@ -169,7 +186,8 @@ def before_cancelling(inputs, reference: dict[str, Tensor], normalizer: str, bac
     if "dssmax_scale" in reference:  # Σ q·dQ over the queries, over the scale
         terms = (inputs[0].double() * reference["dQ"]).abs().sum((0, 2, 3)) / inputs[-1].double().abs()
         return {"dssmax_scale": terms.norm()}
-    if normalizer == "softpick" and backward == "full":  # E (g − Σ P g), where E is large if all scores are near 0
+    # E (g − Σ P g) or E (1 − P) g, where softpick's E is large if all scores are near 0; of one key g is Σ P g
+    if backward in ("full", "diagonal") and (normalizer == "softpick" or inputs[1].size(2) == 1):
         with materialized_attention():
             terms = values([x.double() for x in inputs], normalizer, "detached")
         return {name: terms[name].norm() + (reference[name] - terms[name]).norm() for name in ("dQ", "dK")}
@@ -179,6 +197,7 @@ def before_cancelling(inputs, reference: dict[str, Tensor], normalizer: str, bac
 def terms_of_dsink(inputs: list[Tensor], normalizer: str) -> Tensor:
     """Σ P_null |g·out| of each head (H,), in float64: what the gradient of its sink is a sum of."""
     q, k, v, grad, sink = (x.double() for x in inputs)
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     P, null = attention_rows(q, k, normalizer=normalizer, null_logit=sink)
     assert null is not None  # a normalizer that learns its null logit has such a slot
     return (null.squeeze(-1) * (grad * (P @ v)).sum(-1).abs()).sum((0, 2))
@@ -218,7 +237,7 @@ def present(rows: list[dict]) -> list[Table]:
     tables = [
         Table(
             "The largest relative error against float64 of the output and of all gradients, over the normalizers and "
-            f"{len({(row['T_q'], row['T_k'], row['D']) for row in rows})} shapes, {len(rows)} checks in all",
+            f"{len({tuple(row[name] for name in Shape._fields) for row in rows})} shapes, {len(rows)} checks in all",
             pivot(cells, "backend, dtype", "backward", lambda row: row["shown"]),
         )
     ]

@@ -6,11 +6,13 @@ that of the same model run eagerly, with the loss over all of its logits, on one
 thousandths in bfloat16.
 """
 
+import functools
 import math
 import os
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 from harness.bench_attention import VARIANTS
 from harness.config_files import load_config
@@ -23,15 +25,33 @@ from harness.workers import Worker, WorkerError
 CONFIG = "configs/gpt2_124m_softmax.yaml"
 BASELINE = "nanoGPT's loop"
 MICRO_BATCH, LARGER = 16, 32
+
+
+class Variant(NamedTuple):
+    attention: tuple[str, str] | None
+    """normalizer and backward; None for the baseline"""
+    at_a_time: int = MICRO_BATCH
+    """sequences"""
+    mode: str | None = None
+    """torch.compile's"""
+
+
 FIRST = {
-    f"{BASELINE}, {LARGER} at a time": (None, LARGER),
-    "softmax/full": (("softmax", "full"), MICRO_BATCH),
-    f"softmax/full, {LARGER} at a time": (("softmax", "full"), LARGER),
-    "softmax1/full": (("softmax1", "full"), MICRO_BATCH),
-}  # (normalizer and backward, or None for the baseline; sequences at a time)
+    f"{BASELINE}, {LARGER} at a time": Variant(None, LARGER),
+    "softmax/full": Variant(("softmax", "full")),
+    f"softmax/full, {LARGER} at a time": Variant(("softmax", "full"), LARGER),
+    "softmax1/full": Variant(("softmax1", "full")),
+}
 # All others are timed among the kernels alone.
 STEPPED = [f"{n}/{b}" for n in ("softmax", "softmax1", "sink") for b in ("full", "diagonal", "ste")]
-OTHERS = {name: (VARIANTS[name], MICRO_BATCH) for name in [*STEPPED, "clipped/full"] if name not in FIRST}
+OTHERS = {name: Variant(VARIANTS[name]) for name in [*STEPPED, "clipped/full"] if name not in FIRST}
+# Inductor times products of its own in Triton, which apply GELU themselves, against cuBLAS's: minutes of compiling.
+TUNED = {
+    f"softmax/full, {LARGER} at a time": FIRST[f"softmax/full, {LARGER} at a time"],
+    f"softmax/full, {LARGER} at a time, products tuned": Variant(
+        ("softmax", "full"), LARGER, "max-autotune-no-cudagraphs"
+    ),
+}
 AT_ONCE = 5  # of 8 to 22 GiB each
 ROUNDS, BURST = 6, 4
 COMPILED_ERROR = 0.02
@@ -59,7 +79,7 @@ def corpus_of(task: Task) -> str:
 
 
 def run(task: Task, variants=FIRST) -> Iterator[dict]:
-    names = list(variants)[1:3] if task.cpu else list(variants)  # two of each kind for the dry run
+    names = list(variants)[1:3] if task.cpu else list(variants)  # two at most for the dry run
     for start in range(0, len(names), AT_ONCE - 1):
         yield from group(task, {name: variants[name] for name in names[start : start + AT_ONCE - 1]})
 
@@ -67,11 +87,12 @@ def run(task: Task, variants=FIRST) -> Iterator[dict]:
 def group(task: Task, variants: dict) -> Iterator[dict]:
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of the processes
     workers = {BASELINE: Worker(Stepper, load_config([CONFIG, *overrides(task)]), True)}
-    for name, (variant, micro_batch) in variants.items():
-        changed = {} if task.cpu else {"training.micro_batch_size": micro_batch}
-        if variant:
-            changed |= dict(zip(("model.normalizer", "model.backward"), variant, strict=True))
-        workers[name] = Worker(Stepper, load_config([CONFIG, *overrides(task, **changed)]), variant is None)
+    for name, variant in variants.items():
+        changed = {} if task.cpu else {"training.micro_batch_size": variant.at_a_time}
+        if variant.attention:
+            changed |= dict(zip(("model.normalizer", "model.backward"), variant.attention, strict=True))
+        config = load_config([CONFIG, *overrides(task, **changed)])
+        workers[name] = Worker(Stepper, config, variant.attention is None, variant.mode)
     bursts: dict[str, list] = {name: [] for name in workers}
     checks = {}
     for worker in workers.values():
@@ -80,8 +101,7 @@ def group(task: Task, variants: dict) -> Iterator[dict]:
         try:
             worker.result()
             # Of the larger micro-batch the plain loss would take too much memory beside the others.
-            larger = name.endswith("at a time")
-            checks[name] = judged(None if larger else worker.ask("compiled_error"))
+            checks[name] = judged(None if "at a time" in name else worker.ask("compiled_error"))
             worker.ask("release")
         except WorkerError as error:
             yield lost(name, workers, error)
@@ -153,9 +173,10 @@ def compiled_error(row: dict) -> str:
     return f"{shown}, {row['verdict']}" if wrong else shown
 
 
-def other_variants(task: Task) -> Iterator[dict]:
-    return run(task, OTHERS)
-
-
 SECTION = Section("A training step of 124M: softmax, softmax1", 1.4, run, present)
-OTHER_VARIANTS = Section("A training step of 124M: the other variants", 3.0, other_variants, present)
+OTHER_VARIANTS = Section(
+    "A training step of 124M: the other variants", 3.0, functools.partial(run, variants=OTHERS), present
+)
+TUNED_PRODUCTS = Section(
+    "A training step of 124M: its matrix products tuned", 3.0, functools.partial(run, variants=TUNED), present
+)

@@ -18,17 +18,17 @@ def stepper(*changes: str, **how) -> Stepper:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("feedback", ["backprop", "fa"])
-def test_its_steps_give_the_weights_of_training(feedback):
-    """Up to the learning rate, which training changes from step to step: one that is held."""
-    held = ("--optimizer.warmup_steps", "0", "--optimizer.min_lr", "1e-2", "--training.compile", "false")
-    held += ("--training.feedback", feedback)
-    run = finished("run", *held, "--training.max_steps", "3")
-    own = stepper(*held, "--training.micro_batch_size", "8")
-    laps = own.run(3)
-    assert [list(each) for each in laps] == 3 * [list(PHASES)]
-    assert all(seconds >= 0 for each in laps for seconds in each.values())
+def test_its_steps_give_the_losses_and_weights_of_training(feedback):
+    how = ("--training.compile", "false", "--training.feedback", feedback, "--training.max_steps", "3")
+    run = finished("run", *how)
+    own = stepper(*how, "--training.micro_batch_size", "8")
+    expected = [line["train/loss"] for line in run.metrics() if "train/loss" in line]
+    assert own.losses(3) == pytest.approx(expected, rel=1e-6)
     for name, value in run.checkpoint()["model"].items():
         torch.testing.assert_close(own.raw_model.state_dict()[name], value, rtol=0, atol=1e-6)
+    laps = own.run(2)
+    assert [list(each) for each in laps] == 2 * [list(PHASES)]
+    assert all(seconds >= 0 for each in laps for seconds in each.values())
 
 
 def test_the_baseline_is_softmax_with_pytorchs_cross_entropy():

@@ -1,10 +1,12 @@
 """The GPU report's dry run: the same code on small shapes, from the command line to the tables."""
 
+import itertools
 import json
 import math
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ import torch
 from harness.bench_attention import FIRST, names
 from harness.corpus_writing import write_corpus
 from harness.errors import run_cli
-from harness.gpu_report import Task, training, with_error
+from harness.gpu_report import Task, models, training, with_error
 from harness.gpu_report.document import markdown, wrong_rows
 from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS
@@ -63,8 +65,8 @@ def test_a_dry_run_of_the_whole_report(tmp_path, without_processes, monkeypatch,
     """One test, since the run takes half a minute."""
     text = "".join(f"def f{i}(x):\n    return x + {i}\n\n" for i in range(900))
     write_corpus(tmp_path / "corpus", [("train", text), ("val", text[:2000])], Bytes(), source="a test")
-    # Without those two whose code is that of others, on other shapes and variants.
-    sections = [name for name in SECTIONS if name not in ("exactness_shapes", "steps_variants")]
+    # Without those whose code is that of others, on other shapes and variants.
+    sections = [name for name in SECTIONS if name not in ("exactness_shapes", "steps_variants", "steps_tuned")]
     options = ("--cpu", "--seed", "1", "--sections", *sections)
     assert run_here(monkeypatch, *options, "--out", tmp_path, "--corpus", tmp_path / "corpus") == 0
     report, document = report_in(tmp_path)
@@ -79,7 +81,8 @@ def test_a_dry_run_of_the_whole_report(tmp_path, without_processes, monkeypatch,
     rows = {section["section"]: section["rows"] for section in report["sections"]}
     every_variant_is_exact_on_every_backend(rows["exactness"])
     every_kind_of_variant_steps_beside_the_baseline(rows["steps"])
-    two_models_are_trained_and_diagnosed(rows["training"])
+    small_models_have_the_same_losses_and_runs_go_on(rows["models"])
+    models_are_trained_and_diagnosed_and_nanogpts_loop_agrees(rows["training"])
     the_markdown_has_a_row_for_each_measurement(report, document)
 
 
@@ -103,10 +106,21 @@ def every_kind_of_variant_steps_beside_the_baseline(rows):
         assert row["error, ms"] >= 0
 
 
-def two_models_are_trained_and_diagnosed(rows):
-    assert {row["normalizer"] for row in rows if row["what"] == "curve"} == {"softmax", "softmax1"}
-    scripts = {row["script"] for row in rows if row["what"] == "summary"}
-    assert scripts == {"activation_kurtosis", "quantization"}
+def small_models_have_the_same_losses_and_runs_go_on(rows):
+    assert [row.get("model", row.get("run")) for row in rows] == ["sink", "muon", "not deterministic", "deterministic"]
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert all(row["last loss"] < row["first loss"] for row in rows[:2])
+    assert [row["difference"] for row in rows[2:]] == [0, 0]
+
+
+def models_are_trained_and_diagnosed_and_nanogpts_loop_agrees(rows):
+    curves = [row for row in rows if row["what"] == "curve" and "train/loss" in row]
+    assert {row["variant"] for row in curves} == {"softmax", "gate", "nanoGPT's loop"}
+    assert {row["step"] for row in curves if row["variant"] != "gate"} == {1, 2, 3, 4}
+    (apart,) = (row for row in rows if row["what"] == "apart")
+    assert (apart["steps"], apart["verdict"]) == (4, "ok")
+    summaries = {(row["variant"], row["script"]) for row in rows if row["what"] == "summary"}
+    assert summaries == set(itertools.product(("softmax", "gate"), training.DIAGNOSTICS))
 
 
 def the_markdown_has_a_row_for_each_measurement(report, document):
@@ -191,6 +205,25 @@ def test_a_result_that_is_wrong_is_said_in_the_first_lines():
     report["sections"] = [{"section": "steps", "rows": [row], "error": None, "seconds": 1.0}]
     assert wrong_rows(report) == [row]
     assert "**1 results are not as they should be**" in markdown(report)
+
+
+@pytest.mark.parametrize(("factor", "verdict"), [(1, "ok"), (1 + 1e-4, "WRONG"), (math.nan, "WRONG")])
+def test_a_model_with_other_losses_on_the_card_is_found(factor, verdict, monkeypatch):
+    expected = iter([[2.0, 1.0], [2.0, factor]])
+    monkeypatch.setattr(models, "load_config", lambda words: words)
+    monkeypatch.setattr(models, "Stepper", lambda config: SimpleNamespace(losses=lambda steps: next(expected)))
+    assert models.compare("sink", True, [], 1e-5)["verdict"] == verdict
+
+
+@pytest.mark.parametrize(("slope", "verdict"), [(0.0, "ok"), (0.001, "WRONG")])
+def test_a_curve_that_leaves_nanogpts_is_found(slope, verdict):
+    """Also where it swings around it, by more than it may lie apart."""
+    theirs = {step: 5.0 for step in range(1, 81)}
+    ours = {step: 5.0 + 0.1 * (-1) ** step + slope * step for step in theirs if step % 2 or step > 40}
+    found = training.apart(ours, theirs)
+    assert found["steps"] == 60
+    assert found["mean"] == pytest.approx(slope * 73, abs=0.007)
+    assert found["verdict"] == verdict
 
 
 @pytest.mark.parametrize(
