@@ -360,10 +360,11 @@ def _grid(x: Tensor, block: int) -> tuple[int, int, int]:
 
 def _block_sizes(q: Tensor, kernel: str) -> tuple[int, int, dict[str, int]]:
     """The rows of a program's own block, the rows that a step of its loop takes, and the launch options, for the kernel
-    that computes the gradients of the "keys", of the "queries", or of the "values" alone.
+    that computes the gradients of the "keys", of the "queries", or of the "values" alone, or a tile's "forward" pass.
 
     For half types they are the fastest of 26 combinations, or within 9 % of it, timed with heads of 64 and 128 and
-    T = 1,024 and 4,096 on an H100 (benchmarks/). They fit into the 100 KB of shared memory that other cards have.
+    T = 1,024 and 4,096 on an H100 (benchmarks/); the tiles' are the same. They fit into the 100 KB of shared memory
+    that other cards have.
     """
     if q.dtype == torch.float32:  # no tensor cores without TF32, and larger blocks do not fit into the registers
         return 32, 32, {"num_warps": 8, "num_stages": 1}

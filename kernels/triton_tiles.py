@@ -142,8 +142,7 @@ def tile_forward(
     arguments = {name: shared[name] for name in ("q", "k", "v", "scale", "T", "GROUP", "D", "BLOCK_D")} | own
     strides = {f"{name}_strides": None if x is None else x.stride() for name, x in own.items()}
     strides |= {f"{name}_strides": shared[f"{name}_strides"] for name in "qkv"}
-    # By analogy with the backward's; not tuned on a card yet.
-    wide, narrow, options = _block_sizes(q, "queries")
+    wide, narrow, options = _block_sizes(q, "forward")
     with torch.cuda.device_of(q):
         _forward_kernel[_grid(q, wide)](
             **arguments, **strides, a=a, b=b, TILE=tile, KEYS=narrow, QUERIES=wide, **options

@@ -4,9 +4,10 @@ Sections in the order of what is lost if the time runs out: the card and its cei
 and dtype against float64; a training step of GPT-2's 124M beside nanoGPT's; small models on the card and on the CPU,
 and runs that stop and go on; attention alone beside PyTorch's kernels and FlexAttention; further shapes and variants;
 and, for the minutes left, softmax, softmax1, a sink and a gate trained at 124M beside nanoGPT's loop, with their
-outliers and quantization. steps_tuned, for which Inductor tunes the matrix products, runs only if asked for. Each has
-a process and a time limit of its own, prints its table when done, and is written at once to <date>_<card>.json and .md
-in --out: a crash loses nothing. Logs and checkpoints go to out/gpu_report/.
+outliers and quantization. steps_tuned (matrix products tuned by Inductor) and blocks (those of the Triton kernels,
+over a grid) run only if asked for. Each has a process and a time limit of its own, prints its table when done, and is
+written at once to <date>_<card>.json and .md in --out: a crash loses nothing. Logs and checkpoints go to
+out/gpu_report/.
 
 It needs torch, triton, numpy, scipy, matplotlib and tqdm, and as wheels jsonargparse, docstring-parser and pyyaml. The
 corpus that it trains on is prepared beforehand, 24 million tokens (48 MB), by

@@ -1,6 +1,6 @@
 """The sections by name, in the order of what is lost if the time runs out."""
 
-from harness.gpu_report import Section, exactness, hardware, kernels, models, steps, training
+from harness.gpu_report import Section, blocks, exactness, hardware, kernels, models, steps, training
 
 SECTIONS: dict[str, Section] = {
     "hardware": hardware.SECTION,
@@ -12,7 +12,8 @@ SECTIONS: dict[str, Section] = {
     "steps_variants": steps.OTHER_VARIANTS,
     "training": training.SECTION,
     "steps_tuned": steps.TUNED_PRODUCTS,
+    "blocks": blocks.SECTION,
 }
 
-BY_NAME = ("steps_tuned",)
-"""Minutes of compiling for one number: run only where --sections names it."""
+BY_NAME = ("steps_tuned", "blocks")
+"""Minutes of compiling, for whoever tunes: run only where --sections names them."""
