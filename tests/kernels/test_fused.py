@@ -1,7 +1,5 @@
 """Every attention variant as one autograd function over fused kernels, against the readable form."""
 
-import argparse
-import itertools
 import math
 
 import pytest
@@ -10,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from harness.bench_attention import STOCK, peak_of
 from kernels.backends import materialized_attention, use_backend
 from kernels.fused import FusedAttention
 from model import attention, attention_backend
@@ -260,32 +257,6 @@ def test_the_value_gradient_is_the_same_head_by_head(dtype, H_kv, monkeypatch):
             results.append(value_and_gradients(*(x.requires_grad_() for x in (q, k, v)), g, backward="ste"))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("normalizer", "backward", "own"),  # own False: on PyTorch's kernels, as where there is no compiler
-    [
-        *itertools.product(["sink"], ["full", "diagonal", "ste"], [True, False]),  # the null logit's own gradient
-        ("sink", "detached", False),
-        ("clipped", "full", True),  # all scores of some rows
-    ],
-)
-def test_memory_stays_within_one_and_a_half_times_the_stock_kernels(
-    normalizer, backward, own, stock_peak, bench_arguments, monkeypatch
-):
-    use_own_kernel(own, monkeypatch)  # in the process that is measured
-    assert peak_of(f"{normalizer}/{backward}", 8192, bench_arguments) <= 1.5 * stock_peak
-
-
-@pytest.fixture(scope="module")
-def bench_arguments():
-    return argparse.Namespace(B=1, H=4, H_kv=4, D=64, dtype="float32", device="cpu")
-
-
-@pytest.fixture(scope="module")
-def stock_peak(bench_arguments) -> float:
-    return peak_of(STOCK, 8192, bench_arguments)
 
 
 @both_dtypes
