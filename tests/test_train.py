@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from model import GPTConfig
+from model import GPT, GPTConfig
+from tests import helpers
 from tests.helpers import (
-    ROOT,
     TrainingRun,
     assert_same_run,
     finished,
     finished_on_ranks,
     killed,
     refused,
-    run_on_two_ranks,
     write_documents,
 )
 
@@ -129,50 +128,48 @@ def test_two_ranks_train_as_one(normalizer, backward, feedback):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4)
 
 
-WITNESS = """
-import json, os, sys
-sys.path.insert(0, sys.argv.pop(1))
-import torch
-import train
-from model import GPT
+def witness() -> None:
+    """Before a rank's run: what it calls is noted, and is in seen_<rank>.json in the end."""
+    import train
 
-rank, seen = int(os.environ["RANK"]), []
+    seen, writes = [], []
 
-def noted(name, function):
-    def call(*args, **kwargs):
-        seen.append(name)
-        return function(*args, **kwargs)
-    return call
+    def noted(name, function):
+        def call(*args, **kwargs):
+            seen.append(name)
+            return function(*args, **kwargs)
 
-forward = GPT.forward
-def watched(self, idx, targets=None, **how):
-    if not self.training and not torch.is_grad_enabled():
-        seen.append(["forward", list(idx.shape)])
-    return forward(self, idx, targets, **how)
+        return call
 
-GPT.forward = watched
-GPT.state_dict = noted("state of the model", GPT.state_dict)
-torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
-train.outlier_metrics = noted("outliers", train.outlier_metrics)
-writes = []
-save = train.save_checkpoint
-train.save_checkpoint = lambda path, checkpoint: (writes.append(path.name), save(path, checkpoint))
-status = train.main()
-with open(f"seen_{rank}.json", "w") as f:
-    json.dump({"seen": seen, "writes": writes}, f)
-sys.exit(status)
-"""
+    def watched(self, idx, targets=None, forward=GPT.forward, **how):
+        if not self.training and not torch.is_grad_enabled():
+            seen.append(["forward", list(idx.shape)])
+        return forward(self, idx, targets, **how)
+
+    def saving(path, checkpoint, save=train.save_checkpoint):
+        writes.append(path.name)
+        return save(path, checkpoint)
+
+    def main(main=train.main):
+        status = main()
+        Path(f"seen_{os.environ['RANK']}.json").write_text(json.dumps({"seen": seen, "writes": writes}))
+        return status
+
+    GPT.forward = watched
+    GPT.state_dict = noted("state of the model", GPT.state_dict)
+    torch.optim.AdamW.state_dict = noted("state of the optimizer", torch.optim.AdamW.state_dict)
+    train.outlier_metrics = noted("outliers", train.outlier_metrics)
+    train.save_checkpoint, train.main = saving, main
 
 
 @pytest.mark.slow
 def test_every_rank_does_the_same_and_rank_0_alone_writes():
     """What a sharded model needs: its parts are only whole where all ranks run it, measure it or save it together. The
     last evaluation is of 63 batches, an odd number, for two ranks."""
-    Path("witness.py").write_text(WITNESS)
-    arguments = ("config.yaml", "--run.name", "two", "--training.max_steps", "2")
-    arguments += ("--evaluation.interval", "1", "--training.checkpoint_interval", "1")
-    done = run_on_two_ranks(Path("witness.py").resolve(), ROOT, *arguments)
-    assert done.returncode == 0, done.stderr
+    arguments = ("--training.max_steps", "2", "--evaluation.interval", "1", "--training.checkpoint_interval", "1")
+    with pytest.MonkeyPatch.context() as patch:  # on both ranks
+        patch.setattr(helpers, "TrainingRun", lambda *how, **more: TrainingRun(*how, **more | {"inject": witness}))
+        finished_on_ranks(2, "two", *arguments)
     first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]
     assert first["seen"].count("outliers") == first["seen"].count("state of the model") == 3

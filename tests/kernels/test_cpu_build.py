@@ -203,7 +203,8 @@ def test_every_width_of_vectors_gives_the_same(target, anew, tmp_path):
     source = tmp_path / "cpu.cpp"
     shutil.copy(cpu.SOURCE, source)
     anew.setattr(cpu, "SOURCE", source)
-    anew.setattr(cpu, "FLAGS", tuple(target if flag == "-march=native" else flag for flag in cpu.FLAGS))
+    flags = {"-march=native": target, "-O3": "-O1"}  # the same vectors, built in half the time
+    anew.setattr(cpu, "FLAGS", tuple(flags.get(flag, flag) for flag in cpu.FLAGS))
     if cpu.load() is None:
         pytest.skip(f"this compiler knows no {target}")
     for T, D in ((1, 5), (65, 12), (130, 64)):
