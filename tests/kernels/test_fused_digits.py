@@ -114,7 +114,7 @@ def test_values_and_gradients_have_the_digits_of_their_dtype(variant, dtype, own
     arguments, null_logit = VARIANTS[variant]
     use_own_kernel(own, monkeypatch)
     lengths, widths = (1, 2, 63, 64, 65, 257, 1000), (16, 64, 80, 128)
-    shapes = list(itertools.product(lengths, widths))
+    shapes = [*itertools.product(lengths[:-1], widths), (1000, 80), (1000, 128)]  # most of the time is the reference's
     if not own:
         shapes = [*shapes[:20:3], (257, 80)] + [(1000, 64)] * (dtype in (torch.float64, torch.float32))
     elif kind != "ordinary":  # how large the scores are is of no concern to the products that make them
