@@ -20,7 +20,8 @@ from harness import workers
 from harness.errors import UserError
 from harness.tokenizer import GPT2
 from scripts import fetch_smollm2
-from tests.helpers import CONTEXT, ROOT, nanogpt_peer, run_python, squares_corpus
+from tests.helpers import ROOT, nanogpt_peer, squares_corpus
+from tests.processes import CONTEXT, run_python
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)

@@ -18,17 +18,8 @@ import torch
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
 from model import GPTConfig
-from tests.helpers import (
-    ROOT,
-    TrainingRun,
-    assert_same_run,
-    finished,
-    finished_on_ranks,
-    killed,
-    refused,
-    run_on_two_ranks,
-    write_documents,
-)
+from tests.helpers import ROOT, write_documents
+from tests.processes import TrainingRun, assert_same_run, finished, finished_on_ranks, killed, refused, run_on_two_ranks
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 

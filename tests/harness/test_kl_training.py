@@ -22,7 +22,8 @@ from kernels.loss import IGNORED
 from measure.divergence import AGGREGATES
 from model import GPT, GPTConfig
 from tests import helpers
-from tests.helpers import TrainingRun, assert_same_run, finished, finished_on_ranks, killed, refused, tiny_gpt
+from tests.helpers import tiny_gpt
+from tests.processes import TrainingRun, assert_same_run, finished, finished_on_ranks, killed, refused
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 

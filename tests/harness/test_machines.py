@@ -10,7 +10,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -21,7 +20,8 @@ from harness.errors import run_cli
 from harness.launch import prepare
 from harness.machines import Launcher, Machines, machines_of
 from harness.signals import STOPS
-from tests.helpers import CONTEXT, ROOT, TrainingRun, assert_same_run, finished_on_ranks
+from tests.helpers import ROOT
+from tests.processes import TrainingRun, assert_same_run, finished_on_ranks, started, write_to
 
 TWO = {"NNODES": "2", "NODE_RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1234"}
 SLURM = {
@@ -235,9 +235,7 @@ def free_port() -> int:
 
 
 def _machine(rank: int, port: int, log: str, arguments: dict) -> None:
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
+    write_to(log, "a")
     script, corpus = arguments.pop("script"), arguments.pop("corpus", None)
     launcher = Launcher(Machines(**{"size": 2, "rank": rank, "address": "localhost", "port": port} | arguments))
     sys.exit(run_cli(lambda: launcher.run(lambda: ["sh", "-c", script], lambda: corpus and prepare(Path(corpus)))))
@@ -246,11 +244,7 @@ def _machine(rank: int, port: int, log: str, arguments: dict) -> None:
 class Machine:
     def __init__(self, rank: int, port: int, script: str, **arguments):
         self.log = Path(f"machine{rank}.log")
-        with contextlib.chdir(ROOT):
-            forkserver.ensure_running()
-        target = (rank, port, str(self.log.resolve()), {"script": script} | arguments)
-        self.process = CONTEXT.Process(target=_machine, args=target)
-        self.process.start()
+        self.process = started(_machine, rank, port, str(self.log.resolve()), {"script": script} | arguments)
 
     def wait(self) -> tuple[int, str]:
         self.process.join(60)

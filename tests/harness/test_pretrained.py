@@ -17,7 +17,8 @@ from harness.families import FAMILIES, read_config
 from harness.pretrained import load_hf, save_hf, stored_weights
 from harness.tokenizer import from_name
 from model import GPT, GPTConfig
-from tests.helpers import run_python, tiny_gpt
+from tests.helpers import tiny_gpt
+from tests.processes import run_python
 
 # Logits of a few units, of float32 and two implementations: some ten layers' rounding, 1e-6 each at most.
 SAME_LOGITS = {"rtol": 0, "atol": 2e-5}

@@ -19,7 +19,8 @@ from harness.errors import UserError
 from harness.optimizers import make_optimizer, saved_optimizer
 from harness.parallel import shard
 from harness.sharded import BackgroundSaver, optimizer_state
-from tests.helpers import finished, finished_on_ranks, on_ranks, refused, tiny_gpt
+from tests.helpers import tiny_gpt
+from tests.processes import finished, finished_on_ranks, on_ranks, refused
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 

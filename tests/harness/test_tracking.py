@@ -16,7 +16,7 @@ import wandb
 
 from harness.errors import UserError
 from harness.tracking import Tracker, known_id, stored_steps, watched
-from tests.helpers import run_python
+from tests.processes import run_python
 
 
 def config(wandb: str = "disabled"):

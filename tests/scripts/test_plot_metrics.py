@@ -10,7 +10,8 @@ import pytest
 from harness import curves
 from harness.errors import run_cli
 from scripts import plot_metrics
-from tests.helpers import curve_record, run_python, write_curves
+from tests.helpers import curve_record, write_curves
+from tests.processes import run_python
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
