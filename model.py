@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernels import normalizers as definitions
-from kernels.backends import attention_backend, check_inputs, check_parameters
+from kernels.backends import attention_backend, check_inputs, check_parameters, constant_when_compiled
 from kernels.fused import SlopedProduct, fused_attention, in_front, repeat_heads
 from kernels.loss import cross_entropy, linear_cross_entropy
 from kernels.normalizers import SOFTMAX, Normalizer, scaled_queries, softmax1, softmax_rows, softmax_weights  # noqa: F401
@@ -165,7 +165,7 @@ def _weights(entry: Normalizer, scores: Tensor, arguments: dict[str, Tensor]) ->
     return weights if entry.is_softmax else weights.masked_fill(scores.isneginf(), 0)
 
 
-@torch.compiler.assume_constant_result  # torch.compile does not trace a GPTConfig
+@constant_when_compiled  # torch.compile does not trace a GPTConfig
 def _constant(normalizer: str, name: str, keys: int) -> float:
     """What the constant is by default for a context of so many tokens."""
     return NORMALIZERS[normalizer].constants[name](GPTConfig(block_size=max(keys, 1)))

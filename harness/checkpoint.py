@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from harness.errors import UserError
 from harness.files import written_whole
@@ -194,10 +196,18 @@ def feedback_of(checkpoint: dict[str, Any], path: str | Path) -> tuple[Any, dict
     return how, matrices
 
 
+class _Undrawn(TorchFunctionMode):
+    """Draws no first values: for those of the meta device, which are none, PyTorch imports its compiler, a second."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        return kwargs["tensor"] if function is nn.init.normal_ else function(*args, **kwargs)
+
+
 def without_weights(config: GPTConfig) -> GPT:
     """A GPT on the meta device, which takes neither memory nor time, for weights that are yet to be assigned."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             return GPT(config)
     except (RuntimeError, TypeError):  # a normalizer's first values may be computed from values, which meta has not
         return GPT(config)
@@ -207,7 +217,7 @@ def parameter_count(config: GPTConfig) -> int:
     """How many parameters a GPT has, without those of its normalizer. Neither memory nor time grows with its size.
     ValueError for sizes beyond a machine's integers."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Undrawn():
             plain = replace(config, normalizer="softmax", backward="full")
             one, two = (sum(p.numel() for p in GPT(replace(plain, n_layer=n)).parameters()) for n in (1, 2))
     except (RuntimeError, TypeError, OverflowError) as e:

@@ -109,7 +109,7 @@ class HuggingFace(Tokenizer):
         """The function from a token, as it is spelt, to its bytes."""
         steps = {step["type"]: step for step in _steps(self._content.get("decoder"), "decoders")}
         if "ByteLevel" in steps:
-            return lambda token: bytes(_BYTE_OF[character] for character in token)
+            return lambda token: bytes(map(_BYTE_OF.__getitem__, token))
         if "Metaspace" not in steps and not (steps.get("Replace", {}).get("pattern") == {"String": "▁"}):
             raise ValueError(f"decoder {', '.join(steps) or 'none'}")
         byte = re.compile(r"<0x([0-9A-F]{2})>")

@@ -5,13 +5,20 @@ import importlib.util
 import math
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without importing the compiler: a second that few programs need."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_when_compiled
 def native() -> bool:
     """Whether the CPU kernel of kernels/cpu.py runs here. If so, its operators are registered in torch.ops.offbyone."""
     if os.environ.get("OFFBYONE_NATIVE") == "0":
@@ -21,20 +28,20 @@ def native() -> bool:
     return cpu.load() is not None
 
 
-@torch.compiler.assume_constant_result  # torch.compile cannot trace the query, and would break its graph here
+@constant_when_compiled  # torch.compile cannot trace the query, and would break its graph here
 def _is_ampere(device: torch.device) -> bool:
     """Whether the GPU is an Ampere or later: these have PyTorch's flash kernels and multiply bfloat16."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _flash_head_size(device: torch.device) -> int:
     """The largest head that PyTorch's flash kernels train on the GPU: 256 where a multiprocessor has the shared memory
     of a data centre's card (A100, H100, B200), 192 elsewhere."""
     return 256 if torch.cuda.get_device_capability(device) in ((8, 0), (9, 0), (10, 0)) else 192
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _is_hopper(device: torch.device) -> bool:
     """Whether the GPU is a Hopper, on which cuDNN's attention takes 0.51 to 0.74 of the time of PyTorch's flash kernels
     (benchmarks/)."""

@@ -21,7 +21,8 @@ from harness import workers
 from harness.errors import UserError
 from harness.tokenizer import GPT2
 from scripts import fetch_smollm2
-from tests.helpers import CONTEXT, ROOT, nanogpt_peer, run_python, squares_corpus
+from tests.helpers import ROOT, nanogpt_peer, squares_corpus
+from tests.processes import CONTEXT, run_python
 
 # A slow machine is no failure: deadlines would test the machine, not the code.
 settings.register_profile("patient", deadline=None)
@@ -33,8 +34,8 @@ TOKENIZER_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838d
 
 
 def pytest_configure(config) -> None:
-    """Every test, and every program that one starts, finds GPT-2's tokenizer file, in whatever order they run, and heeds
-    signals, also where these tests run under nohup or behind a script's &, which have them ignored."""
+    """Every test, and every program that one starts, finds GPT-2's tokenizer file, in any order, and heeds signals,
+    also where these tests run under nohup or behind a script's &, which have them ignored."""
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if (content := gpt2_ranks()) is not None:

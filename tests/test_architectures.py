@@ -17,7 +17,8 @@ from harness.kl_training import fingerprint
 from harness.resuming import restore_optimizer
 from kernels.backends import materialized_attention
 from model import GPT, NORMALIZERS, GPTConfig, RMSNorm, rotation
-from tests.helpers import assert_same_run, finished, killed, optimizer_of, random_ids, save_model, tiny_gpt
+from tests.helpers import optimizer_of, random_ids, save_model, tiny_gpt
+from tests.processes import assert_same_run, finished, killed
 
 T, V = 10, 17
 NAMES = {f.name for f in dataclasses.fields(GPTConfig)}

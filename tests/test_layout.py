@@ -1,4 +1,4 @@
-"""The test of a thing is where its name says: the tests mirror kernels/, measure/ and harness/."""
+"""The test of a thing is where its name says: the tests mirror kernels/, measure/ and harness/. And no file is long."""
 
 import pytest
 
@@ -27,3 +27,11 @@ def test_every_module_has_a_test_file_of_its_name_at_its_place(module):
 def test_what_is_tested_together_is_a_package_and_has_its_file(package):
     assert (ROOT / package / "__init__.py").is_file()
     assert [*(ROOT / "tests").rglob(f"test_{package.rpartition('/')[2]}.py")]
+
+
+def test_every_file_is_read_in_one_sitting():
+    limits = {"model.py": 550} | {str(path.relative_to(ROOT)): 120 for path in (ROOT / "scripts").glob("*.py")}
+    floors = [ROOT / floor for floor in ("kernels", "measure", "harness", "scripts", "data", "tests")]
+    files = [*ROOT.glob("*.py"), *(path for floor in floors for path in floor.rglob("*.py"))]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text(encoding="utf-8").splitlines()) for path in files}
+    assert {name: count for name, count in lines.items() if count > limits.get(name, 400)} == {}

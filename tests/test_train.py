@@ -14,16 +14,9 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig
-from tests import helpers
-from tests.helpers import (
-    TrainingRun,
-    assert_same_run,
-    finished,
-    finished_on_ranks,
-    killed,
-    refused,
-    write_documents,
-)
+from tests import processes
+from tests.helpers import write_documents
+from tests.processes import TrainingRun, assert_same_run, finished, finished_on_ranks, killed, refused
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -168,7 +161,7 @@ def test_every_rank_does_the_same_and_rank_0_alone_writes():
     last evaluation is of 63 batches, an odd number, for two ranks."""
     arguments = ("--training.max_steps", "2", "--evaluation.interval", "1", "--training.checkpoint_interval", "1")
     with pytest.MonkeyPatch.context() as patch:  # on both ranks
-        patch.setattr(helpers, "TrainingRun", lambda *how, **more: TrainingRun(*how, **more | {"inject": witness}))
+        patch.setattr(processes, "TrainingRun", lambda *how, **more: TrainingRun(*how, **more | {"inject": witness}))
         finished_on_ranks(2, "two", *arguments)
     first, second = (json.loads(Path(f"seen_{rank}.json").read_text()) for rank in (0, 1))
     assert first["seen"] == second["seen"]

@@ -9,7 +9,8 @@ import torch
 
 from harness.corpus_writing import write_corpus
 from harness.tokenizer import from_name
-from tests.helpers import ROOT, TrainingRun, finished, refused
+from tests.helpers import ROOT
+from tests.processes import TrainingRun, finished, refused
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 

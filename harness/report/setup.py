@@ -5,13 +5,12 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
+from harness.checkpoint import without_weights
 from harness.experiments.grid import Cell, Experiment
 from harness.report.document import Block, Code, Column, Facts, Listing, Table, Text
 from harness.report.document import Cell as TableCell
-from model import GPT
 
 _NOT_CHANGED = ("run", "tracking")  # sections that make no other run
 
@@ -66,8 +65,7 @@ def parameters(cell: Cell) -> int | None:
     """Of the cell's model; None where its vocabulary is not known, since it has not been trained."""
     try:
         vocab_size = yaml.safe_load((cell.folder / "config.yaml").read_text(encoding="utf-8"))["model"]["vocab_size"]
-        with torch.device("meta"):
-            return sum(p.numel() for p in GPT(cell.config.model.gpt_config(vocab_size)).parameters())
+        return sum(p.numel() for p in without_weights(cell.config.model.gpt_config(vocab_size)).parameters())
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
         return None
 

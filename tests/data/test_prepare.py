@@ -15,7 +15,8 @@ import pytest
 from harness import huggingface_datasets
 from harness.corpus import Corpus
 from harness.errors import UserError
-from tests.helpers import SHARED, run_python
+from tests.helpers import SHARED
+from tests.processes import run_python
 
 SHAKESPEARE = SHARED / "tinyshakespeare" / "input.txt"
 NO_NETWORK = {"HTTPS_PROXY": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "1"}  # port 9 refuses

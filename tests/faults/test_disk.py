@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TRAINING
-from tests.helpers import TrainingRun, assert_same_run, finished, killed, squares_corpus
+from tests.helpers import squares_corpus
+from tests.processes import TrainingRun, assert_same_run, finished, killed
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 LONG = ("--training.max_steps", "100000", "--training.checkpoint_interval", "100000", "--evaluation.interval", "100000")

@@ -23,7 +23,7 @@ import torch
 from harness.runfolder import RunFolder
 from harness.sharded import Reader
 from harness.tracking import known_id, stored_steps
-from tests.helpers import TrainingRun, reproducible, started_on_ranks
+from tests.processes import TrainingRun, reproducible, started_on_ranks
 
 INTERVAL = 4
 CONFIG = f"""

@@ -14,7 +14,7 @@ import pytest
 
 from harness.signals import STOPS
 from tests.faults.test_kills import CONFIG, Moments, assert_ends_as, leftovers
-from tests.helpers import TrainingRun, finished
+from tests.processes import TrainingRun, finished
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,8 @@ import torch
 
 from harness.device import choose_compile, choose_device, choose_dtype, deterministic_cost, peak_flops, peak_memory
 from harness.errors import UserError
-from tests.helpers import assert_same_run, finished, random_ids, tiny_gpt
+from tests.helpers import random_ids, tiny_gpt
+from tests.processes import assert_same_run, finished
 
 CPU = torch.device("cpu")
 

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from harness import distributed
 from harness.distributed import LAUNCHER, LOST, Ranks, Watch, join_ranks, one_voice, with_timeout
 from harness.errors import UserError
-from tests.helpers import ROOT, TrainingRun, assert_same_run, children, finished_on_ranks, run_on_two_ranks
+from tests.helpers import ROOT
+from tests.processes import TrainingRun, assert_same_run, children, finished_on_ranks, run_on_two_ranks
 
 PROGRAM = """
 import json, pathlib, sys; sys.path.insert(0, sys.argv[1])

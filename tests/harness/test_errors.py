@@ -9,7 +9,7 @@ import torch
 
 from harness.config import Config, TrainingConfig
 from harness.errors import UserError, advising, run_cli
-from tests.helpers import forked, run_python
+from tests.processes import forked, run_python
 
 
 def test_a_users_mistake_is_one_line_and_status_2(capsys):

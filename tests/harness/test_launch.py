@@ -16,7 +16,8 @@ from harness.config_files import load_config
 from harness.errors import run_cli
 from harness.launch import as_typed, next_steps, without_max_restarts
 from scripts import sample
-from tests.helpers import ROOT, children
+from tests.helpers import ROOT
+from tests.processes import children
 
 TINY = """
 model: {n_layer: 1, n_head: 2, n_embd: 16, block_size: 16, bias: false}
@@ -249,9 +250,10 @@ def test_ranks_end_with_the_lines_that_matter(config, number, whom, status, line
 
 @pytest.mark.slow
 def test_help_needs_no_config():
-    shown = run_training("--help")
+    shown = run_training("--help", env=os.environ | {"PYTHONPROFILEIMPORTTIME": "1"})
     assert shown.returncode == 0
     assert "--optimizer.warmup_steps" in shown.stdout
+    assert "torch._dynamo" not in shown.stderr  # PyTorch's compiler, which takes longer to import than PyTorch itself
 
 
 def test_print_config_needs_no_corpus(config, launched, capsys):

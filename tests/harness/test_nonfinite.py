@@ -10,7 +10,7 @@ from harness.config import Config
 from harness.distributed import Ranks
 from harness.errors import UserError
 from harness.nonfinite import Skips, check_finite
-from tests.helpers import TrainingRun, assert_same_run
+from tests.processes import TrainingRun, assert_same_run
 
 SKIP = ("--training.on_nonfinite", "skip", "--training.keep_interval", "1")
 POISONED = (3, 4, 12)

@@ -22,18 +22,8 @@ from harness.optimizers import (
 )
 from harness.resuming import restore_optimizer
 from model import GPT
-from tests.helpers import (
-    ROOT,
-    TODAY,
-    assert_same_run,
-    finished,
-    finished_on_ranks,
-    killed,
-    random_ids,
-    save_model,
-    tiny_gpt,
-    train_by_hand,
-)
+from tests.helpers import ROOT, TODAY, random_ids, save_model, tiny_gpt, train_by_hand
+from tests.processes import assert_same_run, finished, finished_on_ranks, killed
 
 NAMES = ("adamw", "sgd", "muon", "adamw_muon_embeddings")
 every_name = pytest.mark.parametrize("name", NAMES)

@@ -21,7 +21,8 @@ from harness.parallel import on_all_ranks, own_part, placed, recompute_activatio
 from harness.planning import Plan, ways_to_fit
 from measure.feedback import apply_feedback, feedback_layers
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, allocated, on_ranks, random_ids, save_model, tiny_corpus
+from tests.helpers import ROOT, allocated, random_ids, save_model, tiny_corpus
+from tests.processes import on_ranks
 
 SHAPE = {"block_size": 128, "vocab_size": 256, "n_layer": 3, "n_head": 4, "n_embd": 128, "bias": False}
 LLAMA = {"n_kv_head": 2, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "tie_embeddings": False}

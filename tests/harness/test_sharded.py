@@ -19,7 +19,8 @@ from harness.errors import UserError
 from harness.optimizers import make_optimizer, saved_optimizer
 from harness.parallel import shard
 from harness.sharded import BackgroundSaver, optimizer_state
-from tests.helpers import finished, finished_on_ranks, on_ranks, refused, tiny_gpt
+from tests.helpers import tiny_gpt
+from tests.processes import finished, finished_on_ranks, on_ranks, refused
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 
@@ -32,14 +33,14 @@ def losses(run) -> dict[int, float]:
 
 
 def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
-    alone = finished("alone", *HOW, "--training.max_steps", "16", "--optimizer.decay_steps", "16")
-    first = ("--training.max_steps", "8", "--optimizer.decay_steps", "16")
+    schedule = ("--optimizer.decay_steps", "16", "--evaluation.kurtosis", "false")  # half of such a run's time
+    first, again = (("--training.max_steps", steps, *schedule) for steps in ("8", "16"))
+    alone = finished("alone", *HOW, *again)
     finished_on_ranks(2, "sharded", *FSDP, *first)
     finished("whole", *HOW, *first)
     for name, number, how in (("sharded", 3, FSDP), ("sharded", 1, HOW), ("whole", 2, FSDP)):
         copy = f"{name}{number}"
         shutil.copytree(f"out/{name}", f"out/{copy}")
-        again = ("--training.max_steps", "16", "--optimizer.decay_steps", "16")
         run = finished_on_ranks(number, copy, *how, *again) if number > 1 else finished(copy, *how, *again)
         assert f"resuming out/{copy} from step 8" in run.output()
         np.testing.assert_allclose(list(losses(run).values()), list(losses(alone).values()), rtol=1e-5)
@@ -47,7 +48,7 @@ def test_a_sharded_run_goes_on_on_any_number_of_ranks_sharded_or_not():
     assert not Path("out/sharded1/shards").exists()
     Path("out/sharded3/shards/9").mkdir()  # of a run that was killed
     Path("out/sharded3/shards/notes").mkdir()  # a user's own
-    finished("sharded3", *HOW, "--training.max_steps", "16", "--optimizer.decay_steps", "16")
+    finished("sharded3", *HOW, *again)
     assert sorted(os.listdir("out/sharded3/shards")) == ["16", "notes"]
     assert not [*Path("out").rglob("*.tmp")]
 
@@ -70,7 +71,8 @@ def test_a_sharded_run_leaves_a_whole_checkpoint():
 
 
 def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
-    finished_on_ranks(2, "sharded", *FSDP)
+    small = ("--model.n_layer", "1")  # with a small index, which is read 200 times
+    finished_on_ranks(2, "sharded", *FSDP, *small)
     path = Path("out/sharded/ckpt.pt")
     checkpoint, shards = read_checkpoint(path), Path("out/sharded/shards/24")
     model, _ = load_model(path)
@@ -83,7 +85,7 @@ def test_what_is_damaged_or_runs_code_is_refused_and_nothing_of_it_is_run():
             with pytest.raises(UserError, match=f"{name} is damaged"):
                 optimizer_state(checkpoint, path, optimizer)
         (shards / name).write_bytes(content[:-9])
-        assert f"{name} is damaged" in refused("sharded", *HOW, "--training.max_steps", "30")
+        assert f"{name} is damaged" in refused("sharded", *HOW, *small, "--training.max_steps", "30")
         (shards / name).write_bytes(content)
 
     class Hostile:

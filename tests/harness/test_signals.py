@@ -10,7 +10,8 @@ import pytest
 
 from harness import signals
 from harness.signals import STOPS, StopSignals, raise_on_ctrl_c
-from tests.helpers import ROOT, run_python
+from tests.helpers import ROOT
+from tests.processes import run_python
 
 PROGRAMS = [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py")), *sorted((ROOT / "data").glob("*/prepare.py"))]
 

@@ -7,7 +7,8 @@ import torch
 
 from harness.config_files import load_config
 from harness.stepping import PHASES, NanoGPT, Stepper
-from tests.helpers import finished, random_ids, tiny_gpt
+from tests.helpers import random_ids, tiny_gpt
+from tests.processes import finished
 
 pytestmark = pytest.mark.usefixtures("training_folder")
 

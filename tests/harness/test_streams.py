@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from harness.errors import run_cli
 from harness.streams import unfailing_output
-from tests.helpers import forked
+from tests.processes import forked
 
 
 @pytest.fixture

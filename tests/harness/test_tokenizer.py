@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from harness.errors import UserError
 from harness.tokenizer import GPT2, Bytes, Chars, Ids, different_tokenizers, from_meta
-from tests.helpers import run_python
+from tests.processes import run_python
 
 # What GPT-2's pattern treats differently: spaces of every kind, letters, digits, contractions, marks, emoji.
 text = st.text() | st.text(alphabet="  \n\t\r\x1c\x85\xa0\u3000'stdmllverE ab9٣½.,!é漢👍\u0301<|endoftext>")

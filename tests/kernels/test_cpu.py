@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernels import cpu
 from kernels.backends import materialized_attention, use_backend
 from model import attention
-from tests.helpers import BACKWARDS, run_python
+from tests.helpers import BACKWARDS
+from tests.processes import run_python
 
 if cpu.load() is None:
     pytest.skip("no C++ compiler, or not on Linux: attention runs on PyTorch's kernels", allow_module_level=True)

@@ -11,7 +11,8 @@ import torch
 
 from harness.bench_attention import STOCK, peak_of, send_peak
 from kernels.backends import native
-from tests.helpers import CONTEXT, ROOT, forked
+from tests.helpers import ROOT
+from tests.processes import CONTEXT, forked
 
 T, ARGUMENTS = 8192, argparse.Namespace(B=1, H=2, H_kv=2, D=64, dtype="float32", device="cpu")
 CASES = [  # variant, and whether by our own kernel; else on PyTorch's, as where there is no compiler

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from kernels.backends import TRITON
-from tests.helpers import CONTEXT, ROOT
+from tests.helpers import ROOT
+from tests.processes import CONTEXT
 
 
 def compile_for_hopper(pipe, folder) -> None:

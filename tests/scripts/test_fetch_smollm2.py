@@ -12,7 +12,8 @@ import transformers
 from harness.pretrained import load_hf
 from harness.tokenizer import from_name
 from model import GPT
-from tests.helpers import SHARED, run_python
+from tests.helpers import SHARED
+from tests.processes import run_python
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,8 @@ import pytest
 from harness import curves
 from harness.errors import run_cli
 from scripts import plot_metrics
-from tests.helpers import curve_record, run_python, write_curves
+from tests.helpers import curve_record, write_curves
+from tests.processes import run_python
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -83,7 +84,8 @@ def test_several_runs_go_to_a_folder_of_their_own(plot, tmp_path):
 
 def test_every_choice_of_runs_and_metrics_has_a_picture_of_its_own(plot, tmp_path, monkeypatch):
     monkeypatch.setattr(curves, "draw_panel", lambda *_: None)  # ten pictures: what is in them is of no concern
-    a, b, c = (write_curves(tmp_path / name / "run") for name in "abc")
+    few = [{"step": step, "train/loss": 1.0, "train/lr": 1.0, "val/loss": 1.0} for step in (0, 10)]
+    a, b, c = (write_curves(tmp_path / name / "run", few) for name in "abc")
     for _ in range(2):  # the same question again replaces its own picture
         for arguments in ((a, b), (a, c), (a, b, "--metrics", "train/l"), (a,), (a, "--metrics", "train/l")):
             assert plot(*arguments)[0] == 0

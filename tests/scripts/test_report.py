@@ -5,9 +5,7 @@ import csv
 import json
 import re
 import shlex
-import shutil
 import sys
-import time
 from dataclasses import replace
 from html import unescape
 from itertools import pairwise
@@ -24,7 +22,7 @@ from harness.experiments.claims import Verdict, judge
 from harness.experiments.grid import load_experiment
 from harness.report import charts, markdown, numbers, theme
 from harness.report.document import Figure
-from measure.seeds import Estimate, difference, estimate
+from measure.seeds import difference
 from scripts import report
 from tests.helpers import ROOT
 
@@ -370,176 +368,3 @@ def test_a_folder_of_something_else_is_one_line(tmp_path, monkeypatch, capsys, c
     assert error.count("\n") == 1
     assert said in error
     assert not (tmp_path / "report.html").exists()
-
-
-# --- numbers ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("found", "text"),
-    [
-        (None, "–"),
-        (estimate([0.5]), "0.5"),
-        (Estimate(3, 2.34567, 0.1, 2.34257, 2.34877), "2.3457 ± 0.0031"),
-        (Estimate(3, -1234.5, 9.0, -1330.5, -1138.5), "−1234 ± 96"),
-        (Estimate(3, 1.0, 1e-9, 1 - 1e-8, 1 + 1e-8), "1 ± 1e−08"),
-        (Estimate(3, 7.0, 0.0, 7.0, 7.0), "7 ± 0"),
-    ],
-)
-def test_mean_with_two_digits_of_its_error(found, text):
-    assert numbers.with_interval(found) == text
-
-
-@pytest.mark.parametrize(
-    ("sizes", "shown"),
-    [
-        ((0, 20, 40), ["0", "10", "20", "30", "40"]),  # and not 1e+1
-        ((0, 20_000, 40_000), ["0", "10,000", "20,000", "30,000", "40,000"]),
-        ((0, 2e-5, 4e-5), ["0", "0.00001", "0.00002", "0.00003", "0.00004"]),
-    ],
-)
-def test_axes_are_labelled_in_digits(sizes, shown):
-    points = [numbers.Point(500.0 * i, estimate([size])) for i, size in enumerate(sizes)]
-    panel = charts.lines("kurtosis", "", {"softmax": points}, ["softmax"], zero=True)
-    svg = vl_convert.vegalite_to_svg(json.dumps(theme.drawn(Figure("along", "", [panel], legend=False))))
-    labels = re.findall(r"<text[^>]*>([^<]*)</text>", svg)
-    assert [label for label in labels if label in shown][-5:] == shown
-    assert {"0", "200", "1,000"} <= {*labels}  # steps, and not 0k
-
-
-def test_markdown_shows_any_text_as_it_is():
-    assert markdown.plain("a_b*c|d `e` <f> & 1. g") == r"a\_b\*c\|d \`e\` &lt;f&gt; &amp; 1. g"
-    assert markdown.plain("# no\ntitle") == r"\# no title"
-    assert markdown.plain("see https://a.org/b_c.") == "see <https://a.org/b_c>."
-
-
-# --- in a browser -----------------------------------------------------------------------------------------------------
-
-
-class Browser:
-    """Chromium with a page open."""
-
-    def __init__(self, path: Path, profile: Path):
-        from selenium import webdriver
-
-        options = webdriver.ChromeOptions()
-        options.binary_location = shutil.which("chromium")
-        for word in (
-            "headless=new no-sandbox disable-gpu disable-quic no-first-run disable-background-networking "
-            f"disable-component-update disable-sync user-data-dir={profile}"
-        ).split():
-            options.add_argument(f"--{word}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-        service = webdriver.chrome.service.Service(shutil.which("chromedriver"))
-        self.driver = webdriver.Chrome(options=options, service=service)
-        self.driver.get("about:blank")
-        self.driver.get_log("performance")  # of the page that it begins with
-        self.driver.get(path.as_uri())
-        end = time.monotonic() + 60
-        while not (drawn := self.js("return document.documentElement.dataset.drawn")) and time.monotonic() < end:
-            time.sleep(0.05)
-        self.drawn = drawn
-
-    def js(self, script: str, *arguments):
-        return self.driver.execute_script(script, *arguments)
-
-    def emulate(self, scheme: str = "light", media: str = "") -> None:
-        features = [{"name": "prefers-color-scheme", "value": scheme}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features, "media": media})
-
-    def resize(self, width: int, mobile: bool = False) -> None:
-        size = {"width": width, "height": 844, "deviceScaleFactor": 1 + mobile, "mobile": mobile}
-        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-
-    def color(self, selector: str, what: str) -> str:
-        """As #rrggbb."""
-        rgb = self.js(f"return getComputedStyle(document.querySelector({selector!r})).{what}")
-        return "#" + "".join(f"{int(part):02x}" for part in re.findall(r"\d+", rgb)[:3])
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory):
-    """On the page of an experiment whose every text wants to be something else."""
-    pytest.importorskip("selenium", reason="the page is not tried in a browser: selenium is not installed")
-    if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("the page is not tried in a browser: there is no chromium with its chromedriver")
-    claim = CLAIM | {"sentence": HOSTILE, "source": HOSTILE, "tested_at": HOSTILE}
-    folder = tmp_path_factory.mktemp("browser")
-    out = write_experiment(folder, claims=[claim], question=HOSTILE, name="""a '&" <b>""")
-    made(out)
-    browser = Browser(out / "report.html", folder / "profile")
-    yield browser
-    browser.driver.quit()
-
-
-def test_charts_are_drawn_and_nothing_is_wrong(browser):
-    assert int(browser.drawn) == browser.js("return document.querySelectorAll('.chart').length") > 8
-    empty = "return [...document.querySelectorAll('.chart')].filter(c => !c.querySelector('svg .mark-symbol path,"
-    assert browser.js(empty + " svg .mark-rect path')).length") == 0
-    assert browser.driver.get_log("browser") == []
-
-
-def test_no_request_leaves_the_page(browser):
-    events = [json.loads(entry["message"])["message"] for entry in browser.driver.get_log("performance")]
-    asked = [e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"]
-    assert asked
-    assert [url for url in asked if not url.startswith(("file:", "data:", "blob:"))] == []
-
-
-def test_texts_are_shown_as_they_are(browser):
-    assert browser.js("return document.querySelector('h1').textContent") == HOSTILE
-    assert browser.js("return document.querySelector('.finding h3').textContent") == HOSTILE
-    assert browser.js("return document.title") == HOSTILE
-    assert HOSTILE in browser.js("return document.querySelector('.finding .facts').textContent")
-    assert "a '&\" <b>.yaml" in browser.js("return document.querySelector('#Commands').textContent")
-
-
-def test_tables_sort_by_click_and_by_key(browser):
-    from selenium.webdriver.common.keys import Keys
-
-    table = "document.querySelector('#Results table')"
-    (button,) = [b for b in browser.js(f"return {table}.querySelectorAll('th button')") if b.text == "avg kurtosis"]
-
-    def found() -> tuple[str, list[str]]:
-        head = browser.js("return arguments[0].closest('th').getAttribute('aria-sort')", button)
-        return head, browser.js(f"return [...{table}.tBodies[0].rows].map(r => r.cells[0].textContent)")
-
-    assert found()[0] == "none"
-    browser.js("arguments[0].scrollIntoView({behavior: 'instant', block: 'center'})", button)
-    button.click()
-    assert found() == ("ascending", ["softmax1", "softmax", "gate"])
-    button.send_keys(Keys.ENTER)
-    assert found() == ("descending", ["gate", "softmax", "softmax1"])
-    assert browser.js(f"return {table}.querySelectorAll('[aria-sort=ascending], [aria-sort=descending]').length") == 1
-    assert browser.js("return getComputedStyle(arguments[0]).outlineStyle", button) == "solid"
-
-
-def test_light_dark_and_print(browser):
-    label, line = "#Curves .role-axis-label text", "#Curves .mark-line path"
-    for scheme, media, dark in (("dark", "", True), ("light", "", False), ("dark", "print", False)):
-        browser.emulate(scheme, media)
-        wanted = theme.colors(dark)
-        assert browser.color("html", "color") == wanted["ink"].lower()
-        assert browser.color(label, "fill") == wanted["muted"].lower()
-        assert browser.color(line, "stroke") == wanted["c0"].lower()
-    browser.js("window.dispatchEvent(new Event('beforeprint'))")
-    assert browser.js("return document.querySelectorAll('details:not([open])').length") == 0
-    browser.js("window.dispatchEvent(new Event('afterprint'))")
-    assert browser.js("return document.querySelectorAll('details[open]').length") == 0
-    browser.emulate()
-
-
-def test_what_decides_a_claim_fits_a_window(browser):
-    browser.resize(1200)
-    assert browser.js("const s = document.querySelector('.finding .scroll'); return s.scrollWidth - s.clientWidth") == 0
-
-
-def test_a_phone_scrolls_in_tables_alone(browser):
-    browser.resize(390, mobile=True)
-    widths = "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
-    assert browser.js(widths) == [390, 390, 390]
-    assert browser.js("const s = document.querySelector('#Results .scroll'); return s.scrollWidth > s.clientWidth")
-    too_wide = "return [...document.querySelectorAll('.chart svg')].filter(s => s.getBoundingClientRect().right > 390)"
-    assert browser.js(too_wide + ".length") == 0
-    outcome = "document.querySelector('.finding tbody td').getBoundingClientRect()"
-    assert browser.js(f"return {outcome}.right") < 390

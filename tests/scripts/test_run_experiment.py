@@ -3,17 +3,25 @@
 import csv
 import json
 import os
+import runpy
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
+from harness.distributed import LAUNCHER
 from harness.errors import UserError
+from harness.experiments import runner
 from harness.experiments.claims import HELD, judge, load_claims
 from harness.experiments.grid import ROOT, load_experiment
 from harness.experiments.results import read_results
 from harness.report.numbers import long_form
 from scripts import run_experiment
+from tests.processes import started, write_to
 
 # Another vector width and another number of threads sum float32 in another order: measured on the processor of the
 # committed table, its values then change by 1e-5 of themselves at most. Another seed changes most by some percent.
@@ -21,17 +29,51 @@ ROUNDING = 1e-3
 OF_THE_CLOCK = ("train/tokens_per_second", "train/mfu")
 
 
+def _program(words: list[str], environment: dict[str, str], log: str) -> None:
+    os.setsid()
+    write_to(log, "a")
+    os.environ.update(environment, **{LAUNCHER: str(os.getppid())})
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    os.chdir(ROOT)
+    sys.argv = words
+    runpy.run_path(words[0], run_name="__main__")
+
+
+class Forked(subprocess.Popen):
+    """A cell's process. The first of each script begins as it does for a user, with three seconds of imports; the
+    others are forked from a server that has imported them, and run the same script from its first line."""
+
+    begun: ClassVar[set[str]] = set()
+
+    def __init__(self, command: list[str], **options):
+        script, self.forked = command[1], None
+        if script not in self.begun:
+            self.begun.add(script)
+            options["env"] |= {"PYTHONPROFILEIMPORTTIME": "1"}
+            super().__init__(command, **options)
+            return
+        self.forked = started(_program, command[1:], options["env"], options["stdout"].name)
+
+    def poll(self) -> int | None:
+        if not self.forked:
+            return super().poll()
+        self.returncode = self.forked.exitcode
+        return self.returncode
+
+
 @pytest.mark.slow
 def test_the_smallest_experiment_comes_out_again(tmp_path, monkeypatch, capsys):
-    """One test, since making it takes a minute: workers that share the tests of a file would each make it."""
+    """One test, since making it takes half a minute: workers that share the tests of a file would each make it."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("WANDB_MODE", "disabled")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(runner, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": Forked}))
     command = ["experiments/smallest.yaml", "--out", str(tmp_path), "--jobs", "2"]
     assert run_experiment.main(command) == 0
     remade = tmp_path / "smallest"
     every_cell_is_an_ordinary_run_that_has_been_measured(remade)
     table_and_verdict_are_the_committed_ones(remade)
+    a_diagnostic_does_not_import_the_compiler(remade)
 
     logs = {log.name: log.stat().st_size for log in (remade / "logs").iterdir()}
     assert run_experiment.main(command) == 0  # finished: passed over
@@ -56,6 +98,13 @@ def every_cell_is_an_ordinary_run_that_has_been_measured(remade: Path) -> None:
             assert (found["step"], found["config"]["normalizer"]) == (100, variant)
     facts = json.loads((remade / "experiment.json").read_text())
     assert facts["file"] == "experiments/smallest.yaml"
+
+
+def a_diagnostic_does_not_import_the_compiler(remade: Path) -> None:
+    """PyTorch's, which takes longer to import than PyTorch itself."""
+    logs = [log.read_text().partition("$ python scripts/")[2] for log in (remade / "logs").iterdir()]
+    (imports,) = [log for log in logs if "import time:" in log]
+    assert "torch._dynamo" not in imports
 
 
 def table_and_verdict_are_the_committed_ones(remade: Path) -> None:

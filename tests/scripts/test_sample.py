@@ -12,7 +12,8 @@ import torch
 from harness.errors import run_cli
 from harness.pretrained import save_hf
 from scripts import sample
-from tests.helpers import ROOT, byte_level, finished, run_python, save_model, tiny_corpus, tiny_gpt
+from tests.helpers import ROOT, byte_level, save_model, tiny_corpus, tiny_gpt
+from tests.processes import finished, run_python
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from harness.pretrained import save_hf
 from measure.activations import Activations
 from measure.probe import watch
 from model import GPT
-from tests.helpers import TODAY, read_json, save_model, smollm2_with_known_figures, tiny_corpus, tiny_gpt
+from tests.helpers import TODAY, read_json, save_model, smollm2_with_known_figures, tiny_gpt
 
 T, V, C, H, LAYERS = 10, 13, 8, 2, 2
 
@@ -29,12 +29,6 @@ NO_PICTURE = replace(DIAGNOSTIC, draw=lambda result, title: new_figure()[0])  # 
 
 def probed_gpt(normalizer: str = "softmax", std: float = 0.7) -> GPT:
     return tiny_gpt(std=std, block_size=T, vocab_size=V, normalizer=normalizer)
-
-
-@pytest.fixture
-def corpus(tmp_path) -> Path:
-    """400 and 201 characters out of 13."""
-    return tiny_corpus(tmp_path / "corpus")
 
 
 def measured(model: GPT, corpus: Path, *arguments: str) -> dict:
