@@ -146,7 +146,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         with torch.no_grad(), autocast:
             for batch in watched(batches[ranks.rank :: ranks.size], "evaluating", ranks.is_main):
                 x, y = windows["val"].gather(batch, device)
-                _, loss = model(x, y, with_logits=False)
+                loss = model(x, y, with_logits=False)[1]  # no logits, which some models have, until the next batch's
                 if targets := int((y != IGNORED).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
@@ -273,6 +273,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
                     logits, loss = wrapped(x, y, with_logits=reference is not None)
                     loss = loss * weight
                     penalty, kl = reference.penalty(x, logits, y) if reference else (0.0, {})
+                    del logits  # the largest tensor of all, which nothing from here on reads
                 scaler.scale((loss + penalty) / micro_steps).backward()
             for name, value in {"train/loss": loss.detach(), **kl}.items():
                 means[name] = means.get(name, 0.0) + value / micro_steps

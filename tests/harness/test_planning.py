@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harness.config import Config, KLConfig, OptimizerConfig, TrainingConfig
@@ -21,7 +22,16 @@ from harness.parallel import on_all_ranks, own_part, placed, recompute_activatio
 from harness.planning import Plan, ways_to_fit
 from measure.feedback import apply_feedback, feedback_layers
 from model import GPT, GPTConfig
-from tests.helpers import ROOT, allocated, on_ranks, random_ids, save_model, tiny_corpus
+from tests.helpers import (
+    ROOT,
+    TrainingRun,
+    allocated,
+    finished,
+    on_ranks,
+    random_ids,
+    save_model,
+    tiny_corpus,
+)
 
 SHAPE = {"block_size": 128, "vocab_size": 256, "n_layer": 3, "n_head": 4, "n_embd": 128, "bias": False}
 LLAMA = {"n_kv_head": 2, "position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "tie_embeddings": False}
@@ -57,6 +67,7 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
                 with torch.autocast("cpu", torch_dtype, enabled=torch_dtype != torch.float32):
                     logits, loss = wrapped(x, y, with_logits=reference is not None)
                     penalty = reference.penalty(x, logits, y)[0] if reference else 0.0
+                    del logits
                 (loss + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -114,6 +125,26 @@ def test_the_logits_that_a_reference_needs_are_counted(tmp_path):
     plan = Plan(config, shape, device="cpu")
     found = measured(plan, reference=Reference(config, shape, corpus, torch.device("cpu")))
     assert plan.peak_bytes == pytest.approx(found, rel=0.01)
+
+
+def watch_logits() -> None:
+    def penalty(self, idx, logits, *rest, penalty=Reference.penalty):
+        storage = StorageWeakRef(logits.untyped_storage())
+
+        def check(_) -> None:
+            assert storage.expired(), "the logits are still there"
+
+        logits.register_hook(check)  # called in the backward pass, when their gradient is there
+        return penalty(self, idx, logits, *rest)
+
+    Reference.penalty = penalty
+
+
+def test_training_goes_back_without_the_logits(training_folder):
+    finished("reference", "--training.max_steps", "1")
+    beside = ("--kl.reference", "out/reference/ckpt.pt", "--training.max_steps", "2")
+    run = TrainingRun("beside", *beside, inject=watch_logits)
+    assert run.wait() == 0, run.output()
 
 
 class Sent(TorchDispatchMode):
