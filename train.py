@@ -283,7 +283,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         if not (skipped := skips.skip(step, grad_norm, progress.say if progress else say)):
             scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=wrapped is model)  # see on_all_ranks
         unchecked.append((step, means, grad_norm, skipped))
 
         stopping = ranks.max(stop.requested)

@@ -151,13 +151,13 @@ class Plan:
     @cached_property
     def moments(self) -> dict[str, Bytes]:
         """What is alive at each moment that may be the peak."""
-        c, n, L, at_once = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
+        c, n, L, copied = self.shape, self.tokens, self.shape.n_layer, self.gpus > 1 and not self.sharded
+        at_once = self.micro_steps == 1 and not copied  # DDP's gradients are there all the time, in its buckets
         stream, head, weights, copies = 4 * n * c.n_embd, 4 * self.of_head, 4 * self.parameters, self._copies
         shards = self.gpus if self.sharded else 1
         base = Bytes({"parameters": weights // shards, "optimizer state": self.state_bytes // shards, "batch": 16 * n})
         base["KL reference"] = weights // shards * bool(self.config.kl.reference)  # as if it had the model's shape
         base["feedback"] = self._feedback
-        base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
         grads = Bytes({"gradients": weights // shards})
         former = Bytes() if at_once else grads
         inputs = Bytes({"residual stream": stream})

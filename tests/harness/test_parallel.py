@@ -43,6 +43,14 @@ def test_one_two_and_three_ranks_copies_and_shares_give_the_same_losses(training
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
+def test_three_copies_resume_bit_for_bit(training_folder):
+    thirds = (*STEPS, "--training.micro_batch_size", "1", "--optimizer.decay_steps", "8")  # which are rounded
+    whole = finished_on_ranks(3, "whole", *thirds, "--training.max_steps", "8")
+    for steps in ("3", "8"):
+        parts = finished_on_ranks(3, "parts", *thirds, "--training.max_steps", steps)
+    assert losses(parts) == losses(whole)
+
+
 @pytest.mark.parametrize("mode", ["barrier", "distill"])
 def test_a_reference_is_sharded_too(training_folder, mode):
     finished("reference", "--training.max_steps", "4", "--run.seed", "2")

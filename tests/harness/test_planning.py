@@ -71,7 +71,7 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
                 (loss + penalty).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=wrapped is model)
 
     step()
     if ranks:
@@ -80,7 +80,7 @@ def measured(plan: Plan, ranks: Ranks | None = None, reference: Reference | None
     held = [own_part(t) for t in (*model.parameters(), *model.buffers(), *state)]
     if plan.micro_steps == 1:  # else the second micro-step has the error of the first
         held += next((layer.error.values() for layer in feedback_layers(model).values()), ())  # all layers share it
-    copies = 1 + (wrapped is not model) + (reference is not None)  # DDP's buckets, a reference of the same shape
+    copies = 1 + (wrapped is not model) + (reference is not None)  # DDP's gradients, a reference of the same shape
     weights = sum(own_part(p).nbytes for p in model.parameters())
     assert c.parallel == "ddp" or plan.sharded
     return sum(t.nbytes for t in held) + (copies - 1) * weights + x.nbytes + y.nbytes + allocated(step)
@@ -164,11 +164,12 @@ class Sent(TorchDispatchMode):
 def on_two_ranks(ranks: Ranks) -> None:
     shape = {"n_layer": 4, "block_size": 256}
     fsdp = {"parallel": "fsdp"}
-    for how in ({"parallel": "ddp"}, fsdp, fsdp | {"batch_size": 16}, fsdp | {"feedback": "dfa"}):
+    for how in ({}, {"batch_size": 16}, fsdp, fsdp | {"batch_size": 16}, fsdp | {"feedback": "dfa"}):
         plan = Plan(config_of({"batch_size": 8} | how), GPTConfig(**SHAPE | shape), ranks.size, "cpu")
         with Sent(ranks) as sent:
             found = measured(plan, ranks)
-        assert plan.peak_bytes == pytest.approx(found, rel=0.05), how  # gloo lets go of what it sent when it likes
+        within = 0.05 if plan.sharded else 0.01  # gloo lets go of what FSDP sent when it likes
+        assert plan.peak_bytes == pytest.approx(found, rel=within), how
         if plan.sharded:  # three steps
             assert sent.bytes == pytest.approx(3 * sum(plan.moved.values()), rel=1e-3)
 
