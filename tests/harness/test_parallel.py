@@ -23,6 +23,7 @@ from tests.helpers import (
     finished_on_ranks,
     on_ranks,
     random_ids,
+    started_on_ranks,
     tiny_gpt,
 )
 
@@ -43,12 +44,26 @@ def test_one_two_and_three_ranks_copies_and_shares_give_the_same_losses(training
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
 
 
-def test_three_copies_resume_bit_for_bit(training_folder):
-    thirds = (*STEPS, "--training.micro_batch_size", "1", "--optimizer.decay_steps", "8")  # which are rounded
-    whole = finished_on_ranks(3, "whole", *thirds, "--training.max_steps", "8")
-    for steps in ("3", "8"):
-        parts = finished_on_ranks(3, "parts", *thirds, "--training.max_steps", steps)
-    assert losses(parts) == losses(whole)
+def watch_gradients() -> None:
+    import train
+
+    def on_all_ranks(model, ranks, on_all_ranks=train.on_all_ranks):
+        wrapped = on_all_ranks(model, ranks)
+
+        def set_learning_rates(*arguments, set_learning_rates=train.set_learning_rates):
+            (bucket,) = {p.grad.untyped_storage().data_ptr() for p in wrapped.parameters()}
+            assert bucket, "gradients that are no views of DDP's bucket"
+            return set_learning_rates(*arguments)
+
+        train.set_learning_rates = set_learning_rates
+        return wrapped
+
+    train.on_all_ranks = on_all_ranks
+
+
+def test_between_steps_too_copies_have_their_gradients_in_the_bucket_alone(training_folder):
+    for rank in started_on_ranks(2, "two", "--training.max_steps", "3", inject=watch_gradients):
+        assert rank.wait() == 0, rank.output()
 
 
 @pytest.mark.parametrize("mode", ["barrier", "distill"])
