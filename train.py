@@ -94,6 +94,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     torch.manual_seed(config.run.seed)
     raw_model = initial_model(config, corpus, checkpoint, say)
+    for idle in config.idle(raw_model.config):
+        say(f"note: {idle}")
     block_size = raw_model.config.block_size
     check_corpus_fits(config, corpus, raw_model.config)
     windows = {split: Windows(corpus, split, block_size, config.data.windows) for split in SPLITS}
