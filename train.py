@@ -94,6 +94,8 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         raise UserError(f"rank {ranks.rank} sees another {config.folder}/ckpt.pt than rank 0: all need one file system")
     torch.manual_seed(config.run.seed)
     raw_model = initial_model(config, corpus, checkpoint, say)
+    for idle in config.idle(raw_model.config):
+        say(f"note: {idle}")
     block_size = raw_model.config.block_size
     check_corpus_fits(config, corpus, raw_model.config)
     windows = {split: Windows(corpus, split, block_size, config.data.windows) for split in SPLITS}
@@ -146,7 +148,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         with torch.no_grad(), autocast:
             for batch in watched(batches[ranks.rank :: ranks.size], "evaluating", ranks.is_main):
                 x, y = windows["val"].gather(batch, device)
-                _, loss = model(x, y, with_logits=False)
+                loss = model(x, y, with_logits=False)[1]  # no logits, which some models have, until the next batch's
                 if targets := int((y != IGNORED).sum()):  # over no targets the loss is NaN
                     total += torch.tensor([loss.item() * targets, targets], dtype=torch.float64)
         model.train()
@@ -273,6 +275,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
                     logits, loss = wrapped(x, y, with_logits=reference is not None)
                     loss = loss * weight
                     penalty, kl = reference.penalty(x, logits, y) if reference else (0.0, {})
+                    del logits  # the largest tensor of all, which nothing from here on reads
                 scaler.scale((loss + penalty) / micro_steps).backward()
             for name, value in {"train/loss": loss.detach(), **kl}.items():
                 means[name] = means.get(name, 0.0) + value / micro_steps
@@ -282,7 +285,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         if not (skipped := skips.skip(step, grad_norm, progress.say if progress else say)):
             scaler.step(optimizer)
         scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=wrapped is model)  # see on_all_ranks
         unchecked.append((step, means, grad_norm, skipped))
 
         stopping = ranks.max(stop.requested)

@@ -20,7 +20,7 @@ from jsonargparse.typing import (
 
 from harness.errors import UserError
 from measure.feedback import Feedback
-from model import GPTConfig
+from model import NORMALIZERS, GPTConfig
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
 Beta = restricted_number_type("Beta", float, [(">=", 0), ("<", 1)])  # at 1 AdamW's bias correction divides by 0
@@ -184,6 +184,29 @@ class TrackingConfig:
     """steps between training metrics"""
 
 
+# (keys, another key, its values under which they change nothing). A normalizer that a user adds may read any of them.
+_IDLE: tuple[tuple[str, str, Any], ...] = (
+    ("model.gate_init", "model.gate", ["none"]),
+    ("model.rope_theta model.rope_fraction model.rope_scaling", "model.position", ["learned"]),
+    ("model.rope_original_context", "model.position", ["learned"]),
+    ("model.rope_original_context", "model.rope_scaling", [1]),
+    ("model.activation", "model.mlp", ["swiglu"]),
+    ("model.softmax_n", "model.normalizer", NORMALIZERS.keys() - {"softmax_n"}),
+    ("model.sink_init", "model.normalizer", NORMALIZERS.keys() - {"sink"}),
+    ("model.ssmax_init", "model.normalizer", NORMALIZERS.keys() - {"ssmax"}),
+    ("model.clipped_alpha model.clipped_by", "model.normalizer", NORMALIZERS.keys() - {"clipped"}),
+    ("model.sigmoid_bias", "model.normalizer", NORMALIZERS.keys() - {"sigmoid"}),
+    ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ["sgd"]),
+    ("optimizer.decay_share", "optimizer.schedule", ["cosine", "linear"]),
+    ("optimizer.decay", "optimizer.weight_decay", [0]),
+    ("training.nonfinite_limit", "training.on_nonfinite", ["stop"]),
+    ("training.overwrite", "training.resume", ["auto", "must"]),
+    ("kl.mode kl.direction kl.aggregate kl.tau kl.weight kl.temperature", "kl.reference", [None]),
+    ("kl.aggregate kl.tau", "kl.mode", ["distill"]),
+    ("kl.temperature", "kl.mode", ["barrier"]),
+)
+
+
 @dataclass
 class Config:
     run: RunConfig = field(default_factory=RunConfig)
@@ -217,6 +240,21 @@ class Config:
             raise self.error("optimizer.muon_lr", f"{c.name} steps nothing by Muon: choose another optimizer.name")
         if c.muon_lr is not None and not c.lr:
             raise self.error("optimizer.muon_lr", "its schedule is lr's, in proportion, and optimizer.lr is 0")
+
+    def idle(self, model: GPTConfig) -> list[str]:
+        """A line for each key that was set but changes nothing in a run of `model`, and why. It is no mistake: what the
+        variants of a base config share may be for some of them alone."""
+        known = {f"{section}.{name}": x for section, keys in self.to_dict().items() for name, x in keys.items()}
+        given, defaults = dict(known), Config().to_dict()
+        known |= {f"model.{name}": x for name, x in dataclasses.asdict(model).items()}
+        found: dict[str, str] = {}
+        for keys, other, values in _IDLE:
+            for key in (key for key in keys.split() if key in self.sources and key not in found):
+                section, _, name = key.partition(".")
+                if known[other] in values and given[key] != defaults[section][name]:
+                    reason = f"{other} is {'null' if known[other] is None else known[other]}"
+                    found[key] = f"{self.sources[key]}: {key}: {given[key]} changes nothing here, since {reason}"
+        return list(found.values())
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         return dataclasses.asdict(self)

@@ -5,6 +5,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from harness.corpus import is_prepared
 from harness.distributed import LAUNCHER
 from harness.errors import UserError, run_cli
 from harness.machines import Launcher, Machines, machines_of
-from harness.signals import heeded
+from harness.signals import TWICE, heeded
 
 PATHS = ("--run.out_dir", "--data.corpus", "--training.init_from", "--kl.reference")  # the options that take one
 
@@ -42,7 +43,7 @@ def main() -> int:
 
     if machines == Machines():
         prepare(corpus)
-        status = run(command())
+        status = run(command(), training=True)
     else:
         status = Launcher(machines).run(command, lambda: prepare(corpus))
     if status == 0 and machines.rank == 0 and not config.evaluation.only:
@@ -101,21 +102,25 @@ def prepare(corpus: Path) -> None:
         raise UserError(f"{script} did not prepare {corpus}: run it yourself, python {script} --help says how")
 
 
-def run(command: list[str]) -> int:
-    """The exit status of `command`. Signals are passed on, those too that come while it is being started; a Ctrl-C
-    reaches it from the terminal by itself."""
+def run(command: list[str], training: bool = False) -> int:
+    """The exit status of `command`. Signals are passed on, those too that come while it is being started. A Ctrl-C
+    reaches it from the terminal by itself, and is passed on to `training` alone, which takes the two for one."""
     children: list[subprocess.Popen] = []
     early: list[int] = []
 
     def pass_on(number: int, _frame) -> None:
+        if number == signal.SIGINT:
+            time.sleep(0.2)  # if the terminal's has reached and ended it, there is nothing to pass on
         if children:
             children[0].send_signal(number)
         else:
             early.append(number)
 
     former = {number: signal.signal(number, pass_on) for number in heeded()}
-    signal.signal(signal.SIGINT, lambda *_: None)  # which, unlike SIG_IGN, the child does not inherit
-    children.append(subprocess.Popen(command, env=os.environ | {LAUNCHER: str(os.getpid())}))
+    if not training:
+        signal.signal(signal.SIGINT, lambda *_: None)  # which, unlike SIG_IGN, the child does not inherit
+    ours = {LAUNCHER: str(os.getpid())} | ({TWICE: "1"} if training else {})
+    children.append(subprocess.Popen(command, env=os.environ | ours))
     for number in early:
         children[0].send_signal(number)
     status = children[0].wait()

@@ -72,12 +72,15 @@ def looked_into(sharded: bool, autocast) -> Iterator[None]:
 
 
 def on_all_ranks(model: Any, ranks: Ranks) -> Any:
-    """The model, of which each rank has a copy, with gradients that are averaged over the ranks."""
+    """The model, of which each rank has a copy, with gradients that are averaged over the ranks. They are views of the
+    buckets in which they travel, and so in memory once, as long as they are set to zero and never to None."""
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # so that the first step, too, is rounded as all others
     cards = [ranks.device] if ranks.device.type == "cuda" else None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # PyTorch 2.13 has another name for it, which 2.11 has not
         # The only buffers, those of a feedback, are the same everywhere, and never change.
-        return DistributedDataParallel(model, cards, broadcast_buffers=False)
+        return DistributedDataParallel(model, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def background_saver(folder: Path, ranks: Ranks):

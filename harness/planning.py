@@ -151,19 +151,19 @@ class Plan:
     @cached_property
     def moments(self) -> dict[str, Bytes]:
         """What is alive at each moment that may be the peak."""
-        c, n, L, at_once = self.shape, self.tokens, self.shape.n_layer, self.micro_steps == 1
+        c, n, L, copied = self.shape, self.tokens, self.shape.n_layer, self.gpus > 1 and not self.sharded
+        at_once = self.micro_steps == 1 and not copied  # DDP's gradients are there all the time, in its buckets
         stream, head, weights, copies = 4 * n * c.n_embd, 4 * self.of_head, 4 * self.parameters, self._copies
         shards = self.gpus if self.sharded else 1
         base = Bytes({"parameters": weights // shards, "optimizer state": self.state_bytes // shards, "batch": 16 * n})
         base["KL reference"] = weights // shards * bool(self.config.kl.reference)  # as if it had the model's shape
         base["feedback"] = self._feedback
-        base["DDP's buckets"] = weights * (self.gpus > 1 and not self.sharded)
         grads = Bytes({"gradients": weights // shards})
         former = Bytes() if at_once else grads
         inputs = Bytes({"residual stream": stream})
         kept = inputs if self.recomputed else self.block + times(copies, self.by_weights)
         anew = self.block + copies - inputs if self.recomputed else Bytes()
-        forward, backward, logits = self._loss
+        forward, backward = self._loss
 
         # What is not kept is in autocast's cache until the loss is there.
         cached = times(copies, L * (self.recomputed or not self.by_weights))
@@ -172,7 +172,6 @@ class Plan:
             "the loss": alive + cached + self.around + forward + sharding["root"],
             "the loss, backward": alive + self.around + backward + sharding["root"],
         }
-        base, alive = base + logits, alive + logits
         if self.attention:
             own = inputs + Bytes({"norms": n * c.n_embd * self.itemsize, "attention, T × T": self.attention.forward})
             before = base + former + times(kept, L - 1) + (cached or copies)
@@ -223,8 +222,8 @@ class Plan:
         return {moment: Bytes({"gathered by FSDP": size * self.sharded}) for moment, size in sizes.items()}
 
     @cached_property
-    def _loss(self) -> tuple[Bytes, Bytes, Bytes]:
-        """What the head and the loss take forward and backward, and what is held until the next step's."""
+    def _loss(self) -> tuple[Bytes, Bytes]:
+        """What the head and the loss take forward and backward."""
         c, n, itemsize, V = self.shape, self.tokens, self.itemsize, self.shape.vocab_size
         head = 4 * self.of_head  # its gradient
         copy = self.of_head * itemsize * (itemsize < 4)  # its weight as autocast copies it
@@ -236,17 +235,15 @@ class Plan:
             rows = min(n, -(-n // (128 * chunks)) * 128)
             chunk = rows * V * (itemsize if self.device == "cuda" else 8 if itemsize == 4 else 10)
             forward = Bytes({"loss": n * c.n_embd * itemsize + head + chunk + copy, "norms": outputs})
-            return forward, Bytes({"loss": 2 * (n * c.n_embd * itemsize + head)}), Bytes()
-        # All logits at once: train.py holds the last ones until it has the next.
-        logits = Bytes({"logits": n * V * itemsize})
+            return forward, Bytes({"loss": 2 * (n * c.n_embd * itemsize + head)})
+        # All logits at once, forward; backward, their gradient alone, which `follow` counts.
         with FakeTensorMode():
             targets = torch.empty(n, dtype=torch.int64)
             x, reference = (torch.empty(n, V, dtype=self.dtype, requires_grad=grad) for grad in (True, False))
             followed = follow(lambda x: self._loss_of(x, reference, targets), x, known=(reference, targets))
-        beside = Bytes({"loss": copy, "KL reference": n * V * itemsize * bool(self.config.kl.reference)}) + logits
-        forward = beside + Bytes({"loss": followed.forward, "norms": outputs})
-        beside["loss"] = copy * self.by_weights
-        return forward, beside + Bytes({"loss": followed.backward}), logits
+        forward = Bytes({"loss": copy + followed.forward, "norms": outputs, "logits": n * V * itemsize})
+        forward["KL reference"] = n * V * itemsize * bool(self.config.kl.reference)
+        return forward, Bytes({"loss": copy * self.by_weights + followed.backward})
 
     def _loss_of(self, logits: Tensor, reference: Tensor, targets: Tensor) -> Tensor:
         loss, c = cross_entropy(logits, targets), self.config.kl

@@ -32,7 +32,7 @@ from harness.distributed import Ranks
 from harness.errors import UserError
 from harness.kl_training import Reference
 from harness.parallel import like, own_part
-from harness.runfolder import run_files
+from harness.runfolder import check_kinds, run_files
 from harness.tokenizer import different_tokenizers
 from kernels.backends import FLOATS
 from measure.feedback import apply_feedback
@@ -84,6 +84,8 @@ def checkpoint_to_resume(config: Config) -> dict | None:
             )
             raise config.error("training.resume", problem)
         return None
+    if not config.evaluation.only:
+        check_kinds(config.folder)
     if path.exists():
         checkpoint = read_checkpoint(path)
         needed = ("step", "optimizer", "scaler", "best_val_loss", "config", "corpus", "machine")

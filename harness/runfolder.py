@@ -133,6 +133,16 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
+def check_kinds(folder: Path) -> None:
+    """UserError where a folder has the name of a file that a run writes, or a file that of a folder."""
+    for name in run_files(folder):
+        if (is_folder := (folder / name).is_dir()) == ("." in name):
+            found, needed = ("folder", "file") if is_folder else ("file", "folder")
+            raise UserError(
+                f"{folder / name} is a {found}, and a run writes a {needed}: move it away, or choose another run.name"
+            )
+
+
 def run_files(folder: Path) -> list[str]:
     """The names of what a run has left in its folder, among the files and folders that runs write."""
     return [name for name in _OURS if (folder / name).exists()]

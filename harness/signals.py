@@ -19,6 +19,10 @@ STOPS = (
 )
 
 
+TWICE = "OFFBYONE_CTRL_C_TWICE"
+"""the variable that a launcher sets which passes a Ctrl-C on to what the terminal's own reaches as well"""
+
+
 def heeded() -> list[signal.Signals]:
     """STOPS, but for SIGHUP where it is ignored, as under nohup: it stays so."""
     return [number for number in STOPS if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN]
@@ -31,7 +35,7 @@ class StopSignals:
     def __init__(self, is_main: bool):
         self.requested = 0  # the number of the first signal since `defer`
         self._is_main, self._deferred = is_main, False
-        self._interrupted = math.inf  # when the first Ctrl-C came
+        self._interrupted = -math.inf  # when the last Ctrl-C came
 
     def defer(self) -> None:
         """From now on a signal is kept in `requested`, so that the step is finished and saved. Before, there is nothing
@@ -40,15 +44,17 @@ class StopSignals:
 
     def _receive(self, number: int, _frame) -> None:
         name, now = signal.Signals(number).name, time.monotonic()
+        if number == signal.SIGINT:
+            # One Ctrl-C comes to a rank twice, from the terminal and from torchrun or another launcher.
+            if now - self._interrupted <= (1 if {"TORCHELASTIC_RUN_ID", TWICE} & os.environ.keys() else 0):
+                return
+            if self._interrupted > -math.inf:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+                raise KeyboardInterrupt
+            self._interrupted = now
         if not self._deferred:
             self._say(f"{name} before the first step: nothing is lost, the same command starts again")
             raise SystemExit(128 + number)
-        if number == signal.SIGINT:
-            # One Ctrl-C comes to a rank twice, from the terminal and from torchrun.
-            if now - self._interrupted > (1 if "TORCHELASTIC_RUN_ID" in os.environ else 0):
-                signal.signal(signal.SIGINT, signal.default_int_handler)
-                raise KeyboardInterrupt
-            self._interrupted = min(self._interrupted, now)
         if not self.requested:
             self.requested = number
             again = "Ctrl-C again" if number == signal.SIGINT else "Ctrl-C twice"

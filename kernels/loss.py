@@ -27,7 +27,7 @@ def linear_cross_entropy(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     The gradients of x and weight are computed together with the loss, and the backward pass only scales them: so the
     logits need neither be kept nor computed twice (Hsu et al. 2024, "Liger Kernel").
     """
-    if torch.is_autocast_enabled(x.device.type):
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:  # which F.linear leaves alone too
         x = x.to(torch.get_autocast_dtype(x.device.type))
     return _LinearCrossEntropy.apply(x.reshape(-1, x.size(-1)), weight, targets.reshape(-1))
 

@@ -55,19 +55,23 @@ def first_tokens(model: GPT, tokens: Tensor) -> list[FirstToken]:
 
 
 def transplanted(model: GPT, first: list[FirstToken], with_value: bool = True) -> GPT:
-    """The model under `kvbias`, each layer with the null key and null value of its FirstToken, or a value of zero.
+    """The model under `kvbias`, each layer with the null key and null value of its FirstToken, or a value of zero. It
+    shares the memory of the model's weights.
 
     Rotated keys stand where a token in front of the text would be, at position −1: with the FirstToken of a single
     token, the model gives what the original gives after that token. ValueError where the normalizer is not softmax.
     """
     if model.config.normalizer != "softmax":
         raise ValueError(f"its normalizer is {model.config.normalizer}, and a null slot can be added to softmax alone")
-    moved = GPT(dataclasses.replace(model.config, normalizer="kvbias")).to(next(model.parameters())).eval()
-    weights = model.state_dict()
+    with torch.device("meta"):
+        moved = GPT(dataclasses.replace(model.config, normalizer="kvbias"))
+    weights, like = model.state_dict(), next(model.parameters())
     for layer, token in enumerate(first):
         key, value, at = token.key, token.value * with_value, f"transformer.h.{layer}.attn"
         if model.config.position == "rope":
             key = rotate(key[:, None], *rotation(model.config, -1, 0, like=key))[:, 0]
-        weights |= {f"{at}.null_key": key, f"{at}.null_value": value}
-    moved.load_state_dict(weights)
-    return moved
+        weights |= {f"{at}.null_key": key.to(like), f"{at}.null_value": value.to(like)}
+    moved.load_state_dict(weights, assign=True)
+    if model.config.tie_embeddings:
+        moved.lm_head.weight = moved.transformer.wte.weight
+    return moved.eval()

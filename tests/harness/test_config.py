@@ -6,10 +6,10 @@ import math
 import pytest
 import torch
 
-from harness.config import SECTIONS, help_text
+from harness.config import _IDLE, SECTIONS, help_text
 from harness.config_files import load_config
 from model import GPT
-from tests.helpers import ROOT
+from tests.helpers import ROOT, random_ids, tiny_gpt
 
 CONFIGS = ROOT / "configs"
 KEYS = {f"{section}.{f.name}": f for section, cls in SECTIONS.items() for f in dataclasses.fields(cls)}
@@ -24,6 +24,64 @@ def test_help_explains_every_key_with_its_default():
         assert f"default: {default})" in lines[at + 1] or math.isclose(
             float(lines[at + 1].split("default: ")[1].rstrip(")")), f.default
         )
+
+
+SET = {  # keys that may change nothing, each at a value that is not its default
+    "model.gate_init": 0.25,
+    "model.rope_theta": 5.0,
+    "model.rope_fraction": 0.5,
+    "model.rope_scaling": 2.0,
+    "model.rope_original_context": 4,
+    "model.activation": "gelu",
+    "model.softmax_n": 3.0,
+    "model.sink_init": -2.0,
+    "model.ssmax_init": 1.0,
+    "model.clipped_alpha": 1.0,
+    "model.clipped_by": "row",
+    "model.sigmoid_bias": -1.0,
+    "optimizer.beta1": 0.5,
+    "optimizer.beta2": 0.5,
+    "optimizer.eps": 1e-3,
+    "optimizer.decay_share": 0.5,
+    "optimizer.decay": "all",
+    "training.nonfinite_limit": 3,
+    "training.overwrite": True,
+    "kl.mode": "distill",
+    "kl.direction": "forward",
+    "kl.aggregate": "max",
+    "kl.tau": 0.5,
+    "kl.weight": 2.0,
+    "kl.temperature": 2.0,
+}
+
+
+def notes(**keys) -> list[str]:
+    words = [word for key, value in keys.items() for word in (f"--{key}", "null" if value is None else str(value))]
+    config = load_config([str(CONFIGS / "stdlib_softmax.yaml"), *words])
+    return config.idle(config.model.gpt_config(256))
+
+
+@pytest.mark.parametrize(("keys", "other", "values"), _IDLE, ids=[keys for keys, *_ in _IDLE])
+def test_a_key_that_changes_nothing_is_told_with_what_it_lacks(keys, other, values):
+    beside = {"kl.reference": "x"} if other == "kl.mode" else {}
+    beside |= {"model.position": "rope"} if other == "model.rope_scaling" else {}
+    for key, value in ((key, value) for key in keys.split() for value in values):
+        given = beside | {other: value}
+        reason = "null" if value is None else str(value).lower()
+        (line,) = notes(**given | {key: SET[key]})
+        assert line.startswith(f"command line: {key}: {SET[key]} changes nothing here, since {other} is ")
+        assert line.removesuffix(".0").endswith(reason)
+        assert notes(**given | {key: "null" if KEYS[key].default is None else KEYS[key].default}) == []
+        if key.startswith("model."):  # it is so
+            shape = {name.removeprefix("model."): x for name, x in given.items()}
+            one, two = (tiny_gpt(**shape | more) for more in ({}, {key.removeprefix("model."): SET[key]}))
+            assert torch.equal(*(model(random_ids(2, 12))[0] for model in (one, two)))
+
+
+def test_a_key_that_changes_something_is_not_told():
+    rope = {"model.position": "rope", "model.rope_scaling": 2.0, "model.rope_original_context": 64}
+    assert notes(**rope | {"model.gate": "head", "model.gate_init": 0.25, "optimizer.beta1": 0.5}) == []
+    assert notes(**{"model.normalizer": "sink", "model.sink_init": -2.0, "kl.reference": "x", "kl.tau": 0.5}) == []
 
 
 # --- the shipped configs --------------------------------------------------------------------------------------------

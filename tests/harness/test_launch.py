@@ -192,6 +192,12 @@ def test_a_signal_while_a_program_is_being_started_reaches_it(monkeypatch):
         signal.signal(signal.SIGTERM, former)
 
 
+@pytest.mark.parametrize("name", ["INT", "TERM", "USR1"])
+def test_a_signal_to_the_launcher_alone_reaches_training(name):
+    status = launch.run(["sh", "-c", f"kill -{name} $PPID; exec sleep 5"], training=True)
+    assert status == 128 + signal.Signals[f"SIG{name}"]
+
+
 def test_a_signal_that_stops_the_preparing_is_no_mistake(config, capsys):
     script = config.parent / "digits" / "prepare.py"
     script.write_text("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")

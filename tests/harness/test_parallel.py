@@ -15,7 +15,7 @@ from measure.feedback import apply_feedback
 from measure.moments import whole
 from model import NORMALIZERS
 from tests.helpers import BACKWARDS, TODAY, random_ids, tiny_gpt
-from tests.processes import TrainingRun, assert_same_run, finished, finished_on_ranks, on_ranks
+from tests.processes import TrainingRun, assert_same_run, finished, finished_on_ranks, on_ranks, started_on_ranks
 
 # 20 steps of 6 sequences, which 1, 2 and 3 ranks can share. Every loss is logged, and no outliers: half of the time.
 STEPS = ("--training.max_steps", "20", "--training.batch_size", "6", "--training.checkpoint_interval", "8")
@@ -33,6 +33,28 @@ def test_one_two_and_three_ranks_copies_and_shares_give_the_same_losses(training
     for number, parallel in product((2, 3), ((), FSDP)):
         run = finished_on_ranks(number, f"on{number}{len(parallel)}", *STEPS, *parallel)
         np.testing.assert_allclose(losses(run), losses(alone), rtol=1e-5)
+
+
+def watch_gradients() -> None:
+    import train
+
+    def on_all_ranks(model, ranks, on_all_ranks=train.on_all_ranks):
+        wrapped = on_all_ranks(model, ranks)
+
+        def set_learning_rates(*arguments, set_learning_rates=train.set_learning_rates):
+            (bucket,) = {p.grad.untyped_storage().data_ptr() for p in wrapped.parameters()}
+            assert bucket, "gradients that are no views of DDP's bucket"
+            return set_learning_rates(*arguments)
+
+        train.set_learning_rates = set_learning_rates
+        return wrapped
+
+    train.on_all_ranks = on_all_ranks
+
+
+def test_between_steps_too_copies_have_their_gradients_in_the_bucket_alone(training_folder):
+    for rank in started_on_ranks(2, "two", "--training.max_steps", "3", inject=watch_gradients):
+        assert rank.wait() == 0, rank.output()
 
 
 @pytest.mark.parametrize("mode", ["barrier", "distill"])

@@ -11,7 +11,9 @@ import sys
 
 import pytest
 
+from harness.config import Config, RunConfig
 from harness.errors import UserError
+from harness.resuming import checkpoint_to_resume
 from harness.runfolder import RunFolder, run_files
 from tests.helpers import ROOT
 
@@ -252,3 +254,15 @@ def test_a_file_system_without_locks_is_said_and_used(tmp_path, monkeypatch, cap
         (folder.path / "metrics.jsonl").touch()
     assert (tmp_path / "run" / "metrics.jsonl").exists()
     assert f"{tmp_path / 'run'} is on a file system without locks" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "ckpt.pt", "best.pt", "steps", "shards", "wandb"])
+def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_path, name):
+    path = tmp_path / "run" / name
+    path.parent.mkdir()
+    path.mkdir() if "." in name else path.touch()
+    config = Config(run=RunConfig(name="run", out_dir=str(tmp_path)))
+    with pytest.raises(UserError, match=rf"^{path} is a (file|folder), and a run writes a .*: move it away, or choose"):
+        checkpoint_to_resume(config)
+    config.training.resume, config.training.overwrite = "never", True  # which moves away whatever it is
+    assert checkpoint_to_resume(config) is None

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from harness import signals
-from harness.signals import STOPS, StopSignals, raise_on_ctrl_c
+from harness.signals import STOPS, TWICE, StopSignals, raise_on_ctrl_c
 from tests.helpers import ROOT
 from tests.processes import run_python
 
@@ -39,10 +39,15 @@ def test_a_signal_ends_at_once_until_it_is_deferred_and_is_then_kept(number, cap
     assert signal.getsignal(number) == former
 
 
-def test_a_ctrl_c_that_torchrun_passes_on_as_well_is_one(monkeypatch):
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RUN_ID", TWICE])
+def test_a_ctrl_c_that_a_launcher_passes_on_as_well_is_one(variable, monkeypatch):
+    monkeypatch.setenv(variable, "none")
     clock = [100.0]
     monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+    with StopSignals(is_main=False) as stop:
+        with pytest.raises(SystemExit):
+            signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)  # does not disturb the end
     with StopSignals(is_main=False) as stop:
         stop.defer()
         for clock[0] in (100.0, 100.1, 100.9):

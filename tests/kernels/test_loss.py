@@ -41,6 +41,7 @@ def error(found, expected) -> float:
     # A gradient of half types is rounded thrice: the logits, their slopes, the product.
     [
         (torch.float64, None, 1e-14),
+        (torch.float64, torch.bfloat16, 1e-14),  # autocast leaves it alone
         (torch.float32, None, 1e-6),
         (torch.float32, torch.bfloat16, 3 * 2**-8),
         (torch.bfloat16, None, 3 * 2**-8),

@@ -38,6 +38,18 @@ def test_of_many_tokens_it_has_their_means():
     assert not without.null_value.any()
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_it_is_no_second_model_in_memory(tied):
+    model = tiny_gpt(tie_embeddings=tied)
+    moved = transplanted(model, first_tokens(model, torch.tensor([3])))
+    of_each = [{p.data_ptr(): p.numel() for p in one.parameters()} for one in (model, moved)]
+    added = of_each[1].keys() - of_each[0].keys()
+    assert len(added) == 2 * model.config.n_layer  # a key and a value
+    assert len(of_each[1]) == len(list(moved.parameters())) == len(of_each[0]) + len(added)
+    assert {p.dtype for p in moved.parameters()} == {torch.float32}
+    assert moved(random_ids(1, 3))[0].isfinite().all()
+
+
 def test_a_token_is_computed_once_however_often_it_is_in_the_text(monkeypatch):
     model, computed = tiny_gpt(vocab_size=16), []
     monkeypatch.setattr(model, "features", lambda idx, own=model.features: computed.append(len(idx)) or own(idx))

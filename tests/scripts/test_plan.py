@@ -33,7 +33,7 @@ def test_the_json_adds_up(capsys):
         sum(found["peak"]["kinds"].values()), abs=len(found["peak"]["kinds"])
     )
     weights = 4 * found["parameters"]
-    assert found["peak"]["kinds"]["parameters"] == found["peak"]["kinds"]["DDP's buckets"] == weights
+    assert found["peak"]["kinds"]["parameters"] == found["peak"]["kinds"]["gradients"] == weights
     assert found["fits"] is True
     assert found["would_fit"] == []
     (moved,) = found["moved"].values()
