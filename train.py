@@ -40,7 +40,15 @@ from harness.files import write_text
 from harness.kl_training import Reference
 from harness.nonfinite import Skips, check_finite
 from harness.optimizers import make_optimizer, schedule_note, set_learning_rates
-from harness.parallel import background_saver, looked_into, on_all_ranks, own_part, placed, recompute_activations
+from harness.parallel import (
+    background_saver,
+    looked_into,
+    on_all_ranks,
+    own_part,
+    placed,
+    recompute_activations,
+    settle,
+)
 from harness.resuming import best_so_far, check_resume, checkpoint_to_resume, initial_model, restore_optimizer
 from harness.runfolder import RunFolder, remove_shards
 from harness.signals import StopSignals
@@ -180,6 +188,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
             scaler.load_state_dict(checkpoint["scaler"])
     del checkpoint  # its tensors are the model's and the optimizer's now
     wrapped = model if sharded or ranks.size == 1 else on_all_ranks(model, ranks)
+    if wrapped is not model:
+        offsets = windows["train"].training(config.run.seed, 0, micro_batch_size)
+        settle(wrapped, windows["train"].gather(offsets, device), autocast)
     peak, peak_source = peak_flops(device, dtype)
     say(f"MFU is a share of {peak * ranks.size / 1e12:.3g} TFLOP/s, from {peak_source}")
     if note := schedule_note(config):

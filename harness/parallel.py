@@ -83,6 +83,15 @@ def on_all_ranks(model: Any, ranks: Ranks) -> Any:
         return DistributedDataParallel(model, cards, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
+def settle(model: DistributedDataParallel, batch: tuple[Tensor, Tensor], autocast) -> None:
+    """A pass without a step. DDP orders its buckets as it has seen the gradients come, and where one lies says in which
+    order its parts are added up: without it the first step after a resume would be rounded unlike any other."""
+    with autocast:
+        loss = model(*batch, with_logits=False)[1]
+    loss.backward()
+    model.zero_grad(set_to_none=False)
+
+
 def background_saver(folder: Path, ranks: Ranks):
     """What writes the checkpoints of a sharded model into the run's folder; see harness/sharded.py."""
     from harness.sharded import BackgroundSaver  # here: what it imports takes half a second
