@@ -1,4 +1,4 @@
-"""Everything that only a GPU can prove, in one call: `python scripts/gpu_report.py [--minutes 8] [--out DIR]`.
+"""Everything that only a GPU can prove, in one call: `python scripts/gpu_report.py [--minutes 18] [--out DIR]`.
 
 Sections in the order of what is lost if the time runs out: the card and its ceilings; every attention variant, backend
 and dtype against float64; a training step of GPT-2's 124M beside nanoGPT's; small models on the card and on the CPU,
@@ -12,7 +12,7 @@ out/gpu_report/.
 It needs torch, triton, numpy, scipy, matplotlib and tqdm, and as wheels jsonargparse, docstring-parser and pyyaml. The
 corpus that it trains on is prepared beforehand, 24 million tokens (48 MB), by
     python data/pysource/prepare.py --max-tokens 24000000
-Without it the sections that train take another that is there, and the report says which.
+A dry run without it takes another that is there.
 """
 
 import argparse
@@ -34,13 +34,14 @@ from harness.errors import UserError, run_cli  # before torch, which takes secon
 # isort: split
 import torch
 
+from harness.corpus import is_prepared
 from harness.device import commit
 from harness.files import make_folder, write_text
 from harness.gpu_report.document import markdown, print_section, wrong_rows
 from harness.gpu_report.plan import BY_NAME, SECTIONS
 from harness.gpu_report.process import ROOT, run_section
 
-MINUTES = 8.0
+MINUTES = 18.0
 
 
 def main() -> int:
@@ -59,10 +60,12 @@ def main() -> int:
         raise UserError(f"--minutes {args.minutes:g}: must be positive and finite")
     if not args.cpu and not torch.cuda.is_available():
         raise UserError("PyTorch sees no CUDA device: --cpu is a dry run of the same code on small shapes")
+    corpus = Path(args.corpus).resolve() if args.corpus else ROOT / "data/pysource"
+    if not args.cpu and not is_prepared(corpus):
+        raise UserError(f"{from_root(corpus)} is not prepared: run its prepare.py, or give another by --corpus DIR")
     own = args.out.resolve() if args.out else None
     work = own if own and args.cpu else ROOT / "out/gpu_report"
     out = own or (work if args.cpu else ROOT / "benchmarks")
-    corpus = Path(args.corpus).resolve() if args.corpus else ROOT / "data/pysource"
     for folder in (out, work):
         make_folder(folder)
 
@@ -80,7 +83,7 @@ def main() -> int:
     stem = unused(out / f"{report['date']}_{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}")
     for name in args.sections:
         left = 60 * args.minutes - (time.monotonic() - start)
-        limit = min(left, 60 * SECTIONS[name].minutes * args.minutes / MINUTES)
+        limit = min(left, 60 * SECTIONS[name].minutes)
         options = {"cpu": args.cpu, "seed": report["seed"], "corpus": from_root(corpus), "folder": from_root(work)}
         report["sections"].append(run_section(name, options | {"report": report["sections"]}, limit, work))
         report["seconds"] = time.monotonic() - start

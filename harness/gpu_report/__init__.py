@@ -51,7 +51,7 @@ class Table(NamedTuple):
 class Section(NamedTuple):
     title: str
     minutes: float
-    """at most, of a report of 8 minutes"""
+    """at most"""
     run: Callable[[Task], Iterator[dict]]
     present: Callable[[list[dict]], list[Table]]
     """the tables that a reader wants, of the rows"""

@@ -5,11 +5,14 @@ them nanoGPT's loop takes the same steps from the same weights, whose curve soft
 speed of section (d) lets hope for; outliers and quantization by the diagnostics' own scripts.
 """
 
+import functools
 import json
+import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -18,7 +21,7 @@ from harness.config_files import load_config
 from harness.gpu_report import Section, Table, Task, with_error
 from harness.gpu_report.steps import BASELINE, CONFIG, corpus_of, overrides
 from harness.stepping import Stepper
-from harness.workers import Worker
+from harness.workers import Worker, WorkerError
 
 VARIANTS = {
     "softmax": {},
@@ -32,6 +35,7 @@ DIAGNOSTICS = {
     "quantization": ["--batches", "2", "--batch-size", "4", "--seeds", "1"],
 }
 AROUND = 130.0  # seconds besides training: starting, compiling, evaluating, diagnosing
+STEP_MS = 150.0  # of a step where section (d) has not told it: an H100's takes 140
 APART = 0.02
 """In nats a token, the most by which the mean of softmax's curve over the last quarter of the steps may lie beside that
 of nanoGPT's loop. Two roundings of one small model on a CPU, float32 and bfloat16, were 0.008 apart after 240 steps,
@@ -39,47 +43,74 @@ and 0.13 in a single one."""
 
 
 def run(task: Task) -> Iterator[dict]:
+    """The rows of each variant as soon as it is trained and diagnosed."""
     steps = 4 if task.cpu else planned_steps(task)
-    out, variants = Path(task.folder), ["softmax", "gate"] if task.cpu else list(VARIANTS)
-    commands = {variant: command(task, variant, steps, out) for variant in variants}
-    for variant in variants:
-        shutil.rmtree(out / f"124m_{variant}", ignore_errors=True)
-    yield {"what": "command", "value": " ".join(["python", *commands["softmax"][1:]])}
+    variants = ["softmax", "gate"] if task.cpu else list(VARIANTS)
+    yield {"what": "command", "value": " ".join(["python", *command(task, "softmax", steps)[1:]])}
     if corpus_of(task) != task.corpus:
         yield {"what": "note", "value": f"{task.corpus} is not prepared: trained on {corpus_of(task)}"}
-    nanogpt = Worker(Stepper, load_config(commands["softmax"][2:]), True)
-    nanogpt.start("losses", steps)
-    together(commands.values())
-    losses = {BASELINE: dict(enumerate(nanogpt.result(), start=1))}
-    nanogpt.stop()
-    for variant in variants:
-        lines = [json.loads(line) for line in (out / f"124m_{variant}" / "metrics.jsonl").read_text().splitlines()]
-        losses[variant] = {line["step"]: line["train/loss"] for line in lines if "train/loss" in line}
-        for line in lines:
-            kept = {name: line[name] for name in CURVES if name in line}
-            yield {"what": "curve", "variant": variant, "step": line["step"]} | kept
-    for step, loss in losses[BASELINE].items():
-        yield {"what": "curve", "variant": BASELINE, "step": step, "train/loss": loss}
-    yield {"what": "apart"} | apart(losses["softmax"], losses[BASELINE])
+    jobs = [functools.partial(baseline, task, steps), *(functools.partial(variant, task, v, steps) for v in variants)]
+    curves: dict[str, dict[int, float]] = {}
+    for rows in one_by_one(jobs) if task.cpu else at_once(jobs):
+        for row in rows:
+            yield row
+            if "train/loss" in row:
+                curves.setdefault(row["variant"], {})[row["step"]] = row["train/loss"]
+    yield {"what": "apart"} | apart(curves.get("softmax", {}), curves.get(BASELINE, {}))
+
+
+def one_by_one(jobs: Sequence[Callable[[], list[dict]]]) -> Iterator[list[dict]]:
+    return (job() for job in jobs)
+
+
+def at_once(jobs: Sequence[Callable[[], list[dict]]]) -> Iterator[list[dict]]:
+    """What each job gives, as they end; one that fails is a row, and the others go on."""
+    with ThreadPoolExecutor(len(jobs)) as pool:
+        for job in as_completed([pool.submit(job) for job in jobs]):
+            try:
+                yield job.result()
+            except (RuntimeError, WorkerError) as error:
+                yield [{"what": "failure", "verdict": "FAILED", "note": str(error)[:400]}]
+
+
+def baseline(task: Task, steps: int) -> list[dict]:
+    """The curve of nanoGPT's loop."""
+    worker = Worker(Stepper, load_config(command(task, "softmax", steps)[2:]), True)
+    losses = worker.ask("losses", steps)
+    worker.stop()
+    return [
+        {"what": "curve", "variant": BASELINE, "step": step, "train/loss": loss}
+        for step, loss in enumerate(losses, start=1)
+        if math.isfinite(loss)
+    ]
+
+
+def variant(task: Task, name: str, steps: int) -> list[dict]:
+    """Train, diagnose, and give the curve and the summaries."""
+    folder = Path(task.folder) / f"124m_{name}"
+    shutil.rmtree(folder, ignore_errors=True)
+    together([command(task, name, steps)])
     where = ["--device", "cpu"] if task.cpu else []
+    scripts = {script: folder / "diagnostics" / f"{script}.json" for script in DIAGNOSTICS}
     together(
-        [sys.executable, f"scripts/{script}.py", str(out / f"124m_{variant}" / "ckpt.pt"), *arguments, *where]
-        for variant in variants
+        [sys.executable, f"scripts/{script}.py", str(folder / "ckpt.pt"), *arguments, *where]
         for script, arguments in DIAGNOSTICS.items()
     )
-    for variant in variants:
-        for script in DIAGNOSTICS:
-            path = out / f"124m_{variant}" / "diagnostics" / f"{script}.json"
-            summary = json.loads(path.read_text())["summary"]
-            yield {"what": "summary", "variant": variant, "script": script, "summary": summary}
+    rows = []
+    for line in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()):
+        kept = {key: line[key] for key in ("step", *CURVES) if key in line}
+        rows.append({"what": "curve", "variant": name} | kept)
+    for script, path in scripts.items():
+        summary = json.loads(path.read_text())["summary"]
+        rows.append({"what": "summary", "variant": name, "script": script, "summary": summary})
+    return rows
 
 
 def planned_steps(task: Task) -> int:
     """As many as fit into the time left, all trainings together."""
     ms = {row["variant"]: row["ms"] for row in task.rows("steps") if "ms" in row}
-    if missing := [name for name in (BASELINE, "softmax1/full") if name not in ms]:
-        raise RuntimeError(f"section steps, which tells how fast training is, has no {' and no '.join(missing)}")
-    seconds = (ms[BASELINE] + len(VARIANTS) * ms["softmax1/full"]) / 1e3
+    each = ms.get("softmax1/full", STEP_MS)
+    seconds = (ms.get(BASELINE, each) + len(VARIANTS) * each) / 1e3
     steps = int((task.seconds_left - AROUND) / seconds)
     if steps < 20:
         raise RuntimeError(f"{task.seconds_left:.0f} seconds are left: too few for {AROUND:.0f} around the training")
@@ -90,6 +121,8 @@ def apart(ours: dict[int, float], theirs: dict[int, float]) -> dict:
     """By how much the first curve, a loss for each step, lies above the other: the mean over the last quarter of their
     common steps, its standard error, and the largest distance of all; and the verdict."""
     common = sorted(ours.keys() & theirs.keys())
+    if len(common) < 2 or max(ours) > max(theirs):
+        return {"steps": len(common), "verdict": "WRONG", "note": "no two curves, or an infinite loss"}
     differences = [ours[step] - theirs[step] for step in common]
     last = torch.tensor(differences[-max(2, len(common) // 4) :], dtype=torch.float64)
     row = {"mean": last.mean().item(), "error": (last.std() / len(last) ** 0.5).item()}
@@ -97,10 +130,10 @@ def apart(ours: dict[int, float], theirs: dict[int, float]) -> dict:
     return row | {"verdict": "ok" if abs(row["mean"]) <= APART else "WRONG"}
 
 
-def command(task: Task, variant: str, steps: int, out: Path) -> list[str]:
+def command(task: Task, variant: str, steps: int) -> list[str]:
     changed = VARIANTS[variant] | {
         "run.name": f"124m_{variant}",
-        "run.out_dir": out,
+        "run.out_dir": task.folder,
         "training.max_steps": steps,
         "training.resume": "never",
         "training.overwrite": "true",
@@ -117,12 +150,13 @@ def command(task: Task, variant: str, steps: int, out: Path) -> list[str]:
 def together(commands: Iterable[list[str]]) -> None:
     """Run them at the same time; RuntimeError, with the last lines that it printed, for the first that fails."""
     commands = list(commands)
-    running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
-    printed = [process.communicate()[0] for process in running]
-    for command, process, text in zip(commands, running, printed, strict=True):
-        print(text, flush=True)
+    with ThreadPoolExecutor(len(commands)) as pool:
+        run_one = functools.partial(subprocess.run, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        ended = list(pool.map(run_one, commands))
+    for command, process in zip(commands, ended, strict=True):
+        print(process.stdout, flush=True)
         if process.returncode:
-            last = "\n".join(text.splitlines()[-8:])
+            last = "\n".join(process.stdout.splitlines()[-8:])
             raise RuntimeError(f"{' '.join(command[1:3])} ended with status {process.returncode}:\n{last}")
 
 
@@ -140,7 +174,9 @@ def present(rows: list[dict]) -> list[Table]:
                 line[row["variant"]] = value
     notes = "".join(f". {row['value']}" for row in rows if row["what"] == "note")
     tables = [Table(f"`{rows[0]['value']}`, and so with {', '.join(list(VARIANTS)[1:])}{notes}", [*lines.values()])]
-    for row in (row for row in rows if row["what"] == "apart"):
+    if failures := [row for row in rows if "verdict" in row and "note" in row]:
+        tables.append(Table("What failed", [{"note": row["note"], "verdict": row["verdict"]} for row in failures]))
+    for row in (row for row in rows if "mean" in row):
         what = {"the training loss of softmax less that of nanoGPT's loop, nats a token": f"{row['steps']} steps"}
         what |= {"mean over the last quarter": with_error(row["mean"], row["error"], 4)}
         tables.append(Table("", [what | {"largest": f"{row['largest']:.4f}", "verdict": row["verdict"]}]))

@@ -178,7 +178,7 @@ def test_a_section_that_fails_leaves_its_last_lines_and_the_next_one_starts(tmp_
 
 
 def test_a_section_ends_at_its_limit(tmp_path, monkeypatch):
-    arguments = ("--cpu", "--minutes", "0.01", "--out", tmp_path, "--sections", "hardware")
+    arguments = ("--cpu", "--minutes", "0.005", "--out", tmp_path, "--sections", "hardware")
     assert run_here(monkeypatch, *arguments) == 1
     report, document = report_in(tmp_path)
     assert report["sections"][0]["error"].startswith("stopped at its limit of 0 s")
@@ -251,6 +251,17 @@ def test_a_curve_that_leaves_nanogpts_is_found(slope, verdict):
     assert found["steps"] == 60
     assert found["mean"] == pytest.approx(slope * 73, abs=0.007)
     assert found["verdict"] == verdict
+
+
+def fail():
+    raise RuntimeError("out of memory")
+
+
+def test_a_curve_that_is_not_there_is_found_and_one_variant_that_fails_leaves_the_others():
+    assert training.apart({1: 5.0, 2: 5.0}, {1: 5.0})["verdict"] == "WRONG"  # whose second loss is infinite
+    curve = [{"what": "curve", "variant": "gate", "step": 1, "train/loss": 5.0}]
+    rows = [row for found in training.at_once([lambda: curve, fail]) for row in found]
+    assert sorted(row["what"] for row in rows) == ["curve", "failure"]
 
 
 @pytest.mark.parametrize(
