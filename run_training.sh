@@ -4,6 +4,7 @@
 # On several GPUs or machines, variables say which, and otherwise SLURM's own in a step of srun: NNODES, NODE_RANK,
 # MASTER_ADDR, MASTER_PORT, NPROC_PER_NODE, MAX_RESTARTS, RANK_TIMEOUT. docs/training.md explains them.
 set -euo pipefail
+trap 'exit 130' INT # bash would forget a Ctrl-C that only it has got
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 source "$root/harness/environment.sh"
 use_environment "$root/requirements.txt"

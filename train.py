@@ -94,6 +94,9 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     if corpus.note:
         say(f"note: {corpus.note}")
     micro_batch_size, micro_steps = accumulation(config, ranks.size)
+    if micro_batch_size < min(c.micro_batch_size or 0, share := micro_steps * micro_batch_size):
+        problem = f"{c.micro_batch_size} does not divide the {share} sequences of a rank"
+        say(f"note: training.micro_batch_size: {problem}: it takes {micro_batch_size} at a time")
 
     # --- what is there already; nothing is written or removed until all of it is known to fit together ----------------
     checkpoint = checkpoint_to_resume(config)
@@ -140,7 +143,7 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
     say(
         f"{a.n_layer} layers, {heads}, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention{gate}, {a.backward} backward, "
-        f"by the {machine['attention']} kernel\n"
+        f"by the {machine['attention']} kernel{', feedback ' * (c.feedback != 'backprop') + c.feedback}\n"
         f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}"
         f"{', sharded' if sharded else ''}; "
         f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"

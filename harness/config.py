@@ -6,7 +6,7 @@ How a config is read from YAML files and the command line is for config_files.py
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, NamedTuple, get_args, get_origin
 
 import docstring_parser
 import yaml
@@ -20,7 +20,7 @@ from jsonargparse.typing import (
 
 from harness.errors import UserError
 from measure.feedback import Feedback
-from model import NORMALIZERS, GPTConfig
+from model import GPTConfig
 
 Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**64)])  # what PyTorch's generators take
 Beta = restricted_number_type("Beta", float, [(">=", 0), ("<", 1)])  # at 1 AdamW's bias correction divides by 0
@@ -184,26 +184,46 @@ class TrackingConfig:
     """steps between training metrics"""
 
 
-# (keys, another key, its values under which they change nothing). A normalizer that a user adds may read any of them.
-_IDLE: tuple[tuple[str, str, Any], ...] = (
-    ("model.gate_init", "model.gate", ["none"]),
-    ("model.rope_theta model.rope_fraction model.rope_scaling", "model.position", ["learned"]),
-    ("model.rope_original_context", "model.position", ["learned"]),
-    ("model.rope_original_context", "model.rope_scaling", [1]),
-    ("model.activation", "model.mlp", ["swiglu"]),
-    ("model.softmax_n", "model.normalizer", NORMALIZERS.keys() - {"softmax_n"}),
-    ("model.sink_init", "model.normalizer", NORMALIZERS.keys() - {"sink"}),
-    ("model.ssmax_init", "model.normalizer", NORMALIZERS.keys() - {"ssmax"}),
-    ("model.clipped_alpha model.clipped_by", "model.normalizer", NORMALIZERS.keys() - {"clipped"}),
-    ("model.sigmoid_bias", "model.normalizer", NORMALIZERS.keys() - {"sigmoid"}),
-    ("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ["sgd"]),
-    ("optimizer.decay_share", "optimizer.schedule", ["cosine", "linear"]),
-    ("optimizer.decay", "optimizer.weight_decay", [0]),
-    ("training.nonfinite_limit", "training.on_nonfinite", ["stop"]),
-    ("training.overwrite", "training.resume", ["auto", "must"]),
-    ("kl.mode kl.direction kl.aggregate kl.tau kl.weight kl.temperature", "kl.reference", [None]),
-    ("kl.aggregate kl.tau", "kl.mode", ["distill"]),
-    ("kl.temperature", "kl.mode", ["barrier"]),
+class _Idle(NamedTuple):
+    """Keys that change nothing where another key has one of these values."""
+
+    keys: str
+    beside: str
+    values: list[Any]
+
+
+# Those that come with offbyone: a normalizer of a user's own may read any key of another.
+_SHIPPED = (
+    *("softmax", "softmax1", "softmax_n", "sink", "kbias", "kvbias", "ssmax"),
+    *("clipped", "softpick", "sigmoid", "relu", "entmax15"),
+)
+
+
+def _but(normalizer: str) -> list[str]:
+    return [name for name in _SHIPPED if name != normalizer]
+
+
+_IDLE = (
+    _Idle("model.gate_init", "model.gate", ["none"]),
+    _Idle("model.rope_theta model.rope_fraction model.rope_scaling", "model.position", ["learned"]),
+    _Idle("model.rope_original_context", "model.position", ["learned"]),
+    _Idle("model.rope_original_context", "model.rope_scaling", [1]),
+    _Idle("model.activation", "model.mlp", ["swiglu"]),
+    _Idle("model.softmax_n", "model.normalizer", _but("softmax_n")),
+    _Idle("model.sink_init", "model.normalizer", _but("sink")),
+    _Idle("model.ssmax_init", "model.normalizer", _but("ssmax")),
+    _Idle("model.clipped_alpha model.clipped_by", "model.normalizer", _but("clipped")),
+    _Idle("model.clipped_by", "model.clipped_alpha", [0]),
+    _Idle("model.sigmoid_bias", "model.normalizer", _but("sigmoid")),
+    _Idle("optimizer.beta1 optimizer.beta2 optimizer.eps", "optimizer.name", ["sgd"]),
+    _Idle("optimizer.decay_share", "optimizer.schedule", ["cosine", "linear"]),
+    _Idle("optimizer.decay", "optimizer.weight_decay", [0]),
+    _Idle("training.nonfinite_limit", "training.on_nonfinite", ["stop"]),
+    _Idle("training.overwrite", "training.resume", ["auto", "must"]),
+    _Idle("kl.mode kl.direction kl.aggregate kl.tau kl.weight kl.temperature", "kl.reference", [None, ""]),
+    _Idle("kl.aggregate kl.tau", "kl.mode", ["distill"]),
+    _Idle("kl.temperature", "kl.mode", ["barrier"]),
+    _Idle("kl.aggregate kl.tau", "kl.weight", [0]),
 )
 
 
@@ -220,6 +240,7 @@ class Config:
 
     def __post_init__(self) -> None:
         self.sources: dict[str, str] = {}  # "section.key" → the file that set it, or "command line"
+        self.inherited: set[str] = set()  # those that a file set which this one extends
 
     @property
     def folder(self) -> Path:
@@ -243,16 +264,17 @@ class Config:
 
     def idle(self, model: GPTConfig) -> list[str]:
         """A line for each key that was set but changes nothing in a run of `model`, and why. It is no mistake: what the
-        variants of a base config share may be for some of them alone."""
+        variants of a base config share may be for some of them alone, and what they inherit from it is not told."""
         known = {f"{section}.{name}": x for section, keys in self.to_dict().items() for name, x in keys.items()}
         given, defaults = dict(known), Config().to_dict()
         known |= {f"model.{name}": x for name, x in dataclasses.asdict(model).items()}
         found: dict[str, str] = {}
+        own = self.sources.keys() - self.inherited
         for keys, other, values in _IDLE:
-            for key in (key for key in keys.split() if key in self.sources and key not in found):
+            for key in (key for key in keys.split() if key in own and key not in found):
                 section, _, name = key.partition(".")
                 if known[other] in values and given[key] != defaults[section][name]:
-                    reason = f"{other} is {'null' if known[other] is None else known[other]}"
+                    reason = f"{other} is {'null' if known[other] in (None, '') else known[other]}"
                     found[key] = f"{self.sources[key]}: {key}: {given[key]} changes nothing here, since {reason}"
         return list(found.values())
 

@@ -34,6 +34,7 @@ def load_config(arguments: list[str], source: str = "command line") -> Config:
         values.setdefault(section, {})[name] = value
         sources[key] = source
     config = build_config(values, sources)
+    config.inherited = {key for key, file in sources.items() if file not in (str(path), source)}
     config.run.name = config.run.name or path.stem
     name = config.run.name
     if name == ".." or "\0" in name or Path(name).name != name or len(name.encode()) > 200:

@@ -104,21 +104,23 @@ def prepare(corpus: Path) -> None:
 
 def run(command: list[str], training: bool = False) -> int:
     """The exit status of `command`. Signals are passed on, those too that come while it is being started. A Ctrl-C
-    reaches it from the terminal by itself, and is passed on to `training` alone, which takes the two for one."""
+    reaches it from the terminal by itself as well: `training` takes the two for one, and any other is ended."""
     children: list[subprocess.Popen] = []
     early: list[int] = []
+    interrupted = False
 
     def pass_on(number: int, _frame) -> None:
+        nonlocal interrupted
         if number == signal.SIGINT:
+            interrupted = True
             time.sleep(0.2)  # if the terminal's has reached and ended it, there is nothing to pass on
+            number = signal.SIGINT if training else signal.SIGTERM
         if children:
             children[0].send_signal(number)
         else:
             early.append(number)
 
     former = {number: signal.signal(number, pass_on) for number in heeded()}
-    if not training:
-        signal.signal(signal.SIGINT, lambda *_: None)  # which, unlike SIG_IGN, the child does not inherit
     ours = {LAUNCHER: str(os.getpid())} | ({TWICE: "1"} if training else {})
     children.append(subprocess.Popen(command, env=os.environ | ours))
     for number in early:
@@ -126,6 +128,8 @@ def run(command: list[str], training: bool = False) -> int:
     status = children[0].wait()
     for number, handler in former.items():
         signal.signal(number, handler)
+    if interrupted and not training:
+        return 128 + signal.SIGINT
     return status if status >= 0 else 128 - status
 
 

@@ -166,13 +166,15 @@ def learning_rate(step: int, config: Config) -> float:
 
 
 def schedule_note(config: Config) -> str | None:
-    """What to say of a run whose learning rate has not come down to min_lr by its last step. UserError where the rate
-    would have to be at its least before it has risen."""
+    """What to say of a run whose learning rate has not come down to min_lr by its last step, or rises to it. UserError
+    where the rate would have to be at its least before it has risen."""
     c, max_steps = config.optimizer, config.training.max_steps
     decay_steps, last = c.decay_steps or max_steps, learning_rate(max_steps, config)
     if decay_steps <= c.warmup_steps < max_steps:
         problem = f"{decay_steps}, where min_lr is reached, lies before the end of the warm-up: warmup_steps is"
         raise config.error("optimizer.decay_steps", f"{problem} {c.warmup_steps}. Raise the one or lower the other")
+    if c.min_lr > c.lr:
+        return f"note: the learning rate rises after the warm-up, from lr, {c.lr:.3g}, towards min_lr, {c.min_lr:.3g}"
     if last <= c.min_lr or max(decay_steps, c.warmup_steps + 1) <= max_steps:
         return None
     return (

@@ -4,7 +4,7 @@ import contextlib
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class RunFolder:
     def __init__(self, folder: Path):
         self.path = folder
         self.checkpoint, self.best = folder / "ckpt.pt", folder / "best.pt"
+        check_kinds(folder, (_MOVING, _FORMER, _REPLACED))
         try:
             self._made = not folder.exists()
             folder.mkdir(parents=True, exist_ok=True)
@@ -133,13 +134,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def check_kinds(folder: Path) -> None:
-    """UserError where a folder has the name of a file that a run writes, or a file that of a folder."""
-    for name in run_files(folder):
-        if (is_folder := (folder / name).is_dir()) == ("." in name):
-            found, needed = ("folder", "file") if is_folder else ("file", "folder")
+def check_kinds(folder: Path, names: Iterable[str] = _OURS) -> None:
+    """UserError where one of these is no file, or no folder, though a run writes one there."""
+    for name in names:
+        path, is_file = folder / name, "." in name[1:]
+        right = path.is_file() if is_file else path.is_dir() and not (name[0] == "." and path.is_symlink())
+        if os.path.lexists(path) and not right:
+            kind = "file" if is_file else "folder"
             raise UserError(
-                f"{folder / name} is a {found}, and a run writes a {needed}: move it away, or choose another run.name"
+                f"{path} is no {kind}, and a run writes one there: move it away, or choose another run.name"
             )
 
 

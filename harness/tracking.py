@@ -8,6 +8,7 @@ import os
 import secrets
 import struct
 import sys
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from time import perf_counter
@@ -98,8 +99,11 @@ class Tracker:
         self._file.close()
         self._try(lambda run: run.finish())
         if self._run and self._run.offline:  # whose service does not say that its disk is full
-            there = len(stored_steps(self.path.parent, self._run.id))
-            if lacking := len(self._stored) + self._sent - there:
+            for _ in range(40):  # it may write for some time after it has said that it is done
+                if not (lacking := len(self._stored) + self._sent - len(stored_steps(self.path.parent, self._run.id))):
+                    break
+                time.sleep(0.25)
+            if lacking:
                 problem = f"lacks {lacking} steps, its disk may be full; a resume would send them"
                 print(f"wandb: {self.path.parent}/wandb {problem}. The curves are in {self.path}")
 

@@ -91,6 +91,8 @@ def main() -> int:
         write_text(stem.with_suffix(".json"), json.dumps(report, indent=1, ensure_ascii=False))
         write_text(stem.with_suffix(".md"), markdown(report))
     print(f"\nwritten: {stem}.json, {stem}.md; the logs are in {work}/")
+    if cut := [section["section"] for section in report["sections"] if section["error"]]:
+        print(f"NOT finished: {', '.join(cut)}")
     if wrong := wrong_rows(report):
         print(f"{len(wrong)} results are NOT as they should be: see the tables")
     return 1 if wrong or any(section["error"] for section in report["sections"]) else 0

@@ -6,9 +6,9 @@ import math
 import pytest
 import torch
 
-from harness.config import _IDLE, SECTIONS, help_text
+from harness.config import _IDLE, _SHIPPED, SECTIONS, help_text
 from harness.config_files import load_config
-from model import GPT
+from model import GPT, NORMALIZERS
 from tests.helpers import ROOT, random_ids, tiny_gpt
 
 CONFIGS = ROOT / "configs"
@@ -63,8 +63,9 @@ def notes(**keys) -> list[str]:
 
 @pytest.mark.parametrize(("keys", "other", "values"), _IDLE, ids=[keys for keys, *_ in _IDLE])
 def test_a_key_that_changes_nothing_is_told_with_what_it_lacks(keys, other, values):
-    beside = {"kl.reference": "x"} if other == "kl.mode" else {}
+    beside = {"kl.reference": "x"} if other in ("kl.mode", "kl.weight") else {}
     beside |= {"model.position": "rope"} if other == "model.rope_scaling" else {}
+    beside |= {"model.normalizer": "clipped"} if other == "model.clipped_alpha" else {}
     for key, value in ((key, value) for key in keys.split() for value in values):
         given = beside | {other: value}
         reason = "null" if value is None else str(value).lower()
@@ -82,6 +83,17 @@ def test_a_key_that_changes_something_is_not_told():
     rope = {"model.position": "rope", "model.rope_scaling": 2.0, "model.rope_original_context": 64}
     assert notes(**rope | {"model.gate": "head", "model.gate_init": 0.25, "optimizer.beta1": 0.5}) == []
     assert notes(**{"model.normalizer": "sink", "model.sink_init": -2.0, "kl.reference": "x", "kl.tau": 0.5}) == []
+
+
+def test_neither_what_is_inherited_nor_a_key_that_a_new_normalizer_may_read_is_told(tmp_path, monkeypatch):
+    assert set(_SHIPPED) == set(NORMALIZERS)
+    monkeypatch.setitem(NORMALIZERS, "mine", NORMALIZERS["sink"])
+    assert notes(**{"model.normalizer": "mine", "model.sink_init": 1.0}) == []
+    (tmp_path / "base.yaml").write_text("model: {sink_init: 1.0}\ndata: {corpus: corpus}\n")
+    (tmp_path / "mine.yaml").write_text("extends: base.yaml\nmodel: {gate_init: 0.5}\n")
+    config = load_config([str(tmp_path / "mine.yaml")])
+    (line,) = config.idle(config.model.gpt_config(256))
+    assert line.startswith(f"{tmp_path / 'mine.yaml'}: model.gate_init: 0.5 changes nothing here")
 
 
 # --- the shipped configs --------------------------------------------------------------------------------------------

@@ -198,10 +198,11 @@ def test_a_signal_to_the_launcher_alone_reaches_training(name):
     assert status == 128 + signal.Signals[f"SIG{name}"]
 
 
-def test_a_signal_that_stops_the_preparing_is_no_mistake(config, capsys):
+@pytest.mark.parametrize(("number", "status"), [("SIGTERM", "143"), ("SIGINT", "130")])
+def test_a_signal_that_stops_the_preparing_is_no_mistake(number, status, config, capsys):
     script = config.parent / "digits" / "prepare.py"
-    script.write_text("import os, signal; os.kill(os.getppid(), signal.SIGTERM); signal.pause()")
-    with pytest.raises(SystemExit, match="143"):
+    script.write_text(f"import os, signal; os.kill(os.getppid(), signal.{number}); signal.pause()")
+    with pytest.raises(SystemExit, match=status):
         launch.prepare(script.parent)
     assert capsys.readouterr().err == ""
 

@@ -262,7 +262,26 @@ def test_a_folder_in_place_of_a_file_is_refused_before_anything_is_written(tmp_p
     path.parent.mkdir()
     path.mkdir() if "." in name else path.touch()
     config = Config(run=RunConfig(name="run", out_dir=str(tmp_path)))
-    with pytest.raises(UserError, match=rf"^{path} is a (file|folder), and a run writes a .*: move it away, or choose"):
+    with pytest.raises(UserError, match=rf"^{path} is no (file|folder), and a run writes one there: move it away, or"):
         checkpoint_to_resume(config)
+    with contextlib.suppress(OSError):
+        path.unlink()
+        path.symlink_to("nothing")
+        with pytest.raises(UserError, match=f"^{path} is no "):
+            checkpoint_to_resume(config)
     config.training.resume, config.training.overwrite = "never", True  # which moves away whatever it is
     assert checkpoint_to_resume(config) is None
+
+
+@pytest.mark.parametrize("name", [".moving", ".former", ".replaced"])
+@pytest.mark.parametrize("target", [None, "nothing", "."])
+def test_what_is_no_folder_of_an_interrupted_move_costs_nothing(tmp_path, name, target):
+    """A file, a link to nothing and one to a folder."""
+    (tmp_path / "ckpt.pt").write_text("a run")
+    if target:
+        (tmp_path / name).symlink_to(target)
+    else:
+        (tmp_path / name).touch()
+    with pytest.raises(UserError, match="is no folder"), RunFolder(tmp_path):
+        pass
+    assert (tmp_path / "ckpt.pt").read_text() == "a run"
