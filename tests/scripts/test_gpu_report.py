@@ -6,7 +6,6 @@ import math
 import runpy
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -134,10 +133,15 @@ def test_each_kernel_is_timed_with_the_blocks_asked_for(monkeypatch):
 
 
 def small_models_have_the_same_losses_and_runs_go_on(rows):
-    assert [row.get("model", row.get("run")) for row in rows] == ["sink", "muon", "not deterministic", "deterministic"]
+    assert [row["model"] for row in rows] == ["sink", "muon"]
     assert {row["verdict"] for row in rows} == {"ok"}
-    assert all(row["last loss"] < row["first loss"] for row in rows[:2])
-    assert [row["difference"] for row in rows[2:]] == [0, 0]
+    assert all(0 < row["error"] <= row["allowed"] for row in rows)
+
+
+def runs_go_on_as_if_they_had_not_stopped(rows):
+    assert [row["run"] for row in rows] == [name for name, run in models.RUNS.items() if not run.compiled]
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert [row["error"] for row in rows] == [0, 0]
 
 
 def models_are_trained_and_diagnosed_and_nanogpts_loop_agrees(rows):
@@ -232,14 +236,6 @@ def test_a_result_that_is_wrong_is_said_in_the_first_lines():
     report["sections"] = [{"section": "steps", "rows": [row], "error": None, "seconds": 1.0}]
     assert wrong_rows(report) == [row]
     assert "**1 results are not as they should be**" in markdown(report)
-
-
-@pytest.mark.parametrize(("factor", "verdict"), [(1, "ok"), (1 + 1e-4, "WRONG"), (math.nan, "WRONG")])
-def test_a_model_with_other_losses_on_the_card_is_found(factor, verdict, monkeypatch):
-    expected = iter([[2.0, 1.0], [2.0, factor]])
-    monkeypatch.setattr(models, "load_config", lambda words: words)
-    monkeypatch.setattr(models, "Stepper", lambda config: SimpleNamespace(losses=lambda steps: next(expected)))
-    assert models.compare("sink", True, [], 1e-5)["verdict"] == verdict
 
 
 @pytest.mark.parametrize(("slope", "verdict"), [(0.0, "ok"), (0.001, "WRONG")])
