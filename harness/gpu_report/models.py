@@ -221,4 +221,4 @@ def present_resumed(rows: list[dict]) -> list[Table]:
 
 
 SECTION = Section("Small models, on the card and on the CPU", 1.2, run_models, present_models)
-RESUMED = Section("Runs that stop and go on", 1.5, run_resumed, present_resumed)
+RESUMED = Section("Runs that stop and go on", 2.0, run_resumed, present_resumed)
