@@ -4,6 +4,7 @@ import contextlib
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -130,20 +131,25 @@ class Stepper:
         compiled; NaN where neither model's gradient is finite, infinite where one of the two is."""
         if self.model is self.eager:
             return None
-        x, y = next(self.batches)
-        gradients = []
-        for model, with_logits in ((self.eager, True), (self.model, False)):
-            with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
-                logits, loss = model(x, y, with_logits=with_logits)
-            gradients.append(torch.autograd.grad(loss, list(self.raw_model.parameters())))
-            del logits, loss
+        batch = next(self.batches)
+        expected = self.gradients(self.eager, batch, with_logits=True)[1]
+        found = self.gradients(self.model, batch, with_logits=False)[1]
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)  # the eager form is not what is measured
-        finite = [all(bool(x.isfinite().all()) for x in own) for own in gradients]
+        finite = [all(bool(x.isfinite().all()) for x in own.values()) for own in (expected, found)]
         if not all(finite):
             return math.inf if any(finite) else math.nan
-        differences = [(b - a).norm() for a, b in zip(*gradients, strict=True)]
-        return max((d / a.norm()).item() if d else 0.0 for d, a in zip(differences, gradients[0], strict=True))
+        return max(relative_errors(expected, found).values())
+
+    def gradients(
+        self, model: Callable, batch: tuple[Tensor, Tensor], with_logits: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch (x, y), and each parameter's gradient by name: `model` is `self.eager`, or
+        `self.model`, as it trains."""
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32), self.backend():
+            loss = model(*batch, with_logits=with_logits)[1]
+        named = dict(self.raw_model.named_parameters())
+        return loss.detach(), dict(zip(named, torch.autograd.grad(loss, list(named.values())), strict=True))
 
     def describe(self) -> dict:
         """dtype; a step's tokens and FLOPs (see GPT.flops_per_token); the device's peak rate; peak_bytes since the
@@ -161,6 +167,12 @@ class Stepper:
         """Give the GPU's memory that lies idle to whoever comes next."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def relative_errors(expected: dict[str, Tensor], found: dict[str, Tensor]) -> dict[str, float]:
+    """‖b − a‖ / ‖a‖ for each tensor a of those expected: 0 where the two are alike, infinite where only a is zero."""
+    differences = {name: (found[name] - a).norm() for name, a in expected.items()}
+    return {name: (d / expected[name].norm()).item() if d else 0.0 for name, d in differences.items()}
 
 
 class NanoGPT(nn.Module):

@@ -131,8 +131,10 @@ def attention_backend(
         if _has_flash(q):
             # Dropout stays with flash, since the Triton kernels that complete cuDNN's backward have none. And cuDNN
             # takes no sequence of one token. There PyTorch's own function would choose cuDNN too, and give a wrong
-            # gradient where one process runs it both compiled and not: see kernel_backward in fused.py.
-            if _is_hopper(q.device) and q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1:
+            # gradient where one process runs it both compiled and not: see kernel_backward in fused.py. Its backward is
+            # not deterministic.
+            cudnn = q.size(-1) <= 128 and not dropout_p and q.size(-2) > 1
+            if _is_hopper(q.device) and cudnn and not torch.are_deterministic_algorithms_enabled():
                 return "cuda_cudnn"
             return "stock" if stock else "cuda_flash"
         if q.dtype == torch.float32 or q.dtype == torch.float16 or (half and ampere):

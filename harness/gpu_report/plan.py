@@ -7,6 +7,7 @@ SECTIONS: dict[str, Section] = {
     "exactness": exactness.SECTION,
     "steps": steps.SECTION,
     "models": models.SECTION,
+    "resumed": models.RESUMED,
     "kernels": kernels.SECTION,
     "exactness_shapes": exactness.OTHER_SHAPES,
     "steps_variants": steps.OTHER_VARIANTS,

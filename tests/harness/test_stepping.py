@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness.config_files import load_config
-from harness.stepping import PHASES, NanoGPT, Stepper
+from harness.stepping import PHASES, NanoGPT, Stepper, relative_errors
 from tests.helpers import random_ids, tiny_gpt
 from tests.processes import finished
 
@@ -109,3 +109,12 @@ def test_a_compiled_gradient_is_compared_and_none_that_is_not_finite_is_hidden(e
 
     own.eager, own.model = scaled(eager), scaled(compiled)
     assert own.compiled_error() == pytest.approx(error, abs=1e-3, nan_ok=True)
+
+
+def test_a_gradient_that_should_be_zero_has_no_small_error():
+    zeros, ones = torch.zeros(3), torch.ones(3)
+    cases = {"alike": (ones, ones), "none": (zeros, zeros), "some": (ones, 1.5 * ones), "lost": (ones, zeros)}
+    cases |= {"not zero": (zeros, 1e-10 * ones), "not finite": (ones, math.nan * ones)}
+    expected, found = ({name: pair[i] for name, pair in cases.items()} for i in range(2))
+    errors = {"alike": 0.0, "none": 0.0, "some": 0.5, "lost": 1.0, "not zero": math.inf, "not finite": math.nan}
+    assert relative_errors(expected, found) == pytest.approx(errors, nan_ok=True)

@@ -115,3 +115,11 @@ def test_a_gpu_gets_the_kernel_that_it_can_train_on(capability, D, dtype, dropou
     assert reads_groups(expected, q) == reads_groups("stock", q) == (expected != "cuda_efficient")
     # PyTorch's own function would choose cuDNN on a Hopper itself, and may run it on another plan than its own.
     assert attention_backend(q, q, dropout_p, stock=True) == ("cuda_cudnn" if expected == "cuda_cudnn" else "stock")
+
+
+def test_a_deterministic_run_has_no_kernel_that_is_not(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    size = torch.Size((1, 1, 128, 64)).__getitem__
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, size=size)
+    assert [attention_backend(q, q, stock=stock) for stock in (False, True)] == ["cuda_flash", "stock"]
