@@ -173,4 +173,4 @@ def present(rows: list[dict]) -> list[Table]:
     ]
 
 
-SECTION = Section("Attention alone, beside PyTorch's kernels and FlexAttention", 1.4, run, present)
+SECTION = Section("Attention alone, beside PyTorch's kernels and FlexAttention", 1.8, run, present)

@@ -3,7 +3,7 @@
 Each variant is a harness.stepping.Stepper in a process of its own; a few of them compile at the same time, and then
 step in turn with the baseline, a burst of steps each. Before that the gradient of the compiled model is compared with
 that of the same model run eagerly, with the loss over all of its logits, on one batch: the relative error, a few
-thousandths in bfloat16.
+thousandths in bfloat16. If time runs short, there are fewer bursts, and the rows say how many.
 """
 
 import functools
@@ -13,10 +13,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 from harness.bench_attention import VARIANTS
 from harness.config_files import load_config
 from harness.corpus import is_prepared
+from harness.corpus_writing import cpu_count
 from harness.gpu_report import Section, Table, Task, with_error
 from harness.stepping import Stepper
 from harness.timing import median, median_ratio
@@ -36,10 +38,12 @@ class Variant(NamedTuple):
     """torch.compile's"""
 
 
+LARGER_SOFTMAX = f"softmax/full, {LARGER} at a time"
+PRODUCTS_TUNED = f"{LARGER_SOFTMAX}, products tuned"
 FIRST = {
     f"{BASELINE}, {LARGER} at a time": Variant(None, LARGER),
     "softmax/full": Variant(("softmax", "full")),
-    f"softmax/full, {LARGER} at a time": Variant(("softmax", "full"), LARGER),
+    LARGER_SOFTMAX: Variant(("softmax", "full"), LARGER),
     "softmax1/full": Variant(("softmax1", "full")),
 }
 # All others are timed among the kernels alone.
@@ -47,13 +51,13 @@ STEPPED = [f"{n}/{b}" for n in ("softmax", "softmax1", "sink") for b in ("full",
 OTHERS = {name: Variant(VARIANTS[name]) for name in [*STEPPED, "clipped/full"] if name not in FIRST}
 # Inductor times products of its own in Triton, which apply GELU themselves, against cuBLAS's: minutes of compiling.
 TUNED = {
-    f"softmax/full, {LARGER} at a time": FIRST[f"softmax/full, {LARGER} at a time"],
-    f"softmax/full, {LARGER} at a time, products tuned": Variant(
-        ("softmax", "full"), LARGER, "max-autotune-no-cudagraphs"
-    ),
+    LARGER_SOFTMAX: FIRST[LARGER_SOFTMAX],
+    PRODUCTS_TUNED: Variant(("softmax", "full"), LARGER, "max-autotune-no-cudagraphs"),
 }
-AT_ONCE = 5  # of 8 to 22 GiB each
+DRY_RUN = ("softmax/full", LARGER_SOFTMAX, PRODUCTS_TUNED, "softmax/diagonal", "clipped/full")
+AT_ONCE = 4  # beside the baseline, of 8 to 22 GiB each
 ROUNDS, BURST = 6, 4
+AT_THE_END = 10.0  # seconds for the rows, and for a round slower than those before
 COMPILED_ERROR = 0.02
 """Between gradients of one bfloat16 model whose sums come in another order: some thousandths, and never this much."""
 SMALL = {
@@ -79,34 +83,40 @@ def corpus_of(task: Task) -> str:
 
 
 def run(task: Task, variants=FIRST) -> Iterator[dict]:
-    names = list(variants)[1:3] if task.cpu else list(variants)  # two at most for the dry run
-    for start in range(0, len(names), AT_ONCE - 1):
-        yield from group(task, {name: variants[name] for name in names[start : start + AT_ONCE - 1]})
+    names = [name for name in variants if name in DRY_RUN or not task.cpu]
+    for start in range(0, len(names), AT_ONCE):
+        yield from group(task, {name: variants[name] for name in names[start : start + AT_ONCE]})
 
 
-def group(task: Task, variants: dict) -> Iterator[dict]:
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "4")  # in each of the processes
-    workers = {BASELINE: Worker(Stepper, load_config([CONFIG, *overrides(task)]), True)}
-    for name, variant in variants.items():
-        changed = {} if task.cpu else {"training.micro_batch_size": variant.at_a_time}
-        if variant.attention:
-            changed |= dict(zip(("model.normalizer", "model.backward"), variant.attention, strict=True))
-        config = load_config([CONFIG, *overrides(task, **changed)])
-        workers[name] = Worker(Stepper, config, variant.attention is None, variant.mode)
-    bursts: dict[str, list] = {name: [] for name in workers}
+def group(task: Task, variants: dict[str, Variant]) -> Iterator[dict]:
+    variants = {BASELINE: Variant(None)} | variants
+    workers: dict[str, Worker] = {}
+    # What times products as it compiles does so before the others start, while card and processors are quiet.
+    tuned = [name for name in variants if variants[name].mode]
+    for names in (tuned, [name for name in variants if name not in tuned]):
+        for name in names:
+            workers[name] = worker_of(task, variants[name])
+            workers[name].start("run", 2)  # which compiles
+        for name in names:
+            try:
+                workers[name].result()
+                workers[name].ask("release")
+            except WorkerError as error:
+                yield lost(name, workers, error)
     checks = {}
-    for worker in workers.values():
-        worker.start("run", 2)  # which compiles
     for name, worker in list(workers.items()):
         try:
-            worker.result()
-            # Of the larger micro-batch the plain loss would take too much memory beside the others.
-            checks[name] = judged(None if "at a time" in name else worker.ask("compiled_error"))
+            # Of a larger micro-batch the plain loss would take too much memory beside the others; tuned, there are few.
+            wanted = variants[name].mode or variants[name].at_a_time == MICRO_BATCH
+            checks[name] = judged(worker.ask("compiled_error") if wanted else None)
             worker.ask("release")
         except WorkerError as error:
             yield lost(name, workers, error)
-    shuffled = random.Random(0)
-    for _ in range(ROUNDS):
+    bursts: dict[str, list] = {name: [] for name in workers}
+    shuffled, start = random.Random(0), task.seconds_left
+    for done in range(ROUNDS):
+        if done >= 2 and task.seconds_left < AT_THE_END + (start - task.seconds_left) / done:
+            break  # a median needs two; another round may not end in time
         for name in shuffled.sample(list(workers), len(workers)):
             try:
                 workers[name].ask("run", 1)  # takes the memory again
@@ -115,18 +125,29 @@ def group(task: Task, variants: dict) -> Iterator[dict]:
                 workers[name].ask("release")
             except WorkerError as error:
                 yield lost(name, workers, error)
-    for name, worker in workers.items():
+    for name in (name for name in variants if name in workers):
         # The steps of a burst come one after another and are alike: the error is that of so many bursts.
-        about, own = worker.ask("describe"), median(bursts[name])
+        about, own = workers[name].ask("describe"), median(bursts[name])
         row = {"variant": name, "dtype": about["dtype"], "tokens": about["tokens"], **checks[name]}
-        row |= {"ms": 1e3 * own.value, "error, ms": 1e3 * own.error, "tokens/s": about["tokens"] / own.value}
-        row |= {"mfu": about["flops"] / own.value / about["peak_flops"], "peak GiB": about["peak_bytes"] / 2**30}
+        row |= {"ms": 1e3 * own.value, "error, ms": 1e3 * own.error, "bursts": len(bursts[name])}
+        row |= {"tokens/s": about["tokens"] / own.value, "mfu": about["flops"] / own.value / about["peak_flops"]}
+        row |= {"peak GiB": about["peak_bytes"] / 2**30}
         if BASELINE in workers:
             ratio = median_ratio(bursts[BASELINE], bursts[name])
             row |= {"speed": ratio.value, "error of the speed": ratio.error}
         yield row
     for worker in workers.values():
         worker.stop()
+
+
+def worker_of(task: Task, variant: Variant) -> Worker:
+    changed: dict = {} if task.cpu else {"training.micro_batch_size": variant.at_a_time}
+    if variant.attention:
+        changed |= dict(zip(("model.normalizer", "model.backward"), variant.attention, strict=True))
+    config = load_config([CONFIG, *overrides(task, **changed)])
+    threads = cpu_count() if variant.mode else 4  # alone, or beside the others
+    with mock.patch.dict(os.environ, {"TORCHINDUCTOR_COMPILE_THREADS": str(threads)}):  # the process takes it along
+        return Worker(Stepper, config, variant.attention is None, variant.mode)
 
 
 def judged(error: float | None) -> dict:
@@ -158,6 +179,7 @@ def present(rows: list[dict]) -> list[Table]:
             "speed": with_error(row["speed"], row["error of the speed"]) if "speed" in row else "–",
             "MFU": f"{row['mfu']:.1%}",
             "peak GiB": f"{row['peak GiB']:.1f}",
+            "bursts": row["bursts"],
             "compiled against eager": compiled_error(row),
         }
         for row in rows
@@ -173,10 +195,10 @@ def compiled_error(row: dict) -> str:
     return f"{shown}, {row['verdict']}" if wrong else shown
 
 
-SECTION = Section("A training step of 124M: softmax, softmax1", 1.4, run, present)
+SECTION = Section("A training step of 124M: softmax, softmax1", 2.2, run, present)
 OTHER_VARIANTS = Section(
     "A training step of 124M: the other variants", 3.0, functools.partial(run, variants=OTHERS), present
 )
 TUNED_PRODUCTS = Section(
-    "A training step of 124M: its matrix products tuned", 3.0, functools.partial(run, variants=TUNED), present
+    "A training step of 124M: its matrix products tuned", 4.0, functools.partial(run, variants=TUNED), present
 )

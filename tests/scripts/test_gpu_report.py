@@ -19,7 +19,6 @@ from harness.gpu_report.exactness import BACKENDS, VARIANTS
 from harness.gpu_report.plan import SECTIONS
 from harness.gpu_report.process import run_section
 from harness.gpu_report.steps import judged
-from harness.timing import Laps
 from harness.tokenizer import Bytes
 from model import NORMALIZERS
 from scripts import gpu_report
@@ -112,25 +111,6 @@ def blocks_are_timed_beside_those_in_use(rows):
     found = [(row["kernel"], row["blocks"]) for row in rows if row["ms"] > 0]
     assert found == list(itertools.product(blocks.KERNELS, (blocks.IN_USE, "(16, 16, 4, 1)")))
     assert all(row["ratio"] == 1 for row in rows[::2])
-
-
-def test_each_kernel_is_timed_with_the_blocks_asked_for(monkeypatch):
-    pytest.importorskip("triton", reason="Triton is not installed (requirements-dev.txt)")
-    from kernels import triton, triton_tiles
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda **how: launched.append((self, how["num_stages"], {how["KEYS"], how["QUERIES"]}))
-
-    launched, kernels = [], {name: Kernel() for name in blocks.KERNELS}
-    for name, kernel in kernels.items():
-        monkeypatch.setattr(triton_tiles if name == "forward" else triton, f"_{name}_kernel", kernel)
-    monkeypatch.setattr(blocks, "inputs", lambda *_: [torch.zeros(1, 1, 8, 16)] * 5 + [torch.zeros(1, 1, 8)])
-    for name, kernel in kernels.items():
-        launched.clear()
-        blocks.call(True, "relu", (8, 16), name, (16, 128, 2, 5))(Laps(torch.device("cpu")))
-        assert {own for own, *options in launched if options == [5, {16, 128}]} == {kernel}
-    assert len(launched) == 2  # both kernels of the backward
 
 
 def small_models_have_the_gradients_of_a_cpu(rows):
