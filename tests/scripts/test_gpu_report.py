@@ -56,7 +56,11 @@ def without_processes(monkeypatch, forked_workers):
     monkeypatch.setattr(gpu_report, "run_section", section)
     monkeypatch.setattr(training, "together", together)
     monkeypatch.setenv("TRITON_INTERPRET", "1")  # for the processes that measure
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which a deterministic run sets, and leaves
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.chdir(ROOT)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow
