@@ -140,10 +140,11 @@ def train(config: Config, ranks: Ranks, folder: RunFolder | None, stop: StopSign
         say(f"{a.normalizer} has no fused form: its attention runs materialized, in O(T²) memory")
     gate = "" if a.gate == "none" else f" with a gate by {a.gate}"
     heads = f"{a.n_head} heads" + (f" on {a.kv_heads} of keys" if a.kv_heads != a.n_head else "")
+    feedback = "" if c.feedback == "backprop" else f", feedback {c.feedback}"
     say(
         f"{a.n_layer} layers, {heads}, {a.n_embd} wide, context {a.block_size}: "
         f"{raw_model.num_parameters() / 1e6:.2f}M parameters; {a.normalizer} attention{gate}, {a.backward} backward, "
-        f"by the {machine['attention']} kernel{', feedback ' * (c.feedback != 'backprop') + c.feedback}\n"
+        f"by the {machine['attention']} kernel{feedback}\n"
         f"{ranks.size} × {device} in {str(dtype).removeprefix('torch.')}{', compiled' if use_compile else ''}"
         f"{', sharded' if sharded else ''}; "
         f"a step is {ranks.size} × {micro_steps} × {micro_batch_size} sequences, {c.batch_size * block_size:,} tokens"

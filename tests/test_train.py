@@ -82,6 +82,7 @@ def test_a_killed_run_goes_on_with_its_feedback(how):
     killed("killed", *changes, at=15)
     resumed = finished("killed", *changes)
     assert_same_run(whole, resumed)
+    assert f" kernel, feedback {how}\n" in whole.output()
     matrices = [run.checkpoint()["feedback"] for run in (whole, resumed)]
     assert all(torch.equal(matrix, matrices[1][name]) for name, matrix in matrices[0].items())
     assert len(matrices[0]) == {"fa": 9, "sign_symmetric": 0, "dfa": 8}[how]
@@ -103,6 +104,13 @@ def test_micro_steps_add_up_to_the_whole_batch():
     losses = [[line["train/loss"] for line in run.metrics()[1:]] for run in (whole, parts)]
     # The same sums in another order: a few roundings of float32 a step, which Adam's normalised steps carry along.
     np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert " kernel\n" in whole.output()
+    assert "micro_batch_size" not in whole.output() + parts.output()
+
+
+def test_an_uneven_micro_batch_is_told():
+    output = finished("run", "--training.max_steps", "1", "--training.micro_batch_size", "3").output()
+    assert "training.micro_batch_size: 3 does not divide the 8 sequences of a rank: it takes 2 at a time" in output
 
 
 @pytest.mark.slow

@@ -267,6 +267,7 @@ def test_a_warm_up_that_ends_after_the_decay_is_refused():
         (("--optimizer.warmup_steps", "47"), "ends at 0.005 and not at min_lr, 0.001: training.max_steps is 24, "
          "optimizer.decay_steps 24 and warmup_steps 47"),
         (("--optimizer.decay_steps", "5000", "--optimizer.min_lr", "1e-2"), None),  # a constant rate
+        (("--optimizer.min_lr", "1"), "rises after the warm-up, from lr, 0.01, towards min_lr, 1"),
     ],
 )  # fmt: skip
 @pytest.mark.usefixtures("training_folder")
