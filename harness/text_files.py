@@ -69,7 +69,7 @@ class _Loader(yaml.SafeLoader):
                 left -= len(found.value)
                 if re.search("[\ud800-\udfff]", found.value):
                     problem = "half a character"
-                if found.tag == "tag:yaml.org,2002:int" and len(found.value) > 100:
+                if found.tag == "tag:yaml.org,2002:int" and len(found.value) > 400:  # more than any float has
                     problem = f"a number of {len(found.value)} digits"
             if problem:
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=found.start_mark)

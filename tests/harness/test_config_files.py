@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from harness.config import SECTIONS, Config, help_text
@@ -291,6 +291,7 @@ VALUES = st.none() | st.booleans() | st.integers(-9, 9) | st.floats() | TEXT | s
 @pytest.mark.slow
 @settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(key=st.sampled_from(sorted(KEYS)), value=VALUES)
+@example(key="training.keep_interval", value=1e300)
 def test_any_value_is_taken_as_it_is_or_refused_by_name(key, value):
     section, name = key.split(".")
     path = write("experiment.yaml", yaml.safe_dump({section: {name: value}}, allow_unicode=True))
