@@ -85,7 +85,7 @@ def make_deterministic() -> None:
     """Have PyTorch use deterministic algorithms alone, from here on: RuntimeError where there is none."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when the first matrix product runs
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # no result needs it
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # in no stub; no result needs it
 
 
 def deterministic_cost(model: nn.Module, batch: tuple[Tensor, Tensor], autocast) -> str:

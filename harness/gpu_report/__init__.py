@@ -6,7 +6,8 @@ A section is a generator of rows, written to disk as they come, so that whatever
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, as_completed
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -55,6 +56,17 @@ class Section(NamedTuple):
     run: Callable[[Task], Iterator[dict]]
     present: Callable[[list[dict]], list[Table]]
     """the tables that a reader wants, of the rows"""
+
+
+def finished(what: str, jobs: Mapping[str, Callable[[], list[dict]]], pool: Executor) -> Iterator[dict]:
+    """The rows of the jobs, by name, as soon as each has ended; one that fails has a row that says why."""
+    with pool:
+        running = {pool.submit(job): name for name, job in jobs.items()}
+        for job in as_completed(running):
+            try:
+                yield from job.result()
+            except Exception as error:  # the pool's too, where a process of it has died
+                yield {what: running[job], "verdict": "FAILED", "note": f"{type(error).__name__}: {error}"[:400]}
 
 
 def pivot(rows: list[dict], label: str, column: str, value: Callable[[dict], str]) -> list[dict]:

@@ -11,8 +11,8 @@ import math
 import multiprocessing
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ import torch
 
 from harness.config_files import load_config
 from harness.corpus_writing import cpu_count
-from harness.gpu_report import Section, Table, Task, steps, training
+from harness.gpu_report import Section, Table, Task, finished, steps, training
 from harness.stepping import Stepper, relative_errors
 from kernels.backends import materialized_attention
 from model import NORMALIZERS
@@ -85,27 +85,16 @@ order. Two forms in bfloat16 on one CPU were 0.0014 apart in these steps."""
 
 
 def run_models(task: Task) -> Iterator[dict]:
-    def job(compare: Callable[..., dict], name: str, changed: dict) -> Callable[[], dict]:
+    def job(compare: Callable[..., list[dict]], name: str, changed: dict) -> Callable[[], list[dict]]:
         return functools.partial(compare, name, task.device.type, arguments(task, changed))
 
     jobs = {name: job(compare_gradients, name, changed) for name, changed in MODELS.items()}
     jobs |= {name: job(compare_losses, name, {"optimizer.name": name}) for name in OPTIMIZERS}
     if task.cpu:
-        yield from (jobs[name]() for name in ("sink", "muon"))
+        yield from [*jobs["sink"](), *jobs["muon"]()]
     else:  # most of the time goes to starting and to compiling kernels; threads of the many processes would only wait
         spawned = multiprocessing.get_context("spawn")
         yield from finished("model", jobs, ProcessPoolExecutor(cpu_count(), spawned, torch.set_num_threads, (1,)))
-
-
-def finished(what: str, jobs: Mapping[str, Callable[[], dict]], pool: Executor) -> Iterator[dict]:
-    """The rows of the jobs, each as soon as it is there; one that fails says why."""
-    with pool:
-        running = {pool.submit(job): name for name, job in jobs.items()}
-        for job in as_completed(running):
-            try:
-                yield job.result()
-            except Exception as error:  # the pool's too, where a process of it has died
-                yield {what: running[job], "verdict": "FAILED", "note": f"{type(error).__name__}: {error}"[:200]}
 
 
 def arguments(task: Task, changed: dict) -> list[str]:
@@ -114,22 +103,22 @@ def arguments(task: Task, changed: dict) -> list[str]:
     return [CONFIG, *(text for key, value in values.items() for text in (f"--{key}", str(value)))]
 
 
-def compare_gradients(name: str, device: str, words: list[str]) -> dict:
+def compare_gradients(name: str, device: str, words: list[str]) -> list[dict]:
     """The largest relative error of a parameter's gradient from the first micro-batch."""
     with materialized_attention():
         expected_loss, expected = first_gradients(noisy_stepper(words, "cpu"), with_logits=True)
     loss, found = first_gradients(noisy_stepper(words, device), with_logits=False)
     errors = relative_errors(expected, found) | {"the loss": abs(loss - expected_loss) / expected_loss}
-    return judged({"model": name, "loss": loss}, errors, ALLOWED)
+    return [judged({"model": name, "loss": loss}, errors, ALLOWED)]
 
 
-def compare_losses(name: str, device: str, words: list[str]) -> dict:
+def compare_losses(name: str, device: str, words: list[str]) -> list[dict]:
     """The largest relative error of the losses of some steps by this optimizer."""
     with materialized_attention():
         expected = noisy_stepper(words, "cpu").losses(STEPS)
     found = noisy_stepper(words, device).losses(STEPS)
     errors = {f"loss {step}": abs(b - a) / a for step, (a, b) in enumerate(zip(expected, found, strict=True), start=1)}
-    return judged({"model": name, "loss": found[-1]}, errors, OPTIMIZERS[name])
+    return [judged({"model": name, "loss": found[-1]}, errors, OPTIMIZERS[name])]
 
 
 def judged(row: dict, errors: dict[str, float], allowed: float) -> dict:
@@ -169,12 +158,12 @@ def present_models(rows: list[dict]) -> list[Table]:
 def run_resumed(task: Task) -> Iterator[dict]:
     jobs = {name: functools.partial(compare_resumed, task, name, run) for name, run in RUNS.items()}
     if task.cpu:  # without what is compiled
-        yield from (jobs[name]() for name, run in RUNS.items() if not run.compiled)
+        yield from (row for name, run in RUNS.items() if not run.compiled for row in jobs[name]())
     else:
         yield from finished("run", jobs, ThreadPoolExecutor())
 
 
-def compare_resumed(task: Task, name: str, run: Run) -> dict:
+def compare_resumed(task: Task, name: str, run: Run) -> list[dict]:
     """The largest difference of the losses between a run that stopped and went on, and one that did not."""
     changed: dict[str, Any] = {
         "model.dropout": run.dropout,
@@ -207,7 +196,7 @@ def compare_resumed(task: Task, name: str, run: Run) -> dict:
         raise RuntimeError(f"{stopped} did not go on after step {STOPPED_AT}, but began anew")
     expected, found = losses(straight), losses(stopped)
     differences = {f"step {n}": abs(b - a) for n, (a, b) in enumerate(zip(expected, found, strict=True), start=1)}
-    return judged({"run": name, "loss": found[-1]}, differences, 0.0 if run.deterministic else APART)
+    return [judged({"run": name, "loss": found[-1]}, differences, 0.0 if run.deterministic else APART)]
 
 
 def losses(folder: Path) -> list[float]:

@@ -11,17 +11,17 @@ import math
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
 from harness.config_files import load_config
-from harness.gpu_report import Section, Table, Task, with_error
+from harness.gpu_report import Section, Table, Task, finished, with_error
 from harness.gpu_report.steps import BASELINE, CONFIG, corpus_of, overrides
 from harness.stepping import Stepper
-from harness.workers import Worker, WorkerError
+from harness.workers import Worker
 
 VARIANTS = {
     "softmax": {},
@@ -49,28 +49,15 @@ def run(task: Task) -> Iterator[dict]:
     yield {"what": "command", "value": " ".join(["python", *command(task, "softmax", steps)[1:]])}
     if corpus_of(task) != task.corpus:
         yield {"what": "note", "value": f"{task.corpus} is not prepared: trained on {corpus_of(task)}"}
-    jobs = [functools.partial(baseline, task, steps), *(functools.partial(variant, task, v, steps) for v in variants)]
+    jobs = {BASELINE: functools.partial(baseline, task, steps)}
+    jobs |= {name: functools.partial(variant, task, name, steps) for name in variants}
     curves: dict[str, dict[int, float]] = {}
-    for rows in one_by_one(jobs) if task.cpu else at_once(jobs):
-        for row in rows:
-            yield row
-            if "train/loss" in row:
-                curves.setdefault(row["variant"], {})[row["step"]] = row["train/loss"]
+    one_by_one = (row for job in jobs.values() for row in job())
+    for row in one_by_one if task.cpu else finished("variant", jobs, ThreadPoolExecutor(len(jobs))):
+        yield {"what": "failure"} | row
+        if "train/loss" in row:
+            curves.setdefault(row["variant"], {})[row["step"]] = row["train/loss"]
     yield {"what": "apart"} | apart(curves.get("softmax", {}), curves.get(BASELINE, {}))
-
-
-def one_by_one(jobs: Sequence[Callable[[], list[dict]]]) -> Iterator[list[dict]]:
-    return (job() for job in jobs)
-
-
-def at_once(jobs: Sequence[Callable[[], list[dict]]]) -> Iterator[list[dict]]:
-    """What each job gives, as they end; one that fails is a row, and the others go on."""
-    with ThreadPoolExecutor(len(jobs)) as pool:
-        for job in as_completed([pool.submit(job) for job in jobs]):
-            try:
-                yield job.result()
-            except (RuntimeError, WorkerError) as error:
-                yield [{"what": "failure", "verdict": "FAILED", "note": str(error)[:400]}]
 
 
 def baseline(task: Task, steps: int) -> list[dict]:
@@ -175,7 +162,9 @@ def present(rows: list[dict]) -> list[Table]:
     notes = "".join(f". {row['value']}" for row in rows if row["what"] == "note")
     tables = [Table(f"`{rows[0]['value']}`, and so with {', '.join(list(VARIANTS)[1:])}{notes}", [*lines.values()])]
     if failures := [row for row in rows if "verdict" in row and "note" in row]:
-        tables.append(Table("What failed", [{"note": row["note"], "verdict": row["verdict"]} for row in failures]))
+        tables.append(
+            Table("What failed", [{k: row.get(k) for k in ("variant", "note", "verdict")} for row in failures])
+        )
     for row in (row for row in rows if "mean" in row):
         what = {"the training loss of softmax less that of nanoGPT's loop, nats a token": f"{row['steps']} steps"}
         what |= {"mean over the last quarter": with_error(row["mean"], row["error"], 4)}

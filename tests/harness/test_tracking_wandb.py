@@ -1,6 +1,7 @@
 """Curves in wandb: the same run after a resume, each step once, and never in the training's way."""
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -273,3 +274,17 @@ def test_the_real_wandb_writes_an_offline_run_that_a_resume_continues(tmp_path, 
         logged += [(item["_step"], item["train/loss"]) for item in items]
     assert sorted(logged) == [(0, 0), (5, 0.5), (10, 1), (15, 1.5)]
     assert len(ids) == 1
+
+
+@pytest.mark.parametrize(("written", "said"), [([2, 3], ""), ([3], ""), ([2], "lacks 1 steps")])
+def test_a_service_that_still_writes_is_waited_for(written, said, tmp_path, monkeypatch, capsys):
+    """On a busy machine it has said that it is done before all of the steps are in its file."""
+    fake = FakeWandb(monkeypatch)
+    monkeypatch.setattr(
+        "wandb.init", lambda **how: SimpleNamespace(**vars(fake.init(**how)) | {"offline": True}, id="x")
+    )
+    there = itertools.chain(written, itertools.repeat(written[-1]))
+    monkeypatch.setattr("harness.tracking.stored_steps", lambda *_: set(range(next(there))))
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    session(tmp_path, None, range(3), "offline")
+    assert said in capsys.readouterr().out if said else "lacks" not in capsys.readouterr().out

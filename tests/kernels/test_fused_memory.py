@@ -1,18 +1,15 @@
 """The memory that fused attention takes at its peak, against PyTorch's own kernel."""
 
 import argparse
-import contextlib
 import itertools
 import os
-from multiprocessing import forkserver
 
 import pytest
 import torch
 
 from harness.bench_attention import STOCK, peak_of, send_peak
 from kernels.backends import native
-from tests.helpers import ROOT
-from tests.processes import CONTEXT, forked
+from tests.processes import CONTEXT, forked, started
 
 T, ARGUMENTS = 8192, argparse.Namespace(B=1, H=2, H_kv=2, D=64, dtype="float32", device="cpu")
 CASES = [  # variant, and whether by our own kernel; else on PyTorch's, as where there is no compiler
@@ -35,10 +32,7 @@ def send_peaks(pipe, cases) -> None:
 def test_memory_stays_within_one_and_a_half_times_the_stock_kernels():
     cases = [(variant, own) for variant, own in CASES if native() or not own]
     here, there = CONTEXT.Pipe(duplex=False)
-    with contextlib.chdir(ROOT):
-        forkserver.ensure_running()
-    process = CONTEXT.Process(target=send_peaks, args=(there, cases))
-    process.start()
+    process = started(send_peaks, there, cases)
     there.close()
     peaks = {case: here.recv() for case in cases}
     process.join()

@@ -2,15 +2,13 @@
 
 import contextlib
 import os
-from multiprocessing import forkserver
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from kernels.backends import TRITON
-from tests.helpers import ROOT
-from tests.processes import CONTEXT
+from tests.processes import CONTEXT, started
 
 
 def compile_for_hopper(pipe, folder) -> None:
@@ -52,10 +50,7 @@ def test_kernels_compile_for_a_gpu(tmp_path, monkeypatch):
     held at 1 (STE's dQ has no weights, and softpick's are none that rounding takes beyond 1)."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)  # which the server would keep, if it starts here
     here, there = CONTEXT.Pipe(duplex=False)
-    with contextlib.chdir(ROOT):
-        forkserver.ensure_running()
-    process = CONTEXT.Process(target=compile_for_hopper, args=(there, tmp_path))
-    process.start()
+    process = started(compile_for_hopper, there, tmp_path)
     there.close()
     kernels = []
     with contextlib.suppress(EOFError):

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness.gpu_report import Task, models, training
+from harness.gpu_report import Task, finished, models, training
 from tests.helpers import ROOT, tiny_corpus
 
 
@@ -51,9 +51,9 @@ SINK, MLP = "transformer.h.0.attn.sink", "transformer.h.0.mlp.c_fc.weight"
 )
 def test_a_wrong_gradient_of_one_parameter_is_found(name, factor, error, task, monkeypatch):
     words = models.arguments(task, models.MODELS["sink"])
-    assert models.compare_gradients("sink", "cpu", words)["verdict"] == "ok"
+    assert models.compare_gradients("sink", "cpu", words)[0]["verdict"] == "ok"
     with_fault(monkeypatch, wrong_gradient(name, factor))
-    row = written(models.compare_gradients("sink", "cpu", words))
+    row = written(*models.compare_gradients("sink", "cpu", words))
     assert (row["verdict"], row["of"]) == ("WRONG", name)
     assert row["error"] == (error if isinstance(error, str) else pytest.approx(error, rel=0.05))
 
@@ -70,14 +70,14 @@ def test_softmax1_in_place_of_its_kin_is_found(normalizer, task, monkeypatch):
 
     with_fault(monkeypatch, as_softmax1)
     words = models.arguments(task, models.MODELS[normalizer])
-    assert models.compare_gradients(normalizer, "cpu", words)["verdict"] == "WRONG"
+    assert models.compare_gradients(normalizer, "cpu", words)[0]["verdict"] == "WRONG"
 
 
 @pytest.mark.parametrize(("factor", "verdict"), [(1 + 1e-5, "ok"), (1 + 2e-4, "WRONG"), (math.nan, "WRONG")])
 def test_an_optimizer_with_other_losses_is_found(factor, verdict, monkeypatch):
     losses = iter([[3.0, 2.0, 1.0], [3.0, 2.0 * factor, 1.0]])
     monkeypatch.setattr(models, "noisy_stepper", lambda *_: SimpleNamespace(losses=lambda steps: next(losses)))
-    row = written(models.compare_losses("muon", "cpu", []))
+    row = written(*models.compare_losses("muon", "cpu", []))
     assert (row["verdict"], row["of"]) == (verdict, "loss 2")
 
 
@@ -117,7 +117,7 @@ def second_half(monkeypatch):
 )  # fmt: skip
 def test_a_run_that_goes_on_otherwise_is_found(run, apart, verdict, task, second_half):
     second_half(apart)
-    row = written(models.compare_resumed(task, run, models.RUNS[run]))
+    row = written(*models.compare_resumed(task, run, models.RUNS[run]))
     assert row["verdict"] == verdict
     assert row["of"] == ("step 7" if apart else "step 1")
 
@@ -131,11 +131,12 @@ def test_a_run_that_began_anew_did_not_go_on(task, second_half):
 def test_rows_come_as_they_are_ready_and_one_that_fails_says_why():
     later = threading.Event()
 
-    def slow() -> dict:
+    def slow() -> list[dict]:
         assert later.wait(5)
-        return {"model": "slow"}
+        return [{"model": "slow"}]
 
-    rows = models.finished("model", {"slow": slow, "fails": lambda: {}[0], "fast": dict}, ThreadPoolExecutor(3))
+    jobs = {"slow": slow, "fails": lambda: {}[0], "fast": lambda: [{}]}
+    rows = finished("model", jobs, ThreadPoolExecutor(3))
     first = [next(rows), next(rows)]
     assert {"model": "fails", "verdict": "FAILED", "note": "KeyError: 0"} in first
     later.set()
